@@ -1,0 +1,275 @@
+"""Problem: everything about one attention problem but its data.
+
+Both public functions turn their arguments into a :class:`Problem` first. It is the only place where scalar arguments
+are checked and where masks are normalised, so that a plan and the call that uses it can never disagree about them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .dtypes import FLOAT_DTYPES, dtype_name
+
+MAX_HEADDIM = 256
+MAX_BATCH = 2**31 // 64
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem without its data; hashable, compared field by field with the plan's.
+
+    Attributes:
+        batch_size: Number of sequences.
+        max_seqlen_q: Query length, or the longest one with ``cu_seqlens_q``.
+        num_heads_q: Query heads.
+        num_heads_kv: KV heads; divides ``num_heads_q``.
+        headdim: Elements of a query and key row.
+        headdim_v: Elements of a value row.
+        qkv_dtype: "float16", "bfloat16" or "float32".
+        kv_dtype: Element type of the cache; ``qkv_dtype`` unless the cache is quantised.
+        cu_seqlens_q: Whether queries are ragged.
+        page_size: Keys per page, or None for a contiguous cache.
+        max_seqlen_k_new: Appended keys per sequence; 0 without append. For ragged new keys it is 0 and the next field
+            is True, because only the device knows their lengths.
+        cu_seqlens_k_new: Whether appended keys are ragged.
+        window_size: Normalised (left, right); -1 is unbounded. A right bound of 0 is kept in the next field alone.
+        causal: Whether a row sees no key after its own position (right bound 0).
+        attention_chunk: Chunk length, 0 without chunks.
+        has_softcap: Whether scores are capped.
+        num_splits: 0 balances freely, 1 never splits, n bounds the parts of an item.
+        split_size: Keys per part in batch-invariant mode, or None.
+        sm_margin: Multiprocessors left free.
+    """
+
+    batch_size: int
+    max_seqlen_q: int
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    headdim_v: int
+    qkv_dtype: str
+    kv_dtype: str
+    cu_seqlens_q: bool = False
+    page_size: int | None = None
+    max_seqlen_k_new: int = 0
+    cu_seqlens_k_new: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    causal: bool = False
+    attention_chunk: int = 0
+    has_softcap: bool = False
+    num_splits: int = 0
+    split_size: int | None = None
+    sm_margin: int = 0
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads_q // self.num_heads_kv
+
+    @property
+    def rows(self) -> int:
+        """Packed query rows per KV head: (query position major, head minor)."""
+        return self.max_seqlen_q * self.group
+
+    @property
+    def appends(self) -> bool:
+        """Whether the call writes new keys before it attends."""
+        return self.max_seqlen_k_new > 0 or self.cu_seqlens_k_new
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a row may see less than all keys of its sequence."""
+        return self.causal or self.window_size != (-1, -1) or self.attention_chunk > 0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The bounds (left, right) of what a row sees around its own position, -1 for unbounded."""
+        return self.window_size[0], 0 if self.causal else self.window_size[1]
+
+
+def make_problem(
+    batch_size: int,
+    max_seqlen_q: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    *,
+    qkv_dtype: Any = "bfloat16",
+    kv_dtype: Any = None,
+    headdim_v: int | None = None,
+    cu_seqlens_q: bool = False,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    cu_seqlens_k_new: bool = False,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    split_size: int | None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Problem:
+    """Check scalar arguments and normalise the masks.
+
+    Args:
+        batch_size: Number of sequences.
+        max_seqlen_q: Query length (longest one if ragged).
+        num_heads_q: Query heads.
+        num_heads_kv: KV heads.
+        headdim: Elements of a query and key row: a multiple of 8 up to 256.
+        qkv_dtype: A string, NumPy or ml_dtypes dtype.
+        kv_dtype: Element type of the cache, default ``qkv_dtype``.
+        headdim_v: Elements of a value row, default ``headdim``.
+        cu_seqlens_q: Whether queries are ragged.
+        page_size: Keys per page, None for a contiguous cache.
+        max_seqlen_k_new: Appended keys per sequence.
+        cu_seqlens_k_new: Whether appended keys are ragged.
+        causal: Bottom-right aligned causal mask.
+        window_size: (left, right), -1 is unbounded.
+        attention_chunk: Chunk length, 0 for none.
+        has_softcap: Whether scores are capped.
+        num_splits: 0, 1 or an upper bound of parts per item.
+        split_size: A multiple of 64, or None.
+        pack_gqa: Accepted for compatibility; heads are always packed.
+        sm_margin: Multiprocessors left free.
+
+    Returns:
+        The normalised problem.
+
+    Raises:
+        TypeError: For an argument of a wrong kind.
+        ValueError: For a wrong value.
+        NotImplementedError: For quantised caches.
+    """
+    batch_size = integer("batch_size", batch_size, 0, MAX_BATCH)
+    max_seqlen_q = integer("max_seqlen_q", max_seqlen_q, 0)
+    num_heads_q = integer("num_heads_q", num_heads_q, 1, 65536)
+    num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
+    if num_heads_q % num_heads_kv:
+        raise ValueError(f"num_heads_q must be a multiple of num_heads_kv={num_heads_kv}, got {num_heads_q}")
+    headdim = _headdim("headdim", headdim)
+    headdim_v = headdim if headdim_v is None else _headdim("headdim_v", headdim_v)
+    q_name = dtype_name("qkv_dtype", qkv_dtype)
+    kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
+    if q_name not in FLOAT_DTYPES:
+        raise NotImplementedError(f"qkv_dtype must be one of {', '.join(FLOAT_DTYPES)} for now, got {q_name}")
+    if kv_name != q_name:
+        if kv_name in FLOAT_DTYPES:
+            raise ValueError(f"kv_dtype must be the dtype of q ({q_name}) or a quantised one, got {kv_name}")
+        raise NotImplementedError(f"kv_dtype: quantised caches are not implemented yet, got {kv_name}")
+    if page_size is not None:
+        page_size = integer("page_size", page_size, 1)
+    max_seqlen_k_new = integer("max_seqlen_k_new", max_seqlen_k_new, 0)
+    attention_chunk = integer("attention_chunk", attention_chunk, 0)
+    num_splits = integer("num_splits", num_splits, 0)
+    if split_size is not None:
+        split_size = integer("split_size", split_size, 64)
+        if split_size % 64:
+            raise ValueError(f"split_size must be a multiple of 64, got {split_size}")
+        if num_splits:
+            raise ValueError(f"split_size and num_splits exclude each other, got split_size={split_size} and "
+                             f"num_splits={num_splits}")  # fmt: skip
+    left, right = _normalised_window(window_size, boolean("causal", causal), max_seqlen_q)
+    boolean("has_softcap", has_softcap)
+    if pack_gqa is not None:
+        boolean("pack_gqa", pack_gqa)
+    return Problem(
+        batch_size=batch_size,
+        max_seqlen_q=max_seqlen_q,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        headdim=headdim,
+        headdim_v=headdim_v,
+        qkv_dtype=q_name,
+        kv_dtype=kv_name,
+        cu_seqlens_q=bool(cu_seqlens_q),
+        page_size=page_size,
+        max_seqlen_k_new=0 if cu_seqlens_k_new else max_seqlen_k_new,
+        cu_seqlens_k_new=bool(cu_seqlens_k_new),
+        window_size=(left, -1 if right == 0 else right),
+        causal=right == 0,
+        attention_chunk=attention_chunk,
+        has_softcap=bool(has_softcap),
+        num_splits=num_splits,
+        split_size=split_size,
+        sm_margin=integer("sm_margin", sm_margin, 0),
+    )
+
+
+def first_difference(plan: Problem, call: Problem) -> tuple[str, Any, Any] | None:
+    """Return (field, planned, called) of the first field in which two problems differ, or None."""
+    if plan == call:
+        return None
+    for field in fields(Problem):
+        planned, called = getattr(plan, field.name), getattr(call, field.name)
+        if planned != called:
+            return field.name, planned, called
+    return None
+
+
+def integer(name: str, value: Any, low: int, high: int = _INT32_MAX) -> int:
+    """Return ``value`` as an int in [low, high], or raise naming the argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if not low <= number <= high:
+        rule = f"at least {low}" if high == _INT32_MAX and number < low else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {rule}, got {number}")
+    return number
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return ``value`` as a bool, or raise naming the argument."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def real(name: str, value: Any) -> float:
+    """Return ``value`` as a finite float, or raise naming the argument."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _headdim(name: str, value: Any) -> int:
+    number = integer(name, value, 8, MAX_HEADDIM)
+    if number % 8:
+        raise ValueError(f"{name} must be a multiple of 8, got {number}")
+    return number
+
+
+def _normalised_window(window_size: Any, causal: bool, max_seqlen_q: int) -> tuple[int, int]:
+    """Fold ``causal`` into the window and drop bounds that can never hide a key.
+
+    Query i of sq sees keys up to i + sk - sq + right, so right >= sq - 1 shows every key whatever the lengths are.
+    The left bound is never dropped: whether it hides keys depends on the lengths, which a plan may not rely on.
+    """
+    if isinstance(window_size, (str, bytes)):
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    try:
+        pair = tuple(window_size)
+    except TypeError:
+        raise TypeError(f"window_size must be a pair (left, right), got {type(window_size).__name__}") from None
+    if len(pair) != 2:
+        raise ValueError(f"window_size must be a pair (left, right), got {len(pair)} values")
+    left, right = (integer(f"window_size[{side}]", value, -1) for side, value in enumerate(pair))
+    if causal:
+        right = 0
+    if right >= max_seqlen_q - 1:
+        right = -1
+    return left, right

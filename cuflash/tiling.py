@@ -1,0 +1,82 @@
+"""The one table of tile sizes: how a problem is cut for a device.
+
+A tile is 16 keys of one warp; a block of ``warps`` warps reads ``16 * warps`` keys at a time. Each warp keeps a ring of
+``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of them are
+in flight. Why these numbers are good is counted by ``python -m cuflash bench resources``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .device import Device
+from .dtypes import numpy_dtype
+from .problem import Problem
+
+PADDED_HEADDIMS = (64, 96, 128, 192, 256)
+TILE_KEYS = 16
+MAX_BLOCKS_PER_SM = 2
+_RESERVED_SHARED = 1024  # the system's share of every resident block
+_FIXED_SHARED = 1024  # merge state and scalars of a block, see decode.cu
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile sizes of a problem on a device.
+
+    Attributes:
+        headdim: Padded head dim of queries and keys.
+        headdim_v: Padded head dim of values.
+        rows: Packed query rows of a row block: 8, 16 or 32.
+        row_blocks: Row blocks of one (sequence, KV head).
+        warps: Warps of a block.
+        stages: Half-stages of a warp's ring, odd.
+        blocks_per_sm: Blocks meant to be resident on one multiprocessor.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    headdim: int
+    headdim_v: int
+    rows: int
+    row_blocks: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    shared_bytes: int
+
+    def max_blocks(self, problem: Problem, device: Device) -> int:
+        """Blocks that the device holds at once: the largest grid of a plan."""
+        return max(1, device.num_sm - problem.sm_margin) * self.blocks_per_sm
+
+
+def padded_headdim(headdim: int) -> int:
+    """Round a head dim up to one that has a kernel."""
+    return next(size for size in PADDED_HEADDIMS if size >= headdim)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device) -> Tiling:
+    """Choose the tile sizes of a problem on a device; depends on shapes alone."""
+    d, dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    # More than 16 rows at head dim 256 do not fit the registers: two row blocks read the keys twice instead.
+    most_rows = 32 if max(d, dv) <= 192 else 16
+    if problem.qkv_dtype == "float32":
+        most_rows = min(most_rows, 16)
+    rows = next(size for size in (8, 16, 32) if size >= min(problem.rows, most_rows))
+    row_blocks = max(1, -(-problem.rows // rows))
+    itemsize = numpy_dtype(problem.kv_dtype).itemsize
+    slot = TILE_KEYS * max(d, dv) * itemsize
+    query = rows * d * numpy_dtype(problem.qkv_dtype).itemsize
+
+    # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge.
+    items = problem.batch_size * problem.num_heads_kv * row_blocks
+    shapes = [(8, 1), (4, 2), (4, 1), (2, 1)] if items <= device.num_sm else [(4, 2), (4, 1), (2, 1)]
+    for warps, blocks_per_sm in shapes:
+        room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
+        stages = (room - _FIXED_SHARED - query) // (warps * slot)
+        stages = min(7, stages - 1 + stages % 2)
+        if stages >= 3:
+            shared = warps * stages * slot + query + _FIXED_SHARED
+            return Tiling(d, dv, rows, row_blocks, warps, stages, blocks_per_sm, shared)
+    raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
