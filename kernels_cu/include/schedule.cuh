@@ -1,0 +1,78 @@
+// What the planner and the attention kernels must agree on: lengths, visible keys, and the layout of a plan.
+//
+// An item is (sequence, KV head, row block), number (sequence * num_heads_kv + kv_head) * row_blocks + row_block. A row block
+// holds `rows` packed query rows (query position major, head of the group minor). Keys are counted from the sequence's
+// leftpad: j = 0 is its first valid key.
+#pragma once
+
+struct Mask {
+    int left;   // keys before a row's own position that it sees, -1: all
+    int right;  // keys after it, -1: all
+    int chunk;  // a row sees its own chunk of this many keys, 0: no chunks
+};
+
+struct KeyRange {
+    int begin, end;  // begin = end = 0 when nothing is visible
+};
+
+// Lengths of one sequence; every field is >= 0 whatever the arrays on the device hold.
+struct Sequence {
+    int leftpad;   // first valid slot of the cache
+    int seqlen_k;  // valid keys, appended ones included
+    int seqlen_q;  // query positions
+};
+
+// Block u reads from cut u to cut u + 1. key == 0: the share begins with the item, at its real first visible key. key > 0: the
+// item is cut here, and blocks first_block .. last_block hold its parts.
+struct __align__(16) Cut {
+    int item, key, first_block, last_block;
+};
+
+// A plan is int32: [0] blocks with work, [1..7] 0, then the cuts (one more than the GPU's largest grid; those after the last
+// block repeat the end), then leftpad, seqlen_k, seqlen_q: 3 rows of batch_size.
+constexpr int PLAN_CUTS = 8;
+
+__device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinterpret_cast<const Cut*>(plan + PLAN_CUTS); }
+
+// The lengths of sequence s. Arrays that may be null are absent arguments.
+__device__ __forceinline__ Sequence sequence_lengths(
+    int s,
+    const int* cache_seqlens,     // (batch,)
+    const int* cache_leftpad,     // (batch,) or null
+    const int* cu_seqlens_q,      // (batch + 1,) or null: max_seqlen_q each
+    const int* cu_seqlens_k_new,  // (batch + 1,) or null: seqlen_k_new each
+    int max_seqlen_q, int seqlen_k_new) {
+    Sequence sequence;
+    sequence.leftpad = cache_leftpad ? max(cache_leftpad[s], 0) : 0;
+    long long new_keys = cu_seqlens_k_new ? max((long long)cu_seqlens_k_new[s + 1] - cu_seqlens_k_new[s], 0ll) : seqlen_k_new;
+    long long keys = max((long long)cache_seqlens[s] - sequence.leftpad, 0ll) + new_keys;
+    sequence.seqlen_k = (int)min(keys, 2147483647ll);
+    long long queries = cu_seqlens_q ? (long long)cu_seqlens_q[s + 1] - cu_seqlens_q[s] : max_seqlen_q;
+    sequence.seqlen_q = (int)min(max(queries, 0ll), (long long)max_seqlen_q);
+    return sequence;
+}
+
+// Keys that some query position first_query .. last_query sees. Position i stands at p = i + seqlen_k - seqlen_q (bottom right
+// aligned); what a row sees begins and ends no earlier than what the row before it sees, so the two ends decide.
+__device__ __forceinline__ KeyRange visible_keys(Mask mask, int seqlen_k, int seqlen_q, int first_query, int last_query) {
+    if (first_query > last_query) return {0, 0};
+    int first = first_query + (seqlen_k - seqlen_q), last = last_query + (seqlen_k - seqlen_q);
+    long long begin = 0, end = seqlen_k;
+    if (mask.left >= 0) begin = max(begin, (long long)first - mask.left);
+    if (mask.right >= 0) end = min(end, (long long)last + mask.right + 1);
+    if (mask.chunk > 0) {  // floor division: chunk boundaries also lie at negative positions
+        int first_chunk = first / mask.chunk - (first % mask.chunk < 0), last_chunk = last / mask.chunk - (last % mask.chunk < 0);
+        begin = max(begin, (long long)first_chunk * mask.chunk);
+        end = min(end, (last_chunk + 1ll) * mask.chunk);
+    }
+    if (begin >= end) return {0, 0};
+    return {(int)begin, (int)end};
+}
+
+// Keys that the rows row_block * rows .. of one (sequence, KV head) see; none if the sequence has fewer rows.
+__device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence, int group, int rows, int row_block) {
+    int first_row = row_block * rows, num_rows = sequence.seqlen_q * group;
+    if (first_row >= num_rows) return {0, 0};
+    int last_row = min(first_row + rows, num_rows) - 1;
+    return visible_keys(mask, sequence.seqlen_k, sequence.seqlen_q, first_row / group, last_row / group);
+}
