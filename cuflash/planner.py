@@ -1,0 +1,206 @@
+"""The planner in NumPy: lengths -> the int32 array of a plan. The bitwise twin of ``kernels_cu/plan.cu``.
+
+The keys of all items form one line, which is cut into shares of equal cost. An item is (sequence, KV head, row block);
+its cost is the keys that it sees plus a fixed overhead. Every cut follows from its own number alone, so that a GPU makes
+them all at once: the two versions share their formulas, which use integers only.
+
+What a plan's words are stands in ``kernels_cu/include/schedule.cuh``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .device import Device
+from .problem import Problem
+from .tiling import MAX_BLOCKS_PER_SM, TILE_KEYS, Tiling
+
+if TYPE_CHECKING:
+    from .scheduling import Lengths
+
+PLAN_CUTS = 8  # the word at which the cuts begin
+CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
+MIN_SHARE = 64  # keys per block below which more blocks do not pay
+_INT32_MAX = 2**31 - 1
+
+Ints = NDArray[np.int64]
+
+
+def plan_words(batch_size: int, device: Device) -> int:
+    """Return the size of a plan in int32 words: it depends on the batch size and the device alone."""
+    return PLAN_CUTS + 4 * (device.num_sm * MAX_BLOCKS_PER_SM + 1) + 3 * batch_size
+
+
+def plan_cuts(array: NDArray[np.int32], batch_size: int) -> NDArray[Any]:
+    """Return the cuts of a plan as a structured view (blocks of the device + 1,) with the fields of ``CUT``."""
+    return array[PLAN_CUTS : array.size - 3 * batch_size].view(CUT)
+
+
+def plan_sequences(array: NDArray[np.int32], batch_size: int) -> NDArray[np.int32]:
+    """Return the rows leftpad, seqlen_k and seqlen_q of a plan as a view (3, batch_size)."""
+    return array[array.size - 3 * batch_size :].reshape(3, batch_size)
+
+
+def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints, Ints]:
+    """Return leftpad, seqlen_k (new keys included) and seqlen_q of every sequence, each (batch,) and at least 0."""
+    shape = (problem.batch_size,)
+    seqlen_k = lengths.cache_seqlens.astype(np.int64)
+    leftpad = np.zeros(shape, np.int64)
+    if lengths.cache_leftpad is not None:
+        leftpad = np.maximum(lengths.cache_leftpad, leftpad)
+    seqlen_k = np.maximum(seqlen_k - leftpad, 0)
+    if lengths.cu_seqlens_k_new is not None:
+        seqlen_k += np.maximum(np.diff(lengths.cu_seqlens_k_new.astype(np.int64)), 0)
+    else:
+        seqlen_k += problem.max_seqlen_k_new
+    if lengths.cu_seqlens_q is not None:
+        seqlen_q = np.diff(lengths.cu_seqlens_q.astype(np.int64)).clip(0, problem.max_seqlen_q)
+    else:
+        seqlen_q = np.full(shape, problem.max_seqlen_q, np.int64)
+    return leftpad, np.minimum(seqlen_k, _INT32_MAX), seqlen_q
+
+
+def visible_keys(problem: Problem, tiling: Tiling, seqlen_k: Ints, seqlen_q: Ints) -> tuple[Ints, Ints]:
+    """Return the keys [begin, end) that a row block sees, counted from the leftpad; 0, 0 where it sees none.
+
+    Query position i of a sequence stands at p = i + seqlen_k - seqlen_q. What a row sees begins and ends no earlier
+    than what the row before it sees, so a row block's first and last position decide.
+
+    Args:
+        problem: The problem: its masks and its group size.
+        tiling: The tile sizes: rows and number of the row blocks.
+        seqlen_k: (batch,) valid keys.
+        seqlen_q: (batch,) query positions.
+
+    Returns:
+        begin and end, (batch * row_blocks,) each, the row block fastest.
+    """
+    if tiling.row_blocks > 1:
+        seqlen_k, seqlen_q = seqlen_k[:, None], seqlen_q[:, None]
+    num_rows = seqlen_q * problem.group
+    first_row = np.arange(tiling.row_blocks, dtype=np.int64) * tiling.rows
+    end = np.where(first_row < num_rows, seqlen_k, 0)
+    begin = np.zeros_like(end)
+    if problem.is_masked:
+        left, right = problem.window
+        chunk = problem.attention_chunk
+        first = first_row // problem.group + (seqlen_k - seqlen_q)
+        last = (np.minimum(first_row + tiling.rows, num_rows) - 1) // problem.group + (seqlen_k - seqlen_q)
+        if left >= 0:
+            begin = np.maximum(begin, first - left)
+        if right >= 0:
+            end = np.minimum(end, last + (right + 1))
+        if chunk:
+            begin = np.maximum(begin, first // chunk * chunk)
+            end = np.minimum(end, (last // chunk + 1) * chunk)
+        none = begin >= end
+        begin[none] = end[none] = 0
+    return begin.ravel(), end.ravel()
+
+
+def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NDArray[np.int32]) -> None:
+    """Plan a decode step: fill ``array``.
+
+    Args:
+        problem: The problem.
+        tiling: Its tile sizes on the device.
+        num_blocks: The most blocks that the plan may use.
+        lengths: Host arrays.
+        array: (plan_words(batch_size, device),) int32, every word of it is written.
+    """
+    sequences = plan_sequences(array, problem.batch_size)
+    leftpad, seqlen_k, seqlen_q = sequence_lengths(problem, lengths)
+    sequences[0], sequences[1], sequences[2] = leftpad, seqlen_k, seqlen_q
+    begin, end = visible_keys(problem, tiling, seqlen_k, seqlen_q)
+    item, key = _cut(problem, tiling, num_blocks, begin, end)
+
+    used = len(item)
+    items = len(begin) * problem.num_heads_kv
+    blocks = np.arange(used)
+    # Blocks that hold a part of the item of a cut: from the one that holds its beginning to the one that holds its end.
+    inside = key > 0
+    first = np.searchsorted(item, item)
+    first = np.where(inside, first - inside[first], blocks)
+    last = np.where(inside, np.searchsorted(item, item, side="right") - 1, blocks)
+    array[0] = used
+    array[1:PLAN_CUTS] = 0
+    cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
+    cuts[:used, 0], cuts[:used, 1], cuts[:used, 2], cuts[:used, 3] = item, key, first, last
+    cuts[used:] = (items, 0, used, used)
+
+
+def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Return (item, key) where the share of every used block begins."""
+    heads, row_blocks = problem.num_heads_kv, tiling.row_blocks
+    units = len(begin)  # (sequence, row block): what the KV heads have in common
+    items = units * heads
+    if items == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    keys = end - begin
+    all_keys = int(keys.sum()) * heads
+    shortest, longest = int(keys.min()), int(keys.max())
+    overhead = item_overhead(items, all_keys, shortest == longest)
+    total = all_keys + items * overhead
+    blocks = min(max(1, -(-total // MIN_SHARE)), num_blocks)
+    if shortest == longest:
+        # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full.
+        aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
+        if aligned <= blocks and aligned * 8 >= blocks * 7:
+            blocks = aligned
+    slack = 0
+    if problem.split_size is None:  # the longest share may exceed the mean by 6 %, both of its ends together
+        slack = max(0, (106 * -(-all_keys // blocks) // 100 - -(-total // blocks)) // 2)
+
+    share, rest = divmod(total, blocks)
+    block = np.arange(blocks, dtype=np.int64)
+    target = block * share + block * rest // blocks
+    before = np.zeros(units + 1, np.int64)  # cost of the units before this one, for one KV head
+    np.cumsum(keys + overhead, out=before[1:])
+    unit = np.searchsorted(before, target // heads, side="right") - 1
+    sequence = unit // row_blocks
+    start = before[sequence * row_blocks]
+    head, within = np.divmod(target - heads * start, before[sequence * row_blocks + row_blocks] - start)
+    if row_blocks > 1:
+        unit = np.searchsorted(before, start + within, side="right") - 1
+    x = start + within - before[unit]  # offset in the cost of the item
+    cost = before[unit + 1] - before[unit]
+    item = (sequence * (heads - 1) + head) * row_blocks + unit
+    begin, end = begin[unit], end[unit]
+
+    # The overhead stands at the beginning of an item.
+    grain = problem.split_size or TILE_KEYS
+    key = (begin + np.maximum(x - overhead, 0) + grain // 2) // grain * grain
+    key = np.where(x <= slack, begin, np.where(cost - x <= slack, end, key))
+    if 0 < problem.num_splits < blocks:
+        parts = problem.num_splits
+        # Items that equal shares would cut into more parts: equal parts instead.
+        many = (cost - 1) * blocks > (parts - 1) * total
+        part = (2 * parts * x + cost) // (2 * cost)
+        even = (begin + (end - begin) * part // parts + TILE_KEYS // 2) // TILE_KEYS * TILE_KEYS
+        even = np.where(part == 0, begin, np.where(part == parts, end, even))
+        key = np.where(many, even, key)
+    after = key >= end
+    item += after & (x > 0)
+    key[after | (key <= begin)] = 0
+
+    kept = item < items
+    kept[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
+    return item[kept], key[kept]
+
+
+def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
+    """Return what an item costs beyond its keys, in keys: about 1/32 of the mean item, in [1, 128].
+
+    Short items weigh up to 1/16 of the mean, so that the keys of the longest share stay within 8 % of the mean share.
+    """
+    if uniform:
+        return 0 if all_keys else 1
+    return max(1, min(128, max(all_keys // (32 * items), min(16, all_keys // (16 * items)))))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of ``number`` that is at most ``limit`` and at least 7/8 of it, else 0."""
+    return next((d for d in range(min(limit, number), (limit * 7 + 7) // 8 - 1, -1) if d > 0 and number % d == 0), 0)
