@@ -204,3 +204,45 @@ def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
 def largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of ``number`` that is at most ``limit`` and at least 7/8 of it, else 0."""
     return next((d for d in range(min(limit, number), (limit * 7 + 7) // 8 - 1, -1) if d > 0 and number % d == 0), 0)
+
+
+def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -> tuple[int, int, dict[str, int]]:
+    """Return threads, dynamic shared memory and the values of ``PlanParams`` for a launch of ``plan.cu`` with grid 1.
+
+    Args:
+        problem: The problem.
+        tiling: Its tile sizes.
+        num_blocks: The most blocks that the plan may use.
+        words: Size of the plan.
+
+    Returns:
+        (threads, bytes, values by name of the field; the pointers are the caller's).
+    """
+    batch, row_blocks = problem.batch_size, tiling.row_blocks
+    units = batch * row_blocks
+    # A thread for every unit and for every cut, as far as a block goes.
+    threads = min(1024, -(-max(units, num_blocks) // 32) * 32)
+    slice_sequences = max(1, -(-batch // threads))
+    slice_parts = max(1, min(threads // max(1, batch), row_blocks))
+    left, right = problem.window
+    values = {
+        "window_left": left,
+        "window_right": right,
+        "attention_chunk": problem.attention_chunk,
+        "batch_size": batch,
+        "num_heads_kv": problem.num_heads_kv,
+        "group": problem.group,
+        "rows": tiling.rows,
+        "row_blocks": row_blocks,
+        "max_seqlen_q": problem.max_seqlen_q,
+        "max_seqlen_k_new": problem.max_seqlen_k_new,
+        "num_blocks": num_blocks,
+        "num_cuts": (words - PLAN_CUTS - 3 * batch) // 4,
+        "divisor": largest_divisor(units * problem.num_heads_kv, num_blocks),
+        "num_splits": problem.num_splits,
+        "split_size": problem.split_size or 0,
+        "slice_sequences": slice_sequences,
+        "slice_parts": slice_parts,
+        "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks // slice_parts),
+    }
+    return threads, 8 * (threads + 1) + 8 * num_blocks, values

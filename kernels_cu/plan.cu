@@ -1,0 +1,265 @@
+// Plan a decode step: cut the keys of all items into shares of equal cost, one per thread block of the attention kernel.
+//
+// One launch of one block, for any batch size. A unit is (sequence, row block): what the KV heads have in common. Every thread sums
+// a slice of consecutive units, a block scan turns the sums into the cost before each slice, and then every thread makes the
+// cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts that fell
+// together. cuflash/planner.py is the same in NumPy, word for word: change both.
+#include "schedule.cuh"
+
+struct PlanParams {
+    int* plan;                    // schedule.cuh; every word is written
+    const int* cache_seqlens;     // (batch_size,)
+    const int* cache_leftpad;     // (batch_size,) or null
+    const int* cu_seqlens_q;      // (batch_size + 1,) or null
+    const int* cu_seqlens_k_new;  // (batch_size + 1,) or null
+    int window_left;              // -1: unbounded
+    int window_right;
+    int attention_chunk;  // 0: none
+    int batch_size;
+    int num_heads_kv;
+    int group;  // query heads per KV head
+    int rows;   // packed query rows of a row block
+    int row_blocks;
+    int max_seqlen_q;
+    int max_seqlen_k_new;
+    int num_blocks;       // most blocks that the plan may use
+    int num_cuts;         // entries of the plan
+    int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
+    int num_splits;       // 0: free, n: most parts of an item
+    int split_size;       // cuts lie at multiples of this many keys, or 0
+    int slice_sequences;  // a thread sums up the units of so many sequences,
+    int slice_parts;      // or, where that is 1, of this fraction of a sequence:
+    int slice_units;      // so many units
+};
+
+constexpr unsigned ALL_LANES = 0xffffffff;
+constexpr int WARP = 32;
+constexpr int TILE_KEYS = 16;  // cuts lie at multiples of a warp's tile
+constexpr int MIN_SHARE = 64;  // keys per block below which more blocks do not pay
+
+template <typename T>
+__device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
+    for (int step = 1; step < WARP; step *= 2) {
+        T other = __shfl_up_sync(ALL_LANES, value, step);
+        if (lane >= step) value += other;
+    }
+    return value;
+}
+
+__device__ int warp_min(int value) {
+    for (int step = 1; step < WARP; step *= 2) value = min(value, __shfl_xor_sync(ALL_LANES, value, step));
+    return value;
+}
+
+__device__ int warp_max(int value) {
+    for (int step = 1; step < WARP; step *= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, step));
+    return value;
+}
+
+// The i in [low, high) with before[i] <= target < before[i + 1].
+__device__ int slice_of(const long long* before, int low, int high, long long target) {
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (before[middle] <= target) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+// The first of cuts[low .. high - 1] that lies in `item` or behind it; their items never decrease.
+__device__ int first_cut_from(const int2* cuts, int low, int high, int item) {
+    #pragma unroll 1
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (cuts[middle].x < item) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
+    extern __shared__ long long before[];                        // (threads + 1,) cost before each slice, for one KV head
+    int2* cuts = reinterpret_cast<int2*>(before + blockDim.x + 1);  // (num_blocks,) item and key
+    __shared__ long long warp_keys[WARP];
+    __shared__ int warp_shortest[WARP], warp_longest[WARP], warp_cuts[WARP];
+    const int thread = threadIdx.x, threads = blockDim.x, lane = thread % WARP, warp = thread / WARP, warps = threads / WARP;
+    const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
+    const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
+    int* planned = p.plan + PLAN_CUTS + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
+
+    const int parts = p.slice_parts;
+    const int sequence_begin = min(thread / parts * p.slice_sequences, p.batch_size) * p.row_blocks;
+    const int sequence_end = min(sequence_begin + p.slice_sequences * p.row_blocks, units);
+    const int slice_begin = min(sequence_begin + thread % parts * p.slice_units, sequence_end);
+    const int slice_end = min(slice_begin + p.slice_units, sequence_end);
+
+    // Pass 1: the keys of a slice, and the lengths as planned.
+    long long slice_keys = 0;
+    int shortest = 2147483647, longest = 0;
+    #pragma unroll 1
+    for (int unit = slice_begin; unit < slice_end; ++unit) {
+        const int s = unit / p.row_blocks, row_block = unit % p.row_blocks;
+        const Sequence sequence = sequence_lengths(s, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
+                                                   p.max_seqlen_q, p.max_seqlen_k_new);
+        if (row_block == 0) {
+            planned[s] = sequence.leftpad;
+            planned[p.batch_size + s] = sequence.seqlen_k;
+            planned[2 * p.batch_size + s] = sequence.seqlen_q;
+        }
+        const KeyRange range = row_block_keys(mask, sequence, p.group, p.rows, row_block);
+        const int keys = range.end - range.begin;
+        slice_keys += keys;
+        shortest = min(shortest, keys);
+        longest = max(longest, keys);
+    }
+
+    // Scan over the block: within each warp, then every warp scans the sums of the warps.
+    const long long keys_through = inclusive_scan(slice_keys, lane);  // of this slice and those before it in the warp
+    shortest = warp_min(shortest);
+    longest = warp_max(longest);
+    if (lane == WARP - 1) {
+        warp_keys[warp] = keys_through;
+        warp_shortest[warp] = shortest;
+        warp_longest[warp] = longest;
+    }
+    __syncthreads();
+    const long long warps_through = inclusive_scan(lane < warps ? warp_keys[lane] : 0ll, lane);
+    shortest = warp_min(lane < warps ? warp_shortest[lane] : 2147483647);
+    longest = warp_max(lane < warps ? warp_longest[lane] : 0);
+    const long long head_keys = __shfl_sync(ALL_LANES, warps_through, WARP - 1);  // keys that one KV head reads
+    const long long warps_before = warp ? __shfl_sync(ALL_LANES, warps_through, warp - 1) : 0;
+    const long long all_keys = head_keys * p.num_heads_kv;
+    const bool uniform = shortest == longest;
+
+    // What an item costs beyond its keys: about 1/32 of the mean item. Short items weigh up to 1/16, so that the keys of the
+    // longest share stay near the mean share.
+    int overhead = all_keys == 0;
+    if (!uniform) {
+        const long long sixteenth = all_keys / (16ll * items);
+        overhead = (int)max(1ll, min(128ll, max(sixteenth / 2, min(16ll, sixteenth))));
+    }
+    before[thread] = keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
+    if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
+
+    const long long total = all_keys + (long long)items * overhead;
+    int blocks = units ? (int)min((long long)p.num_blocks, max(1ll, (total + MIN_SHARE - 1) / MIN_SHARE)) : 0;
+    long long share = 0;
+    int rest = 0, slack = 0;
+    if (blocks) {
+        if (uniform) {  // whole items per block, or whole blocks per item, if the GPU stays nearly full
+            const int aligned = items <= blocks ? blocks / items * items : p.divisor;
+            if (aligned <= blocks && aligned * 8ll >= blocks * 7ll) blocks = aligned;
+        }
+        share = total / blocks;
+        rest = (int)(total - share * blocks);
+        if (p.split_size == 0) {  // the longest share may exceed the mean by 6 %, both of its ends together
+            const long long most = 106 * ((all_keys + blocks - 1) / blocks) / 100;
+            slack = (int)min(max(0ll, (most - (share + (rest > 0))) / 2), 2147483647ll);
+        }
+    }
+    __syncthreads();
+
+    // Pass 2: the cut of block b.
+    #pragma unroll 1
+    for (int b = thread; b < blocks; b += threads) {
+        const long long target = b * share + (unsigned)b * (unsigned)rest / (unsigned)blocks;
+        const long long head_target = target / p.num_heads_kv;
+        int slice = slice_of(before, 0, threads, head_target);
+        // The sequence, the head in it, and then the row block: `goal` is the cost before the cut for one KV head, as soon as the
+        // sequence is known.
+        bool sequence_known = p.slice_sequences == 1;
+        int head = 0;
+        long long goal = 0;
+        if (sequence_known) {
+            const int first = slice / parts * parts;
+            const long long offset = target - before[first] * p.num_heads_kv, cost = before[first + parts] - before[first];
+            head = (int)(offset / cost);
+            goal = before[first] + (offset - head * cost);
+            if (parts > 1) slice = slice_of(before, first, first + parts, goal);
+        }
+        int unit = slice / parts * p.slice_sequences * p.row_blocks + slice % parts * p.slice_units;
+        long long start = before[slice], sequence_start = start;
+        KeyRange range;
+        int keys;
+        #pragma unroll 1
+        while (true) {
+            const int* lengths = planned + unit / p.row_blocks;
+            const Sequence sequence = {0, lengths[p.batch_size], lengths[2 * p.batch_size]};
+            range = row_block_keys(mask, sequence, p.group, p.rows, unit % p.row_blocks);
+            keys = range.end - range.begin;
+            if (sequence_known && start + keys + overhead > goal) break;
+            start += keys + overhead;
+            unit += 1;
+            if (!sequence_known && unit % p.row_blocks == 0) {
+                if (start > head_target) {
+                    const long long offset = target - sequence_start * p.num_heads_kv, cost = start - sequence_start;
+                    head = (int)(offset / cost);
+                    goal = sequence_start + (offset - head * cost);
+                    sequence_known = true;
+                    unit -= p.row_blocks;
+                    start = sequence_start;
+                }
+                sequence_start = start;
+            }
+        }
+
+        const int cost = keys + overhead, x = (int)(goal - start);  // the overhead stands at the item's beginning
+        unsigned key = range.begin + max(x - overhead, 0);
+        const unsigned grain = p.split_size ? p.split_size : TILE_KEYS;
+        key = (key + grain / 2) / grain * grain;
+        if (x <= slack) key = range.begin;
+        else if (cost - x <= slack) key = range.end;
+        if (0 < p.num_splits && p.num_splits < blocks) {
+            const long long most = p.num_splits;
+            // Items that equal shares would cut into more parts: equal parts instead.
+            if ((cost - 1ll) * blocks > (most - 1) * total) {
+                const long long part = (2 * most * x + cost) / (2ll * cost);
+                key = (unsigned)((range.begin + keys * part / most + TILE_KEYS / 2) / TILE_KEYS * TILE_KEYS);
+                if (part == 0) key = range.begin;
+                if (part == most) key = range.end;
+            }
+        }
+        int item = (unit / p.row_blocks * (p.num_heads_kv - 1) + head) * p.row_blocks + unit;
+        const bool after = key >= (unsigned)range.end;
+        if (after && x > 0) item += 1;
+        if (after || key <= (unsigned)range.begin) key = 0;
+        cuts[b] = make_int2(item, (int)key);
+    }
+    __syncthreads();
+
+    // Drop the cuts that equal the one before them or lie at the end. In place: a cut moves only towards the front.
+    int used = 0;
+    #pragma unroll 1
+    for (int first = 0; first < blocks; first += threads) {
+        const int b = first + thread;
+        const int2 cut = b < blocks ? cuts[b] : make_int2(items, 0);
+        const int2 previous = 0 < b && b < blocks ? cuts[b - 1] : make_int2(-1, 0);
+        const bool kept = cut.x < items && (cut.x != previous.x || cut.y != previous.y);
+        const unsigned kept_lanes = __ballot_sync(ALL_LANES, kept);
+        if (lane == 0) warp_cuts[warp] = __popc(kept_lanes);
+        __syncthreads();
+        const int through = inclusive_scan(lane < warps ? warp_cuts[lane] : 0, lane);
+        int place = used + __popc(kept_lanes & ((1u << lane) - 1));
+        if (warp) place += __shfl_sync(ALL_LANES, through, warp - 1);
+        used += __shfl_sync(ALL_LANES, through, WARP - 1);
+        if (kept) cuts[place] = cut;
+        __syncthreads();
+    }
+
+    // The plan, with the blocks that hold a part of each item that is cut.
+    if (thread < PLAN_CUTS) p.plan[thread] = thread == 0 ? used : 0;
+    Cut* planned_cuts = reinterpret_cast<Cut*>(p.plan + PLAN_CUTS);
+    #pragma unroll 1
+    for (int u = thread; u < p.num_cuts; u += threads) {
+        Cut cut = {items, 0, used, used};
+        if (u < used) {
+            cut = {cuts[u].x, cuts[u].y, u, u};
+            if (cut.key > 0) {
+                cut.first_block = first_cut_from(cuts, 0, u, cut.item);
+                cut.first_block -= cuts[cut.first_block].y > 0;  // the item begins in the block before
+                cut.last_block = first_cut_from(cuts, u, used, cut.item + 1) - 1;
+            }
+        }
+        planned_cuts[u] = cut;
+    }
+}
