@@ -1,0 +1,18 @@
+"""cuflash: decode attention for CuPy.
+
+A scheduler plans one decode step once (:func:`get_scheduler_metadata`); every layer of the model then runs one kernel on
+that plan (:func:`flash_attn_with_kvcache`).
+"""
+
+from .attention import flash_attn_with_kvcache, merge_attn_states
+from .scheduling import SchedulerMetadata, get_scheduler_metadata
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SchedulerMetadata",
+    "__version__",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "merge_attn_states",
+]

@@ -1,0 +1,149 @@
+// Decode attention: one launch for a layer, on a plan made once for the step.
+//
+// A block reads its share of all keys (plan.cu), item after item. Warp w owns every kWarps-th tile of 16 keys; it loads its
+// own tiles into its own ring (loader.cuh), scores them (mma.cuh or fma.cuh), keeps its own running maximum and sum
+// (softmax.cuh), and never waits for another warp until the item ends (combine.cuh). An item that lies in several blocks is
+// merged by the last of them to arrive.
+//
+// The ring: half-stage h holds the keys (h even) or values (h odd) of tile h / 2. While half-stage h is read, the copy of
+// half-stage h + kStages - 1 goes into the slot of half-stage h - 1, which all lanes have left behind.
+#include "combine.cuh"
+#include "config.cuh"
+#include "loader.cuh"
+#include "params.cuh"
+#include "segment.cuh"
+#include "softmax.cuh"
+#if ELEMENT_BYTES == 2
+#include "mma.cuh"
+using Math = MmaMath<Element>;
+#else
+#include "fma.cuh"
+using Math = FmaMath;
+#endif
+
+// Queries of the item to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero.
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, unsigned char* query) {
+    constexpr int kChunks = kKeyBytes / 16;
+    const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+        const int row = i / kChunks, chunk = i % kChunks;
+        uint4 elements = {0, 0, 0, 0};
+        if (row < s.valid_rows && chunk * 16 < kHeadDim * Element::kBytes) {
+            const int packed = s.first_row + row, position = packed / p.group;
+            const int head = s.kv_head * p.group + packed - position * p.group;
+            const char* from = static_cast<const char*>(p.q) +
+                               (start + position * p.q_row_stride + head * p.q_head_stride) * Element::kBytes;
+            elements = reinterpret_cast<const uint4*>(from)[chunk];
+        }
+        *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(row, chunk)) = elements;
+    }
+}
+
+// Merges what the warps found and hands the item on: to its output, or as a partial result to the block that arrives last.
+__device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment, int block,
+                                               const Math& math, const Softmax& softmax, WarpStates& states, u32 free_slot) {
+    const bool whole = segment.starts && segment.ends;
+    Parts parts;
+    long long slot;
+    if (p.split_size > 0) {
+        const int first_split = clamped_split(p, segment.visible.begin);
+        parts.count = segment.visible.end > segment.visible.begin
+                          ? clamped_split(p, segment.visible.end - 1) - first_split + 1
+                          : 0;
+        const long long item_slot = static_cast<long long>(segment.item) * p.max_splits;
+        slot = item_slot + segment.split;
+        parts.first = item_slot + first_split;
+        parts.next = parts.first;
+        parts.stride = 1;
+    } else {
+        // A block is the first of at most one split item, slot 2 b + 1, and goes on with at most one other, slot 2 b.
+        const Cut& cut = segment.starts ? share.end : share.begin;
+        slot = 2 * block + segment.starts;
+        parts.count = cut.last_block - cut.first_block + 1;
+        parts.first = 2 * cut.first_block + 1;
+        parts.next = 2 * cut.first_block;
+        parts.stride = 2;
+    }
+    if (whole && (p.split_size == 0 || parts.count <= 1)) {
+        merge_warps(p, segment, math, softmax, states, free_slot, -1);
+        return;
+    }
+    // An empty split has no slot; an empty part of a plan that balances has one, which the merge reads.
+    if (p.split_size == 0 || segment.keys.end > segment.keys.begin) {
+        merge_warps(p, segment, math, softmax, states, free_slot, slot);
+    }
+    if (!segment.last) return;
+    if (!whole) {
+        const Cut& cut = segment.starts ? share.end : share.begin;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            const u32 others = cut.last_block - cut.first_block;
+            states.is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
+        }
+        __syncthreads();
+        if (!states.is_last) return;
+    }
+    merge_parts(p, segment, parts);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char* const query = shared + kWarps * kRingBytes;  // (kRows, kPaddedHeadDim)
+    WarpStates& states = *reinterpret_cast<WarpStates*>(query + kRows * kKeyBytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+    if (block >= p.plan[0]) return;
+
+    const Share share = {load_cut(p, block), load_cut(p, block + 1)};
+    const u32 ring = shared_address(shared) + warp * kRingBytes;
+    Loader loader(p, share, ring, warp, lane);
+#pragma unroll
+    for (int h = 0; h < kStages - 1; h += 2) {
+        loader.load_keys(h * kSlotBytes);
+        loader.load_values((h + 1) * kSlotBytes);
+    }
+
+    Math math(shared_address(query), lane);
+    Softmax softmax;
+    int slot = 0, free_slot = (kStages - 1) * kSlotBytes;  // offsets in the ring: being read, just left
+    const auto advance = [&] {
+        free_slot = slot;
+        slot = slot + kSlotBytes == kRingBytes ? 0 : slot + kSlotBytes;
+    };
+
+    SegmentWalker walker(share);
+    Segment segment;
+    while (walker.next(p, share, segment)) {
+        load_queries(p, segment, query);
+        __syncthreads();
+        math.begin_item();
+        softmax.reset();
+
+        // Between these keys every row sees every key.
+        const int queries = segment.lengths.seqlen_q, keys = segment.lengths.seqlen_k;
+        const int first_query = segment.first_row / p.group;
+        const int last_query = (segment.first_row + max(segment.valid_rows, 1) - 1) / p.group;
+        const int full_begin = visible_keys(mask_of(p), keys, queries, last_query, last_query).begin;
+        const int full_end = min(segment.keys.end, visible_keys(mask_of(p), keys, queries, first_query, first_query).end);
+
+        for (int key = segment.keys.begin + warp * kTileKeys; key < segment.keys.end; key += kWarps * kTileKeys) {
+            Scores scores;
+            cp_async_wait<kStages - 2>();
+            __syncwarp();
+            loader.load_keys(free_slot);
+            math.scores(ring + slot, scores);
+            advance();
+
+            scale_scores(p, scores);
+            if (key < full_begin || key + kTileKeys > full_end) mask_scores(p, segment, key, lane, scores);
+            softmax.update(scores, math);
+
+            cp_async_wait<kStages - 2>();
+            __syncwarp();
+            loader.load_values(free_slot);
+            math.accumulate(ring + slot, scores);
+            advance();
+        }
+
+        finish_segment(p, share, segment, block, math, softmax, states, ring + free_slot);
+    }
+}

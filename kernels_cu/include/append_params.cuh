@@ -1,0 +1,49 @@
+// What append.cu is told. One struct by value; its NumPy twin is in cuflash/kernels.py and a test compares the two.
+#pragma once
+
+struct AppendParams {
+    const void* q;            // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
+    void* q_rotated;          // the same, contiguous
+    const void* k;            // (batch, seqlen_new, heads_kv, headdim) or (total_new, heads_kv, headdim)
+    const void* v;            // (batch, seqlen_new, heads_kv, headdim_v) or (total_new, heads_kv, headdim_v)
+    void* k_cache;            // (pages, page_size, heads_kv, headdim)
+    void* v_cache;            // (pages, page_size, heads_kv, headdim_v)
+    const void* rotary_cos;   // (positions, rotary_dim / 2)
+    const void* rotary_sin;   // (positions, rotary_dim / 2)
+    const int* cache_seqlens;     // (batch,) lengths before the append
+    const int* rotary_seqlens;    // (batch,) or null: cache_seqlens
+    const int* cache_batch_idx;   // (batch,) or null
+    const int* page_table;        // (rows, pages per sequence) or null
+    const int* cu_seqlens_q;      // (batch + 1,) or null
+    const int* cu_seqlens_k_new;  // (batch + 1,) or null
+    long long q_batch_stride;     // elements, as all strides
+    long long q_row_stride;
+    long long q_head_stride;
+    long long k_batch_stride;
+    long long k_token_stride;
+    long long k_new_head_stride;
+    long long v_batch_stride;
+    long long v_token_stride;
+    long long v_new_head_stride;
+    long long k_page_stride;
+    long long k_row_stride;
+    long long k_head_stride;
+    long long v_page_stride;
+    long long v_row_stride;
+    long long v_head_stride;
+    long long page_table_stride;
+    int batch_size;
+    int query_tokens;  // 0: queries are not rotated
+    int new_tokens;
+    int max_seqlen_q;
+    int max_seqlen_k_new;
+    int num_heads_q;
+    int num_heads_kv;
+    int headdim;
+    int headdim_v;
+    int page_size;
+    int capacity;  // keys that a sequence has room for
+    int rotary_dim;
+    int rotary_interleaved;
+    int rotary_moves;  // query i stands at base + i, else all queries at base
+};

@@ -1,0 +1,183 @@
+// From the warps' partial results to the answer: warps meet in shared memory, blocks in global memory.
+//
+// A partial result of some keys is (maximum m, sum l, output O) per row: O = sum exp2(score - m) V, l = sum exp2(score - m).
+// Several are merged as O = sum_i exp2(m_i - m) O_i, likewise l, with m the largest m_i (Milakov and Gimelshein,
+// "Online normalizer calculation for softmax"). The order is the order of the keys, so results never depend on timing.
+#pragma once
+#include "config.cuh"
+#include "segment.cuh"
+
+constexpr int kVectors = kPaddedHeadDimV / 4;  // float4s of an output row
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct RowState {
+    float maximum, sum;
+};
+
+// What the warps of a block tell each other when an item ends.
+struct WarpStates {
+    float2 row[kWarps][kRows];  // (maximum, sum)
+    u32 slot[kWarps];           // the free slot of each warp's ring
+    u32 is_last;                // whether this block arrived last at an item
+};
+
+// Where a row's results go.
+struct RowOutput {
+    long long out;  // element of `out`
+    long long lse;
+    int head;
+
+    __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
+        const int packed = s.first_row + row, query = packed / p.group;
+        head = s.kv_head * p.group + packed - query * p.group;
+        const long long start = p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0;
+        out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
+        lse = s.sequence * p.lse_batch_stride + head * p.lse_head_stride + start + query;
+    }
+};
+
+// The factor that turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a
+// value of zero; it enters here, once, however the item was split.
+__device__ __forceinline__ float finish_row(const DecodeParams& p, int head, RowState state, float& lse) {
+    float factor = 1.0f;
+    if (p.sinks) {
+        const float sink = p.sinks[head] * kLog2e;
+        const float maximum = fmaxf(state.maximum, sink);
+        factor = exp2_approx(state.maximum - maximum);
+        state.sum = state.sum * factor + exp2_approx(sink - maximum);
+        state.maximum = maximum;
+    }
+    if (state.sum == 0.0f) {
+        lse = -__int_as_float(0x7f800000);
+        return 0.0f;
+    }
+    lse = (state.maximum + log2_approx(state.sum)) * kLn2;
+    return factor / state.sum;
+}
+
+__device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
+    if (vector * 4 >= kHeadDimV) return;
+    o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+    store4<Element>(p.out, at.out + vector * 4, o);
+}
+
+__device__ __forceinline__ float4* partial_output(const DecodeParams& p, long long slot) {
+    return reinterpret_cast<float4*>(p.partials) + slot * kRows * kVectors;
+}
+
+__device__ __forceinline__ float2* partial_states(const DecodeParams& p, long long slot) {
+    float* states = p.partials + static_cast<long long>(p.num_slots) * kRows * kPaddedHeadDimV;
+    return reinterpret_cast<float2*>(states) + slot * kRows;
+}
+
+// Merges the warps' results of a segment. Writes the answer if `slot` is negative, else a partial result to that slot.
+// Each warp passes its outputs through the free slot of its ring, 8 rows at a time: the rest of the ring is filling with the
+// next item's keys meanwhile. Ends with a block barrier.
+template <typename Math, typename Softmax>
+__device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment& segment, const Math& math,
+                                            const Softmax& softmax, WarpStates& states, u32 free_slot, long long slot) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            const float sum = softmax.row_sum(g, column);
+            if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.maximum[g][column], sum);
+        }
+    }
+    if (lane == 0) states.slot[warp] = free_slot;
+    __syncwarp();  // all lanes have read the values that lay in the slot
+
+#pragma unroll
+    for (int g = 0; g < kRowGroups; ++g) {
+        if (g * 8 >= segment.valid_rows) break;
+        math.store(g, free_slot, lane);
+        __syncthreads();
+        for (int i = threadIdx.x; i < 8 * kVectors; i += kThreads) {
+            const int row = g * 8 + i / kVectors, vector = i % kVectors;
+            if (row >= segment.valid_rows) break;
+            RowState merged = {kLowest, 0.0f};
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) merged.maximum = fmaxf(merged.maximum, states.row[w][row].x);
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const float weight = exp2_approx(states.row[w][row].x - merged.maximum);
+                merged.sum += weight * states.row[w][row].y;
+                const float4 part = load_shared(states.slot[w] + OutputTile::offset(i / kVectors, vector * 4));
+                o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
+            }
+            if (slot < 0) {
+                const RowOutput at(p, segment, row);
+                float lse;
+                const float factor = finish_row(p, at.head, merged, lse);
+                store_answer(p, at, vector, o, factor);
+                if (vector == 0) p.softmax_lse[at.lse] = lse;
+            } else {
+                store_global(partial_output(p, slot) + row * kVectors + vector, o);
+                if (vector == 0) partial_states(p, slot)[row] = make_float2(merged.maximum, merged.sum);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * stride`.
+struct Parts {
+    long long first, next;
+    int stride, count;
+
+    __device__ __forceinline__ long long slot(int part) const {
+        return part == 0 ? first : next + static_cast<long long>(part) * stride;
+    }
+};
+
+// Merges the parts of an item and writes the answer: a row per warp, kWide loads in flight.
+__device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts) {
+    constexpr int kWide = 16;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int row = warp; row < segment.valid_rows; row += kWarps) {
+        const RowOutput at(p, segment, row);
+        RowState merged = {kLowest, 0.0f};
+        for (int part = lane; part < parts.count; part += 32) {
+            merged.maximum = fmaxf(merged.maximum, load_cg(partial_states(p, parts.slot(part)) + row).x);
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) {
+            merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
+        }
+        for (int first_vector = 0; first_vector < kVectors; first_vector += 32) {
+            const int vector = first_vector + lane;
+            const bool active = vector < kVectors;
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            merged.sum = 0.0f;
+            for (int first = 0; first < parts.count; first += kWide) {
+                // Lane i % 16 holds the state of part first + i; the outputs are on their way before the weights are known.
+                const int mine = min(first + lane % kWide, parts.count - 1);
+                const float2 state = load_cg(partial_states(p, parts.slot(mine)) + row);
+                float4 part[kWide];
+#pragma unroll
+                for (int i = 0; i < kWide; ++i) {
+                    part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (active && first + i < parts.count) {
+                        part[i] = load_cg(partial_output(p, parts.slot(first + i)) + row * kVectors + vector);
+                    }
+                }
+                const float my_weight = first + lane % kWide < parts.count ? exp2_approx(state.x - merged.maximum) : 0.0f;
+                const float my_sum = first + lane % kWide < parts.count ? my_weight * state.y : 0.0f;
+#pragma unroll
+                for (int i = 0; i < kWide; ++i) {
+                    const float weight = __shfl_sync(kFullWarp, my_weight, i);
+                    merged.sum += __shfl_sync(kFullWarp, my_sum, i);
+                    o.x += weight * part[i].x, o.y += weight * part[i].y;
+                    o.z += weight * part[i].z, o.w += weight * part[i].w;
+                }
+            }
+            float lse;
+            const float factor = finish_row(p, at.head, merged, lse);
+            if (active) store_answer(p, at, vector, o, factor);
+            if (vector == 0) p.softmax_lse[at.lse] = lse;
+        }
+    }
+}

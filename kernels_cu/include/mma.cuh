@@ -1,0 +1,135 @@
+// The arithmetic of one warp on tensor cores: mma.m16n8k16 with keys, then value columns, as M and query rows as N.
+//
+//   S^T[16 keys x 8 rows]    = K[16 x D] Q^T[D x 8]      A: K by ldmatrix, B: Q by ldmatrix (rows of Q are columns of B)
+//   O^T[16 columns x 8 rows] += V^T[16 x 16 keys] P^T    A: V by ldmatrix.trans, B: P^T by movmatrix from the scores
+//
+// Fragments, lane l (PTX ISA, m16n8k16): A holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) .. + 1 and + 8;
+// B holds rows 2 (l % 4) .. + 1 and + 8 of column l / 4; C holds rows l / 4 (c0, c1) and l / 4 + 8 (c2, c3),
+// columns 2 (l % 4) and + 1.
+#pragma once
+#include "config.cuh"
+#include "softmax.cuh"
+
+template <typename T>
+class MmaMath {
+    static constexpr int kSteps = (kHeadDim + 15) / 16;     // of 16 elements of a key
+    static constexpr int kColumns = (kHeadDimV + 15) / 16;  // tiles of 16 value columns
+    static constexpr int kQueryBytes = kKeyBytes;           // of a query row in shared memory
+    static constexpr bool kQueryInRegisters = kHeadDim * kRows < 4096;
+
+    using Keys = Swizzle<kKeyBytes>;
+    using Values = Swizzle<kValueBytes>;
+
+public:
+    __device__ __forceinline__ MmaMath(u32 query, int lane) : query_(query) {
+        // Lane l addresses key l % 16 and element half l / 16 of K; of V, transposed, key l % 8 + 8 (l / 16) and half l / 8 % 2.
+        key_lane_ = Keys::offset(lane % 16, lane / 16);
+        value_lane_ = Values::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        // Of Q: row l % 8, 8-element column l / 8 of 32 elements.
+        query_lane_ = Keys::offset(lane % 8, lane / 8);
+    }
+
+    // Reads the item's queries, which lie in shared memory as rows of kKeyBytes.
+    __device__ __forceinline__ void begin_item() {
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+            for (int t = 0; t < kColumns; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output_[g][t][i] = 0.0f;
+            }
+        }
+        if constexpr (kQueryInRegisters) {
+#pragma unroll
+            for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+                for (int step = 0; step < kSteps; step += 2) load_query(g, step, &queries_[g][step * 2]);
+            }
+        }
+    }
+
+    // S^T = K Q^T of the tile in the slot.
+    __device__ __forceinline__ void scores(u32 slot, Scores& s) const {
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[g][i] = 0.0f;
+        }
+        u32 query[kRowGroups][4];
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            u32 a[4];
+            ldmatrix_x4(a, step_address<Keys>(slot + key_lane_, step));
+#pragma unroll
+            for (int g = 0; g < kRowGroups; ++g) {
+                if constexpr (kQueryInRegisters) {
+                    T::mma(s[g], a, queries_[g][step * 2], queries_[g][step * 2 + 1]);
+                } else {
+                    if (step % 2 == 0) load_query(g, step, query[g]);
+                    T::mma(s[g], a, query[g][step % 2 * 2], query[g][step % 2 * 2 + 1]);
+                }
+            }
+        }
+    }
+
+    // O^T += V^T P^T of the tile in the slot.
+    __device__ __forceinline__ void accumulate(u32 slot, const Scores& weights) {
+        u32 b[kRowGroups][2];
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+            b[g][0] = movmatrix_trans(T::pack(weights[g][0], weights[g][1]));
+            b[g][1] = movmatrix_trans(T::pack(weights[g][2], weights[g][3]));
+        }
+#pragma unroll
+        for (int t = 0; t < kColumns; ++t) {
+            u32 a[4];
+            ldmatrix_x4_trans(a, step_address<Values>(slot + value_lane_, t));
+#pragma unroll
+            for (int g = 0; g < kRowGroups; ++g) T::mma(output_[g][t], a, b[g][0], b[g][1]);
+        }
+    }
+
+    __device__ __forceinline__ void rescale(const float (&alpha)[kRowGroups][2]) {
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+            for (int t = 0; t < kColumns; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output_[g][t][i] *= alpha[g][i % 2];
+            }
+        }
+    }
+
+    // Stores row group g as rows of kPaddedHeadDimV floats, columns exclusive-or'ed by OutputTile.
+    __device__ __forceinline__ void store(int g, u32 slot, int lane) const {
+#pragma unroll
+        for (int t = 0; t < kColumns; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane % 4 * 2 + i % 2, column = t * 16 + lane / 4 + i / 2 * 8;
+                store_shared(slot + OutputTile::offset(row, column), output_[g][t][i]);
+            }
+        }
+    }
+
+private:
+    // Two steps of row group g: {b0, b1} of both.
+    __device__ __forceinline__ void load_query(int g, int step, u32* two_steps) const {
+        u32 b[4];
+        ldmatrix_x4(b, step_address<Keys>(query_ + g * 8 * kQueryBytes + query_lane_, step));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) two_steps[i] = b[i];
+    }
+
+    // A step is two chunks on: an exclusive or within a swizzle period, an offset beyond it.
+    template <typename Rows>
+    static __device__ __forceinline__ u32 step_address(u32 lane_address, int step) {
+        constexpr int kPeriod = Rows::kPeriod / 2;
+        return (lane_address ^ (step % kPeriod * 32)) + step / kPeriod * kPeriod * 32;
+    }
+
+    u32 query_;
+    u32 key_lane_, value_lane_, query_lane_;
+    u32 queries_[kRowGroups][kQueryInRegisters ? (kSteps + 1) / 2 * 4 : 1];
+    float output_[kRowGroups][kColumns][4];
+};

@@ -1,0 +1,93 @@
+// A share of the plan as segments: the keys of one item that a block reads in one go.
+//
+// Lengths come from the call, cuts from the plan: the first part of an item begins at its real first visible key, the
+// last one ends at its real last one, and a cut beyond the real end leaves an empty part. Hence a stale plan is slower
+// and never wrong.
+#pragma once
+#include "config.cuh"
+#include "params.cuh"
+#include "schedule.cuh"
+
+constexpr int kItemEnd = 0x7fffffff;
+
+struct Segment {
+    int item;
+    int sequence;
+    int kv_head;
+    int first_row;   // of the row block, in packed rows (query position major, head minor)
+    int valid_rows;  // packed rows of the row block that exist
+    Sequence lengths;
+    KeyRange visible;  // of the whole item
+    KeyRange keys;     // of this segment
+    int split;         // with split_size: number of this split in its sequence
+    bool starts;       // the plan has no cut at the item's beginning ..
+    bool ends;         // .. nor at its end, within this share
+    bool last;         // last segment of the item in this share
+};
+
+struct Share {
+    Cut begin;
+    Cut end;
+};
+
+// Splits beyond the slots that the host could foresee become one with the last.
+__device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
+    return min(key / p.split_size, p.max_splits - 1);
+}
+
+__device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) {
+    Cut cut = plan_cuts(p.plan)[block];
+    if (p.split_size > 0) cut.key = min(cut.key, (p.max_splits - 1) * p.split_size);
+    return cut;
+}
+
+__device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
+    return {p.window_left, p.window_right, p.attention_chunk};
+}
+
+// Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
+struct SegmentWalker {
+    int item;
+    int key;  // plan coordinate at which the next segment begins; 0 is the item's beginning
+
+    __device__ __forceinline__ explicit SegmentWalker(const Share& share)
+        : item(share.begin.item), key(share.begin.key) {}
+
+    // Writes the next segment; false at the end of the share.
+    __device__ __forceinline__ bool next(const DecodeParams& p, const Share& share, Segment& s) {
+        if (item > share.end.item || (item == share.end.item && key >= share.end.key)) return false;
+        const int item_of_kv_head = item / p.row_blocks;
+        s.item = item;
+        s.sequence = item_of_kv_head / p.num_heads_kv;
+        s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
+        s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
+        s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
+                                     p.max_seqlen_q, p.max_seqlen_k_new);
+        s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
+        s.visible = row_block_keys(mask_of(p), s.lengths, p.group, kRows, s.first_row / kRows);
+        const int part_end = item == share.end.item ? share.end.key : kItemEnd;
+        s.starts = item != share.begin.item || share.begin.key == 0;
+        s.ends = part_end == kItemEnd;
+        s.keys.begin = max(s.visible.begin, key);
+        s.keys.end = min(s.visible.end, part_end);
+        s.split = 0;
+        s.last = true;
+        if (p.split_size > 0) {
+            s.split = clamped_split(p, s.keys.begin);
+            const int split_end = (s.split + 1) * p.split_size;
+            if (s.split < p.max_splits - 1 && split_end < s.keys.end) {
+                s.keys.end = split_end;
+                s.last = false;
+            }
+        }
+        s.keys.end = max(s.keys.end, s.keys.begin);
+        if (s.last) {
+            ++item;
+            key = 0;
+        } else {
+            key = s.keys.end;
+        }
+        return true;
+    }
+
+};

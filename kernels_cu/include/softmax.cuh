@@ -1,0 +1,111 @@
+// Online softmax over keys, transposed: keys are the rows of the score fragment, packed query rows its columns.
+//
+// Fragment of one row group (8 query rows), S^T[16 keys x 8 rows]: lane l holds in
+//   s[0], s[1]: key l / 4,     rows 2 (l % 4) and 2 (l % 4) + 1
+//   s[2], s[3]: key l / 4 + 8, the same rows
+// so the eight lanes with equal l % 4 share two rows.
+#pragma once
+#include "config.cuh"
+#include "segment.cuh"
+
+using Scores = float[kRowGroups][4];
+
+// Scores in log2 units: exp(x) is exp2(x log2 e), and log2 e is part of the scale.
+__device__ __forceinline__ void scale_scores(const DecodeParams& p, Scores& s) {
+#pragma unroll
+    for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (kHasSoftcap) {
+                // cap * tanh(x) = cap * (1 - 2 / (e^2x + 1)): tanh.approx is too coarse for the LSE. The scale holds 2 log2 e.
+                const float e = exp2_approx(s[g][i] * p.score_scale);
+                s[g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
+            } else {
+                s[g][i] *= p.score_scale;
+            }
+        }
+    }
+}
+
+// Hides from each row the keys that it does not see; for the tiles in which that differs from row to row.
+__device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_key, int lane,
+                                            Scores& s) {
+#pragma unroll
+    for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            const int query = (segment.first_row + g * 8 + lane % 4 * 2 + column) / p.group;
+            const KeyRange seen = visible_keys(mask_of(p), segment.lengths.seqlen_k, segment.lengths.seqlen_q, query, query);
+            const int begin = seen.begin, end = min(seen.end, segment.keys.end);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int key = first_key + lane / 4 + half * 8;
+                if (key < begin || key >= end) s[g][half * 2 + column] = -__int_as_float(0x7f800000);
+            }
+        }
+    }
+}
+
+// Running maximum and sum of two rows per row group. The maximum is lazy: it moves only when a score exceeds it by more
+// than kSlack, so that most tiles need no reduction; weights then reach 2^kSlack instead of 1, which floats bear.
+class Softmax {
+public:
+    __device__ __forceinline__ void reset() {
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+            maximum[g][0] = maximum[g][1] = kLowest;
+            sum[g][0] = sum[g][1] = 0.0f;
+        }
+    }
+
+    // Turns scores into weights; calls rescale(alpha) first if a maximum moves.
+    template <typename Math>
+    __device__ __forceinline__ void update(Scores& s, Math& math) {
+        bool exceeds = false;
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+            exceeds |= fmaxf(s[g][0], s[g][2]) > maximum[g][0] + kSlack;
+            exceeds |= fmaxf(s[g][1], s[g][3]) > maximum[g][1] + kSlack;
+        }
+        if (__any_sync(kFullWarp, exceeds)) {
+            float alpha[kRowGroups][2];
+#pragma unroll
+            for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+                for (int column = 0; column < 2; ++column) {
+                    float top = fmaxf(s[g][column], s[g][column + 2]);
+#pragma unroll
+                    for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, lanes));
+                    // Each row moves for its own sake alone: its result must not depend on the rows beside it.
+                    const float moved = top > maximum[g][column] + kSlack ? top : maximum[g][column];
+                    alpha[g][column] = exp2_approx(maximum[g][column] - moved);
+                    maximum[g][column] = moved;
+                    sum[g][column] *= alpha[g][column];
+                }
+            }
+            math.rescale(alpha);
+        }
+#pragma unroll
+        for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[g][i] = exp2_approx(s[g][i] - maximum[g][i % 2]);
+                sum[g][i % 2] += s[g][i];
+            }
+        }
+    }
+
+    // Sums stay per lane until the item ends.
+    __device__ __forceinline__ float row_sum(int g, int column) const {
+        float total = sum[g][column];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kFullWarp, total, lanes);
+        return total;
+    }
+
+    float maximum[kRowGroups][2];
+    float sum[kRowGroups][2];
+
+private:
+    static constexpr float kSlack = 8.0f;
+};

@@ -1,0 +1,47 @@
+// Merges partial results over disjoint keys: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
+// One warp a row (batch, query, head); a part without keys (LSE -inf) counts as nothing, whatever its output holds.
+#include "types.cuh"
+
+using Bits = ELEMENT::Bits;
+
+struct MergeParams {
+    const void* outs;   // (states, batch, queries, heads, headdim)
+    const float* lses;  // (states, batch, heads, queries)
+    void* out;          // (batch, queries, heads, headdim)
+    float* lse;         // (batch, heads, queries)
+    int states;
+    int batch_size;
+    int queries;
+    int heads;
+    int headdim;
+    int reserved;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_constant__ MergeParams p) {
+    const float kNone = -__int_as_float(0x7f800000);
+    const long long rows = static_cast<long long>(p.batch_size) * p.queries * p.heads;
+    const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
+    if (row >= rows) return;
+    const int head = row % p.heads;
+    const long long batch = row / p.heads / p.queries, query = row / p.heads % p.queries;
+    const float* lses = p.lses + (batch * p.heads + head) * p.queries + query;
+
+    float maximum = kNone;
+    for (int i = 0; i < p.states; ++i) maximum = fmaxf(maximum, lses[i * rows]);
+    float sum = 0.0f;
+    if (maximum != kNone) {
+        for (int i = 0; i < p.states; ++i) sum += expf(lses[i * rows] - maximum);
+    }
+    const float lse = sum == 0.0f ? kNone : maximum + logf(sum);
+
+    const Bits* outs = static_cast<const Bits*>(p.outs) + row * p.headdim;
+    for (int column = threadIdx.x % 32; column < p.headdim; column += 32) {
+        float value = 0.0f;
+        for (int i = 0; i < p.states; ++i) {
+            const float part = lses[i * rows];
+            if (part != kNone) value += expf(part - lse) * ELEMENT::to_float(outs[i * rows * p.headdim + column]);
+        }
+        static_cast<Bits*>(p.out)[row * p.headdim + column] = ELEMENT::from_float(value);
+    }
+    if (threadIdx.x % 32 == 0) p.lse[(batch * p.heads + head) * p.queries + query] = lse;
+}
