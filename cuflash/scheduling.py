@@ -424,7 +424,8 @@ def _check_out(
 
 
 def _to_host(array: NativeArray) -> NDArray[Any]:
-    return array.get() if is_on_device(array) else array
+    host: NDArray[Any] = array.get() if is_on_device(array) else array
+    return host
 
 
 def _mask_name(problem: Problem) -> str:
