@@ -26,7 +26,9 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8 / 2, "float32": 2.0**-24}
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+# Below these, numbers have fewer bits (GPUs may also flush float32 ones to zero).
+TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-125, "float32": 2.0**-125}
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,8 @@ def check_out(case: Case, out: np.ndarray, answer: reference.Answer) -> None:
 
     An output element is sum(p * v). For 16-bit types each p may be rounded, which moves the sum by at most u *
     sum(p * |v|) for the unit roundoff u, and then the sum itself, by at most u * |sum|: together 2 u * magnitude. Scores
-    and sums are float32 throughout, worth 1e-5 for scores of this size. On average roundings cancel.
+    and sums are float32 throughout, worth 1e-5 for scores of this size. On average roundings cancel. Next to a large
+    sink, outputs may be subnormal. The bound of a row without keys is 0: it must be exactly 0.
     """
     assert out.shape == answer.out.shape
     assert out.dtype == DTYPES[case.dtype]
@@ -296,11 +299,10 @@ def check_out(case: Case, out: np.ndarray, answer: reference.Answer) -> None:
     error = np.abs(out.astype(np.float64) - answer.out)
     assert np.isfinite(error).all(), f"{np.count_nonzero(~np.isfinite(error))} of {error.size} elements are not finite"
     bound = (2 * u + 1e-5) * answer.magnitude
+    bound[answer.magnitude > 0] += TINY[case.dtype]
     worst = np.unravel_index((error - bound).argmax(), error.shape) if error.size else ()
     assert (error <= bound).all(), f"out{list(map(int, worst))}: {out[worst]} instead of {answer.out[worst]}"
-    assert error.sum() <= (0.6 * u + 2e-6) * answer.magnitude.sum(), "out is less accurate than rounding explains"
-    empty = np.isneginf(answer.lse) if answer.out.size else np.zeros(0, bool)
-    assert not np.abs(out.astype(np.float64)).swapaxes(-2, -3)[empty].any() if empty.any() else True
+    assert error.sum() <= (0.6 * u + 2e-6) * bound.sum() / (2 * u + 1e-5), "out is less accurate than rounding explains"
 
 
 def check_lse(case: Case, lse: np.ndarray, answer: reference.Answer) -> None:
@@ -317,7 +319,9 @@ def check_cache(name: str, cache: np.ndarray, expected: np.ndarray) -> None:
     """Compare a cache bit by bit (NaN included) with what a separate write would have made."""
     bits = f"u{cache.dtype.itemsize}"
     different = (cache.view(bits) != expected.view(bits)).any(-1)
-    assert not different.any(), f"{name} differs in {np.count_nonzero(different)} rows, first {np.argwhere(different)[0]}"
+    assert not different.any(), (
+        f"{name} differs in {np.count_nonzero(different)} rows, first {np.argwhere(different)[0]}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ all pairs

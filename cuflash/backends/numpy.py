@@ -41,13 +41,15 @@ _ROWS = 64  # packed query rows that are computed together (more only where one 
 _SCORES = 2**22  # scores that a thread holds at a time: 16 MiB
 _THREAD_ELEMENTS = 2**18  # cache elements below which threads do not pay
 
+USES_PLAN = False
+
 
 def device(like: Array) -> Device:
     """The GPU that plans on host arrays are made for."""
     return host_device()
 
 
-def attend(problem: Problem, tiling: Tiling, operands: Operands, metadata: SchedulerMetadata) -> None:
+def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
     """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
     if problem.appends:
         _append(problem, operands)
@@ -194,7 +196,7 @@ def _attend_rows(
         np.tanh(scores, out=scores)
         scores *= np.float32(operands.softcap)
     if hidden is not None:
-        by_query = scores.reshape(heads, len(hidden), -1, len(keys))
+        by_query = scores.reshape(heads, len(hidden), rows // len(hidden), len(keys))
         np.copyto(by_query, -np.inf, where=hidden[None, :, None, :])
     with np.errstate(divide="ignore", invalid="ignore"):
         top = scores.max(-1, initial=-np.inf)
