@@ -390,7 +390,8 @@ class PlainCache:
             queries = rotate(q[new].astype(np.float32), cos, sin).transpose(1, 0, 2)  # (heads_q, length, headdim)
 
             score = queries @ keys * np.float32(config.headdim**-0.5)
-            score[:, xp.arange(end) > xp.arange(begin, end)[:, None]] = -np.inf  # causal: no key after the query
+            visible = xp.arange(end) <= xp.arange(begin, end)[:, None]  # no key after the query itself
+            score = xp.where(visible, score, np.float32(-np.inf))
             weight = xp.exp(score - score.max(axis=-1, keepdims=True))
             weight /= weight.sum(axis=-1, keepdims=True)
             out[new] = (weight @ values).transpose(1, 0, 2)
