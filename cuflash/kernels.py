@@ -223,11 +223,17 @@ def decode(machine: Machine, problem: Problem, operands: Operands, metadata: Sch
     params["split_size"] = problem.split_size or 0
     params["max_splits"] = max_splits
     params["num_slots"] = slots
+    params["unit_bytes"] = 16
+    scale = operands.softmax_scale * _LOG2E
     if problem.has_softcap:
-        params["score_scale"] = 2 * _LOG2E * operands.softmax_scale / operands.softcap
+        params["tanh_scale"] = 2 * scale / operands.softcap
         params["score_cap"] = operands.softcap * _LOG2E
-    else:
-        params["score_scale"] = operands.softmax_scale * _LOG2E
+        scale = 1.0
+    elif scale < 0:
+        params["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
+    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
+    params["score_scale"] = max(abs(scale), 1e-30)
+    params["score_slack"] = 8 / max(abs(scale), 1e-30)
     machine.launch(decode_variant(problem, tiling), metadata.num_blocks, params, arrays)
 
 

@@ -34,6 +34,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
             const char* from = static_cast<const char*>(p.q) +
                                (start + position * p.q_row_stride + head * p.q_head_stride) * Element::kBytes;
             elements = reinterpret_cast<const uint4*>(from)[chunk];
+            elements.x ^= p.query_flip, elements.y ^= p.query_flip, elements.z ^= p.query_flip, elements.w ^= p.query_flip;
         }
         *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(row, chunk)) = elements;
     }
@@ -96,14 +97,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
     const Share share = {load_cut(p, block), load_cut(p, block + 1)};
     const u32 ring = shared_address(shared) + warp * kRingBytes;
     Loader loader(p, share, ring, warp, lane);
-#pragma unroll
+#pragma unroll 1
     for (int h = 0; h < kStages - 1; h += 2) {
         loader.load_keys(h * kSlotBytes);
         loader.load_values((h + 1) * kSlotBytes);
     }
 
     Math math(shared_address(query), lane);
-    Softmax softmax;
+    Softmax softmax(p);
     int slot = 0, free_slot = (kStages - 1) * kSlotBytes;  // offsets in the ring: being read, just left
     const auto advance = [&] {
         free_slot = slot;
@@ -125,7 +126,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
         const int full_begin = visible_keys(mask_of(p), keys, queries, last_query, last_query).begin;
         const int full_end = min(segment.keys.end, visible_keys(mask_of(p), keys, queries, first_query, first_query).end);
 
-        for (int key = segment.keys.begin + warp * kTileKeys; key < segment.keys.end; key += kWarps * kTileKeys) {
+        const int end = segment.keys.end;
+        for (int key = segment.keys.begin + warp * kTileKeys; key < end; key += kWarps * kTileKeys) {
             Scores scores;
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -133,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             math.scores(ring + slot, scores);
             advance();
 
-            scale_scores(p, scores);
+            if constexpr (kHasSoftcap) cap_scores(p, scores);
             if (key < full_begin || key + kTileKeys > full_end) mask_scores(p, segment, key, lane, scores);
             softmax.update(scores, math);
 

@@ -18,7 +18,7 @@ struct MergeParams {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_constant__ MergeParams p) {
-    const float kNone = -__int_as_float(0x7f800000);
+    const float kNone = -infinity();
     const long long rows = static_cast<long long>(p.batch_size) * p.queries * p.heads;
     const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (row >= rows) return;

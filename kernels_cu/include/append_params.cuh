@@ -1,4 +1,4 @@
-// What append.cu is told. One struct by value; its NumPy twin is in cuflash/kernels.py and a test compares the two.
+// What append.cu is told. One struct by value; cuflash/kernels.py reads its NumPy twin from this text.
 #pragma once
 
 struct AppendParams {

@@ -49,7 +49,7 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, Row
         state.maximum = maximum;
     }
     if (state.sum == 0.0f) {
-        lse = -__int_as_float(0x7f800000);
+        lse = -infinity();
         return 0.0f;
     }
     lse = (state.maximum + log2_approx(state.sum)) * kLn2;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
             const float sum = softmax.row_sum(g, column);
-            if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.maximum[g][column], sum);
+            if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.row_maximum(g, column), sum);
         }
     }
     if (lane == 0) states.slot[warp] = free_slot;

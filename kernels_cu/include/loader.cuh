@@ -5,31 +5,50 @@
 #include "segment.cuh"
 
 class Loader {
+    // How 16 rows are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
+    template <int kRowBytes>
+    struct Copy {
+        using Rows = Swizzle<kRowBytes>;
+        static constexpr int kLanes = Rows::kPeriod;
+        static constexpr int kRowsAtOnce = 32 / kLanes;
+
+        static __device__ __forceinline__ u32 lane_offset(int lane) { return Rows::offset(lane / kLanes, lane % kLanes); }
+
+        // Four rows on, the exclusive or of 8 chunks changes in one bit; eight rows on it is the same.
+        static __device__ __forceinline__ u32 row_address(u32 lane_address, int i) {
+            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ 64 : lane_address) + i * kRowsAtOnce * kRowBytes;
+        }
+    };
+
 public:
     __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, u32 ring, int warp, int lane)
-        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), ring_(ring), warp_(warp), lane_(lane) {
-        key_ = 0;
-        segment_.keys = {0, 0};
+        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), warp_(warp), lane_(lane) {
+        using Keys = Copy<kKeyBytes>;
+        using Values = Copy<kValueBytes>;
+        keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
+        values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
+        keys_to_ = ring + Keys::lane_offset(lane);
+        values_to_ = ring + Values::lane_offset(lane);
+        key_ = end_ = 0;
+        page_ = row_in_page_ = 0;
         find_tile();
     }
 
     // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(int slot) {
+        // Where the row begins that this lane looked up (row lane % 16 of the tile), in 16-byte units.
+        const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
+        value_units_ = page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_;
         has_values_ = has_tile_;
-        if (has_tile_) {
-            // The slot of a page's row in 16-byte units; lane l holds row l % 16.
-            const u32 key_units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + kv_head_ * p_.k_head_stride;
-            value_units_ = page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + kv_head_ * p_.v_head_stride;
-            copy_tile<kHeadDim, kKeyBytes>(static_cast<const char*>(p_.k_cache), key_units, slot);
-            key_ += kWarps * kTileKeys;
-            find_tile();
-        }
+        copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, has_tile_);
         cp_async_commit();
+        key_ += kWarps * kTileKeys;
+        find_tile();
     }
 
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(int slot) {
-        if (has_values_) copy_tile<kHeadDimV, kValueBytes>(static_cast<const char*>(p_.v_cache), value_units_, slot);
+        copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, values_to_ + slot, has_values_);
         cp_async_commit();
     }
 
@@ -37,46 +56,48 @@ private:
     // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup.
     __device__ __forceinline__ void find_tile() {
         has_tile_ = true;
-        while (key_ >= segment_.keys.end) {
-            if (!walker_.next(p_, share_, segment_)) {
+        while (key_ >= end_) {
+            Segment segment;
+            if (!walker_.next(p_, share_, segment)) {
                 has_tile_ = false;
                 return;
             }
-            key_ = segment_.keys.begin + warp_ * kTileKeys;
-            kv_head_ = segment_.kv_head;
-            batch_row_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment_.sequence] : segment_.sequence;
+            key_ = segment.keys.begin + warp_ * kTileKeys;
+            end_ = segment.keys.end;
+            leftpad_ = segment.lengths.leftpad;
+            key_head_ = segment.kv_head * p_.k_head_stride;
+            value_head_ = segment.kv_head * p_.v_head_stride;
+            page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
+            pages_ = p_.page_table + page_ * p_.page_table_stride;
         }
         // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
-        const u32 key = min(key_ + lane_ % kTileKeys, segment_.keys.end - 1) + segment_.lengths.leftpad;
-        const u32 page = static_cast<u64>(key) * p_.page_size_magic >> p_.page_size_shift;
-        row_in_page_ = key - page * p_.page_size;
-        page_ = p_.page_table ? __ldg(p_.page_table + batch_row_ * p_.page_table_stride + page) : batch_row_;
+        const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1) + leftpad_;
+        const u32 page_index = static_cast<u64>(key) * p_.page_size_magic >> p_.page_size_shift;
+        row_in_page_ = key - page_index * p_.page_size;
+        if (p_.page_table) page_ = __ldg(pages_ + page_index);
     }
 
-    // Copies 16 rows: kLanes lanes side by side on one row, so that an instruction reads whole lines.
     template <int kDim, int kRowBytes>
-    __device__ __forceinline__ void copy_tile(const char* base, u32 units, int slot) {
-        using Rows = Swizzle<kRowBytes>;
-        constexpr int kLanes = Rows::kPeriod;
-        constexpr int kRowsAtOnce = 32 / kLanes;
+    __device__ __forceinline__ void copy_tile(const char* lane_from, u32 units, u32 lane_to, bool exists) {
+        using C = Copy<kRowBytes>;
         constexpr int kChunks = kDim * Element::kBytes / 16;
         // An MMA reads whole steps of 16 elements: a last half step is filled with zeros.
         constexpr int kFilled = Element::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
-        const int chunk = lane_ % kLanes;
-        const int row = lane_ / kLanes;
-        const u32 to = ring_ + slot + row * kRowBytes;
+        const int chunk = lane_ % C::kLanes;
 #pragma unroll
-        for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
-            const u32 row_units = __shfl_sync(kFullWarp, units, row + i * kRowsAtOnce);
-            const char* from = offset_units(base, row_units) + chunk * 16;
-            const u32 row_to = to + i * kRowsAtOnce * kRowBytes + ((chunk ^ Rows::mask(row + i * kRowsAtOnce)) << 4);
+        for (int i = 0; i < kTileKeys / C::kRowsAtOnce; ++i) {
+            const u32 row_units = __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce);
+            const char* from = offset_units(lane_from, row_units, p_.unit_bytes);
+            const u32 to = C::row_address(lane_to, i);
 #pragma unroll
-            for (int c = 0; c < kFilled; c += kLanes) {
-                if (c + kLanes <= kChunks) {
-                    cp_async_16(row_to + c * 16, from + c * 16, policy_);
-                } else if (chunk + c < kFilled) {
-                    const u32 bytes = chunk + c < kChunks ? 16 : 0;
-                    cp_async_16_or_zero(row_to + c * 16, bytes ? from + c * 16 : base, bytes, policy_);
+            for (int c = 0; c < kFilled; c += C::kLanes) {
+                const bool filled = c + C::kLanes <= kFilled || chunk + c < kFilled;
+                if (c + C::kLanes <= kChunks || kChunks == kFilled) {
+                    cp_async_16_if(exists && filled, to + c * 16, from + c * 16, policy_);
+                } else if (chunk + c < kChunks) {
+                    cp_async_16_if(exists && filled, to + c * 16, from + c * 16, policy_);
+                } else {
+                    cp_async_zero_if(exists && filled, to + c * 16, lane_from);
                 }
             }
         }
@@ -85,12 +106,13 @@ private:
     const DecodeParams& p_;
     const Share& share_;
     SegmentWalker walker_;
-    Segment segment_;
     u64 policy_;
-    u32 ring_;
+    const char* keys_from_;    // first byte of this lane's chunks in row 0
+    const char* values_from_;
+    const int* pages_;         // of the segment's sequence
+    u32 keys_to_, values_to_;  // the same in slot 0
     int warp_, lane_;
-    int key_;  // first key of the next tile
-    u32 kv_head_, page_, row_in_page_, value_units_;
-    int batch_row_;
+    int key_, end_, leftpad_;  // next tile, end of its segment, first valid key of its sequence
+    u32 key_head_, value_head_, page_, row_in_page_, value_units_;
     bool has_tile_, has_values_;
 };

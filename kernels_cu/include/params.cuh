@@ -1,4 +1,4 @@
-// What a launch is told. One struct by value; its NumPy twin is in cuflash/kernels.py and a test compares the two.
+// What a launch is told. One struct by value; cuflash/kernels.py reads its NumPy twin from this text.
 #pragma once
 
 struct DecodeParams {
@@ -46,6 +46,10 @@ struct DecodeParams {
     int split_size;       // 0: parts come from the plan alone
     int max_splits;       // slots per item with split_size
     int num_slots;
-    float score_scale;  // score in log2 units = q.k * score_scale; with softcap: cap * tanh(q.k * scale), see softmax.cuh
-    float score_cap;
+    unsigned int unit_bytes;  // 16, see offset_units
+    unsigned int query_flip;  // sign bits to turn where softmax_scale is negative: queries are negated instead
+    float score_scale;  // weights are exp2(score * score_scale - ..); 1 with softcap, whose scores are in log2 units
+    float score_slack;  // 8 / score_scale
+    float tanh_scale;   // with softcap: 2 log2(e) softmax_scale / softcap
+    float score_cap;    // softcap * log2(e)
 };

@@ -6,6 +6,8 @@ using u64 = unsigned long long;
 
 constexpr u32 kFullWarp = 0xffffffffu;
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
@@ -22,15 +24,20 @@ __device__ __forceinline__ u64 evict_first_policy() {
     return policy + (lane >> 5);
 }
 
-__device__ __forceinline__ void cp_async_16(u32 to, const void* from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
-                 : "memory");
+// Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction.
+__device__ __forceinline__ void cp_async_16_if(bool exists, u32 to, const void* from, u64 policy) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3; }" ::"r"(
+            static_cast<u32>(exists)),
+        "r"(to), "l"(from), "l"(policy)
+        : "memory");
 }
 
-// Copies `bytes` (0 or 16) and fills the rest with zeros.
-__device__ __forceinline__ void cp_async_16_or_zero(u32 to, const void* from, u32 bytes, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-                 "l"(policy)
+// Fills 16 bytes with zeros; `from` is any valid address, of which nothing is read.
+__device__ __forceinline__ void cp_async_zero_if(bool exists, u32 to, const void* from) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16, 0; }" ::"r"(
+                     static_cast<u32>(exists)),
+                 "r"(to), "l"(from)
                  : "memory");
 }
 
@@ -41,10 +48,11 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// base + 16 * units in one instruction; the optimiser would re-associate the 64-bit sum.
-__device__ __forceinline__ const char* offset_units(const char* base, u32 units) {
+// base + units * unit_bytes in one instruction: the optimiser re-associates a plain 64-bit sum, and turns a factor that it
+// knows to be 16 into two shifts and adds.
+__device__ __forceinline__ const char* offset_units(const char* base, u32 units, u32 unit_bytes) {
     const char* result;
-    asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(result) : "r"(units), "l"(base));
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(units), "r"(unit_bytes), "l"(base));
     return result;
 }
 

@@ -4,25 +4,22 @@
 //   s[0], s[1]: key l / 4,     rows 2 (l % 4) and 2 (l % 4) + 1
 //   s[2], s[3]: key l / 4 + 8, the same rows
 // so the eight lanes with equal l % 4 share two rows.
+//
+// Weights are exp2(score * scale - m * scale) with log2 e in the scale, which the host makes positive.
 #pragma once
 #include "config.cuh"
 #include "segment.cuh"
 
 using Scores = float[kRowGroups][4];
 
-// Scores in log2 units: exp(x) is exp2(x log2 e), and log2 e is part of the scale.
-__device__ __forceinline__ void scale_scores(const DecodeParams& p, Scores& s) {
+// cap * tanh(x) = cap - 2 cap / (e^2x + 1): tanh.approx is too coarse for the LSE. Capped scores are in log2 units.
+__device__ __forceinline__ void cap_scores(const DecodeParams& p, Scores& s) {
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if constexpr (kHasSoftcap) {
-                // cap * tanh(x) = cap * (1 - 2 / (e^2x + 1)): tanh.approx is too coarse for the LSE. The scale holds 2 log2 e.
-                const float e = exp2_approx(s[g][i] * p.score_scale);
-                s[g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
-            } else {
-                s[g][i] *= p.score_scale;
-            }
+            const float e = exp2_approx(s[g][i] * p.tanh_scale);
+            s[g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
         }
     }
 }
@@ -40,32 +37,38 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int key = first_key + lane / 4 + half * 8;
-                if (key < begin || key >= end) s[g][half * 2 + column] = -__int_as_float(0x7f800000);
+                if (key < begin || key >= end) s[g][half * 2 + column] = -infinity();
             }
         }
     }
 }
 
 // Running maximum and sum of two rows per row group. The maximum is lazy: it moves only when a score exceeds it by more
-// than kSlack, so that most tiles need no reduction; weights then reach 2^kSlack instead of 1, which floats bear.
+// than a factor of 2^8 in weight, so that most tiles need no reduction; weights then reach 256 instead of 1, which floats
+// bear.
 class Softmax {
 public:
+    __device__ __forceinline__ explicit Softmax(const DecodeParams& p) : scale_(p.score_scale), slack_(p.score_slack) {}
+
     __device__ __forceinline__ void reset() {
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
-            maximum[g][0] = maximum[g][1] = kLowest;
-            sum[g][0] = sum[g][1] = 0.0f;
+#pragma unroll
+            for (int column = 0; column < 2; ++column) {
+                threshold_[g][column] = offset_[g][column] = kLowest;
+                sum_[g][column] = 0.0f;
+            }
         }
     }
 
-    // Turns scores into weights; calls rescale(alpha) first if a maximum moves.
+    // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
     template <typename Math>
     __device__ __forceinline__ void update(Scores& s, Math& math) {
         bool exceeds = false;
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
-            exceeds |= fmaxf(s[g][0], s[g][2]) > maximum[g][0] + kSlack;
-            exceeds |= fmaxf(s[g][1], s[g][3]) > maximum[g][1] + kSlack;
+            exceeds |= fmaxf(s[g][0], s[g][2]) > threshold_[g][0];
+            exceeds |= fmaxf(s[g][1], s[g][3]) > threshold_[g][1];
         }
         if (__any_sync(kFullWarp, exceeds)) {
             float alpha[kRowGroups][2];
@@ -77,10 +80,12 @@ public:
 #pragma unroll
                     for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, lanes));
                     // Each row moves for its own sake alone: its result must not depend on the rows beside it.
-                    const float moved = top > maximum[g][column] + kSlack ? top : maximum[g][column];
-                    alpha[g][column] = exp2_approx(maximum[g][column] - moved);
-                    maximum[g][column] = moved;
-                    sum[g][column] *= alpha[g][column];
+                    const bool moves = top > threshold_[g][column];
+                    const float offset = moves ? top * scale_ : offset_[g][column];
+                    threshold_[g][column] = moves ? top + slack_ : threshold_[g][column];
+                    alpha[g][column] = exp2_approx(offset_[g][column] - offset);
+                    offset_[g][column] = offset;
+                    sum_[g][column] *= alpha[g][column];
                 }
             }
             math.rescale(alpha);
@@ -89,23 +94,26 @@ public:
         for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                s[g][i] = exp2_approx(s[g][i] - maximum[g][i % 2]);
-                sum[g][i % 2] += s[g][i];
+                s[g][i] = exp2_approx(fmaf(s[g][i], scale_, -offset_[g][i % 2]));
+                sum_[g][i % 2] += s[g][i];
             }
         }
     }
 
+    // The maximum in log2 units; kLowest where no key was seen.
+    __device__ __forceinline__ float row_maximum(int g, int column) const { return offset_[g][column]; }
+
     // Sums stay per lane until the item ends.
     __device__ __forceinline__ float row_sum(int g, int column) const {
-        float total = sum[g][column];
+        float total = sum_[g][column];
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kFullWarp, total, lanes);
         return total;
     }
 
-    float maximum[kRowGroups][2];
-    float sum[kRowGroups][2];
-
 private:
-    static constexpr float kSlack = 8.0f;
+    float scale_, slack_;
+    float threshold_[kRowGroups][2];  // score above which the maximum moves
+    float offset_[kRowGroups][2];     // maximum * scale
+    float sum_[kRowGroups][2];
 };
