@@ -17,13 +17,13 @@ import numpy as np
 
 from .arrays import NativeArray
 from .dtypes import numpy_dtype
+from .planner import plan_launch
 from .problem import Problem
 from .tiling import MAX_BLOCKS_PER_SM, Tiling
 
 if TYPE_CHECKING:
     from .attention import Operands
-    from .device import Device
-    from .scheduling import SchedulerMetadata
+    from .scheduling import Lengths, SchedulerMetadata
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "Float32"}
 _LOG2E = math.log2(math.e)
@@ -87,14 +87,10 @@ class Variant:
     Attributes:
         kernel: Name of the ``extern "C"`` function, and of its file.
         defines: (macro, value) pairs.
-        threads: Threads of a block.
-        shared_bytes: Dynamic shared memory of a block.
     """
 
     kernel: str
-    defines: tuple[tuple[str, str | int], ...]
-    threads: int
-    shared_bytes: int = 0
+    defines: tuple[tuple[str, str | int], ...] = ()
 
     @property
     def file(self) -> str:
@@ -127,19 +123,17 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
         ),
-        tiling.warps * 32,
-        tiling.shared_bytes,
     )
 
 
 def append_variant(dtype: str) -> Variant:
     """Return the kernel that writes new keys and values, and rotates queries."""
-    return Variant("append", (*_element(dtype), ("WARPS", _ROW_WARPS)), _ROW_WARPS * 32)
+    return Variant("append", (*_element(dtype), ("WARPS", _ROW_WARPS)))
 
 
 def merge_variant(dtype: str) -> Variant:
     """Return the kernel of ``merge_attn_states``."""
-    return Variant("merge", (*_element(dtype), ("WARPS", _ROW_WARPS)), _ROW_WARPS * 32)
+    return Variant("merge", (*_element(dtype), ("WARPS", _ROW_WARPS)))
 
 
 def _element(dtype: str) -> tuple[tuple[str, str | int], ...]:
@@ -159,8 +153,28 @@ class Machine(Protocol):
     def workspace(self, partials: int, counters: int) -> tuple[NativeArray, NativeArray]:
         """Return float32 memory for partial results, and int32 counters that are 0."""
 
-    def launch(self, variant: Variant, grid: int, params: np.ndarray, arrays: dict[str, NativeArray]) -> None:
+    def launch(
+        self,
+        variant: Variant,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        params: np.ndarray,
+        arrays: dict[str, NativeArray],
+    ) -> None:
         """Launch a kernel; ``arrays`` names all memory that it may touch."""
+
+
+def plan(
+    machine: Machine, problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray
+) -> None:
+    """Launch the planner: one block, whatever the batch."""
+    threads, shared_bytes, values = plan_launch(problem, tiling, num_blocks, array.size)
+    arrays = {"plan": array, **lengths.__dict__}
+    params = _params(machine, "plan.cu", "PlanParams", arrays)
+    for name, value in values.items():
+        params[name] = value
+    machine.launch(Variant("plan"), 1, threads, shared_bytes, params, arrays)
 
 
 def decode(machine: Machine, problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
@@ -234,7 +248,8 @@ def decode(machine: Machine, problem: Problem, operands: Operands, metadata: Sch
     # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
     params["score_scale"] = max(abs(scale), 1e-30)
     params["score_slack"] = 8 / max(abs(scale), 1e-30)
-    machine.launch(decode_variant(problem, tiling), metadata.num_blocks, params, arrays)
+    variant = decode_variant(problem, tiling)
+    machine.launch(variant, metadata.num_blocks, 32 * tiling.warps, tiling.shared_bytes, params, arrays)
 
 
 def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArray) -> NativeArray:
@@ -290,7 +305,7 @@ def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArra
     params["rotary_moves"] = operands.rotary_moves
     rows = query_tokens * problem.num_heads_q + 2 * new_tokens * problem.num_heads_kv
     if rows:
-        machine.launch(append_variant(problem.qkv_dtype), -(-rows // _ROW_WARPS), params, arrays)
+        machine.launch(append_variant(problem.qkv_dtype), -(-rows // _ROW_WARPS), 32 * _ROW_WARPS, 0, params, arrays)
     return q_rotated if rotates else q
 
 
@@ -302,7 +317,7 @@ def merge(machine: Machine, outs: NativeArray, lses: NativeArray, out: NativeArr
     params = _params(machine, "merge.cu", "MergeParams", arrays)
     params["states"], params["batch_size"], params["queries"], params["heads"], params["headdim"] = outs.shape
     rows = math.prod(outs.shape[1:-1])
-    machine.launch(merge_variant(outs.dtype.name), -(-rows // _ROW_WARPS), params, arrays)
+    machine.launch(merge_variant(outs.dtype.name), -(-rows // _ROW_WARPS), 32 * _ROW_WARPS, 0, params, arrays)
 
 
 def _params(machine: Machine, file: str, struct: str, arrays: dict[str, NativeArray | None]) -> np.ndarray:

@@ -64,8 +64,6 @@ def _function(variant: kernels.Variant, number: int) -> Any:
     except cupy.cuda.compiler.CompileException as error:
         first = "\n".join(str(error).splitlines()[:8])
         raise CompileError(f"{variant} does not compile for sm_{_device(number).arch}:\n{first}") from error
-    if variant.shared_bytes > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = variant.shared_bytes
     return function
 
 
@@ -99,10 +97,18 @@ class _Gpu:
     _retired: list[Any] = []
 
     def launch(
-        self, variant: kernels.Variant, grid: int, params: np.ndarray, arrays: dict[str, NativeArray]
+        self,
+        variant: kernels.Variant,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        params: np.ndarray,
+        arrays: dict[str, NativeArray],
     ) -> None:
         function = _function(variant, cupy.cuda.runtime.getDevice())
-        function((grid,), (variant.threads,), (params,), shared_mem=variant.shared_bytes)
+        if shared_bytes > 48 * 1024 and function.max_dynamic_shared_size_bytes < shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        function((grid,), (threads,), (params,), shared_mem=shared_bytes)
 
 
 _machine = _Gpu()

@@ -9,7 +9,6 @@ import numpy as np
 from .. import kernels
 from ..arrays import NativeArray
 from ..device import Device, host_device
-from ..planner import plan_block, plan_params
 
 if TYPE_CHECKING:
     from ..attention import Operands
@@ -56,7 +55,13 @@ class _Simulator:
         return np.full(partials, np.nan, np.float32), np.zeros(counters, np.int32)
 
     def launch(
-        self, variant: kernels.Variant, grid: int, params: np.ndarray, arrays: dict[str, NativeArray]
+        self,
+        variant: kernels.Variant,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        params: np.ndarray,
+        arrays: dict[str, NativeArray],
     ) -> None:
         from ..simulator import SimModule
 
@@ -66,7 +71,7 @@ class _Simulator:
             module = SimModule(kernels.source(variant.file), variant.options, arch=arch, name=variant.file)
             _modules[variant, arch] = module
         function = module.get_function(variant.kernel)
-        function((grid,), (variant.threads,), (params,), shared_mem=variant.shared_bytes, arrays=arrays)
+        function((grid,), (threads,), (params,), shared_mem=shared_bytes, arrays=arrays)
 
 
 _machine = _Simulator()
