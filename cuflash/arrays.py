@@ -268,7 +268,7 @@ def _import_host(name: str, x: Any) -> np.ndarray:
     # ml_dtypes have no code in the array interface: the bits come as unsigned integers.
     interface = {
         "version": 3,
-        "typestr": dtype.str if dtype.kind in "iufb" else f"<u{dtype.itemsize}",
+        "typestr": dtype.str if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}").str,
         "shape": shape,
         "strides": strides,
         "data": (address, read_only),

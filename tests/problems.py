@@ -288,10 +288,10 @@ def check(case: Case, inputs: dict[str, Any], backend: Backend) -> None:
 def check_out(case: Case, out: np.ndarray, answer: reference.Answer) -> None:
     """Compare an output with the reference.
 
-    An output element is sum(p * v). For 16-bit types each p may be rounded, which moves the sum by at most u *
-    sum(p * |v|) for the unit roundoff u, and then the sum itself, by at most u * |sum|: together 2 u * magnitude. Scores
-    and sums are float32 throughout, worth 1e-5 for scores of this size. On average roundings cancel. Next to a large
-    sink, outputs may be subnormal. The bound of a row without keys is 0: it must be exactly 0.
+    An output element is sum(p * v). For 16-bit types each p may be rounded, which moves the sum by at most
+    u * sum(p * |v|) for the unit roundoff u, and then the sum itself, by at most u * |sum|: together 2 u * magnitude.
+    Scores and sums are float32 throughout, worth 1e-5 for scores of this size. On average roundings cancel. Next to a
+    large sink, outputs may be subnormal. The bound of a row without keys is 0: it must be exactly 0.
     """
     assert out.shape == answer.out.shape
     assert out.dtype == DTYPES[case.dtype]

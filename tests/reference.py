@@ -1,4 +1,4 @@
-"""The definition of what cuflash computes, in float64 and plain loops. Slow, and nothing of it is shared with the library."""
+"""The definition of what cuflash computes, in float64 and plain loops; it shares nothing with the library."""
 
 from __future__ import annotations
 

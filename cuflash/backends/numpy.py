@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from numpy.typing import NDArray
 from ..device import Device, host_device
 from ..planner import plan, sequence_lengths
 from ..problem import Problem
-from ..tiling import Tiling
 
 if TYPE_CHECKING:
     from ..attention import Operands
@@ -60,22 +60,18 @@ def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | N
     heads = problem.num_heads_kv
     workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
     step = heads if len(rows) >= 2 * workers else -(-heads * len(rows) // (2 * workers)) if workers > 1 else heads
-    _run(
-        [
-            lambda b=b, h=h: _attend(
-                problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads)
-            )
-            for b in rows
-            for h in range(0, heads, step)
-        ],
-        workers,
-    )
+    tasks = [
+        partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
+        for b in rows
+        for h in range(0, heads, step)
+    ]
+    _run(tasks, workers)
 
 
 def merge(outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) -> None:
     """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is."""
     parts = np.stack([np.asarray(part, np.float32) for part in lses])
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         top = parts.max(0)
         finite_top = np.where(np.isneginf(top), np.float32(0), top)
         weights = np.exp(parts - finite_top)
@@ -218,7 +214,7 @@ def _attend_rows(
 
 
 def _scores(q: Floats, keys: Floats, out: Floats) -> None:
-    """out (heads, rows, n) = q (heads, rows, d) @ keys (n, heads, d)^T."""
+    """Write q (heads, rows, d) @ keys (n, heads, d)^T to ``out`` (heads, rows, n)."""
     heads, rows, _ = q.shape
     whole = len(keys) - len(keys) % _GEMM_KEYS
     if whole:
@@ -310,6 +306,7 @@ def _rotary_base(operands: Operands, b: int) -> int:
 
 def _rotate(operands: Operands, x: Floats, positions: NDArray[np.int64]) -> Floats:
     """Return x (n, heads, d), its row r rotated for ``positions[r]``, computed in float32."""
+    assert operands.rotary_cos is not None and operands.rotary_sin is not None
     cos = _to_float32(operands.rotary_cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
     sin = _to_float32(operands.rotary_sin[positions])[:, None]
     half = cos.shape[-1]
@@ -368,7 +365,7 @@ def _num_threads() -> int:
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
-def _run(tasks: list[Callable[[], None]], workers: int) -> None:
+def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
     """Run tasks on this thread and ``workers - 1`` others."""
     global _pool
     queue = iter(tasks)  # next() of a list's iterator is atomic

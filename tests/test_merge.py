@@ -1,0 +1,142 @@
+"""merge_attn_states: parts over disjoint keys give the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import DTYPES, UNIT_ROUNDOFF, Backend
+
+import cuflash
+
+# The backend is the same for all examples of a test.
+SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def _merge(backend: Backend, outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
+    native = [[backend.to_native(part) for part in parts] for parts in (outs, lses)]
+    out, lse = cuflash.merge_attn_states(*native)
+    return backend.to_numpy(out), backend.to_numpy(lse)
+
+
+def _parts(n: int, shape: tuple[int, ...], dtype: str, seed: int, empty: float = 0.0) -> tuple[Any, Any]:
+    """Return n random outs of a shape and their lses, a share of the rows without keys."""
+    rng = np.random.default_rng(seed)
+    outs = [rng.standard_normal(shape, np.float32).astype(DTYPES[dtype]) for _ in range(n)]
+    lse_shape = (*shape[:-3], shape[-2], shape[-3])
+    lses = [(3 * rng.standard_normal(lse_shape)).astype(np.float32) for _ in range(n)]
+    for out, lse in zip(outs, lses, strict=True):
+        none = rng.random(lse_shape) < empty
+        lse[none] = -np.inf
+        out[np.swapaxes(none, -1, -2)] = 0
+    return outs, lses
+
+
+def _expected(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Merge in float64."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        stacked = np.stack([np.asarray(lse, np.float64) for lse in lses])
+        top = np.max(stacked, axis=0)
+        lse = np.where(np.isneginf(top), -np.inf, top + np.log(np.exp(stacked - top).sum(0)))
+        weights = np.nan_to_num(np.exp(stacked - lse))
+    weights = np.swapaxes(weights, -1, -2)[..., None]
+    return sum(w * np.asarray(out, np.float64) for w, out in zip(weights, outs, strict=True)), lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 64), (5, 4, 40), (1, 1, 1, 256), (7, 6, 72)], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+def test_against_float64(dtype: str, shape: tuple[int, ...], n: int, backend: Backend) -> None:
+    outs, lses = _parts(n, shape, dtype, seed=n, empty=0.2)
+    out, lse = _merge(backend, outs, lses)
+    expected, expected_lse = _expected(outs, lses)
+    assert out.dtype == DTYPES[dtype]
+    assert lse.dtype == np.float32
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
+    # Rounded once; a part may be as large as 5.
+    np.testing.assert_allclose(out.astype(np.float64), expected, rtol=UNIT_ROUNDOFF[dtype] + 1e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_cache_give_the_whole(dtype: str, ragged: bool, backend: Backend) -> None:
+    """Attention over the halves of a cache, merged, is attention over all of it."""
+    rng = np.random.default_rng(0)
+    batch, heads, total = 3, 4, 150
+    q = rng.standard_normal((batch, 2, heads, 64), np.float32).astype(DTYPES[dtype])
+    k, v = rng.standard_normal((2, batch, total, 2, 64), np.float32).astype(DTYPES[dtype])
+    options: dict[str, Any] = {"return_softmax_lse": True}
+    if ragged:
+        q = q.reshape(-1, heads, 64)
+        options |= {"cu_seqlens_q": backend.to_native(np.array([0, 1, 4, 6], np.int32)), "max_seqlen_q": 3}
+
+    def attend(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        caches = [backend.to_native(np.ascontiguousarray(cache[:, begin:end])) for cache in (k, v)]
+        out, lse = cuflash.flash_attn_with_kvcache(backend.to_native(q), *caches, **options)
+        return backend.to_numpy(out), backend.to_numpy(lse)
+
+    whole, whole_lse = attend(0, total)
+    outs, lses = zip(*(attend(begin, end) for begin, end in [(0, 7), (7, 90), (90, 90), (90, 150)]), strict=True)
+    out, lse = _merge(backend, outs, lses)
+    np.testing.assert_allclose(lse, whole_lse, atol=1e-5)
+    tolerance = 4 * UNIT_ROUNDOFF[dtype] + 1e-6
+    np.testing.assert_allclose(out.astype(np.float64), whole.astype(np.float64), rtol=tolerance, atol=tolerance)
+
+
+@SETTINGS
+@given(n=st.integers(0, 4), at=st.integers(0, 4), seed=st.integers(0, 2**32 - 1), garbage=st.sampled_from([0, np.nan]))
+def test_empty_parts_are_identities(n: int, at: int, seed: int, garbage: float, backend: Backend) -> None:
+    """A part with LSE -inf changes no bit, not even if its output was never written."""
+    outs, lses = _parts(1, (2, 3, 2, 64), "float32", seed)
+    position = min(at, n)
+    parts = [np.full_like(outs[0], garbage)] * n
+    empties = [np.full_like(lses[0], -np.inf)] * n
+    out, lse = _merge(
+        backend,
+        parts[:position] + outs + parts[position:],
+        empties[:position] + lses + empties[position:],
+    )
+    assert out.tobytes() == outs[0].tobytes()
+    assert lse.tobytes() == lses[0].tobytes()
+
+
+@SETTINGS
+@given(n=st.integers(2, 6), seed=st.integers(0, 2**32 - 1), empty=st.sampled_from([0.0, 0.5, 1.0]))
+def test_order_and_nesting_do_not_matter(n: int, seed: int, empty: float, backend: Backend) -> None:
+    outs, lses = _parts(n, (3, 2, 64), "float32", seed, empty)
+    out, lse = _merge(backend, outs, lses)
+    order = np.random.default_rng(seed).permutation(n)
+    shuffled, shuffled_lse = _merge(backend, [outs[i] for i in order], [lses[i] for i in order])
+    first = _merge(backend, outs[:-1], lses[:-1])
+    nested, nested_lse = _merge(backend, [first[0], outs[-1]], [first[1], lses[-1]])
+    for other, other_lse in ((shuffled, shuffled_lse), (nested, nested_lse)):
+        np.testing.assert_allclose(other, out, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(other_lse, lse, rtol=1e-5, atol=1e-5)
+
+
+def test_all_empty(backend: Backend) -> None:
+    outs, lses = _parts(3, (2, 1, 4, 64), "bfloat16", 0, empty=1.0)
+    out, lse = _merge(backend, outs, lses)
+    assert not out.astype(np.float32).any()
+    assert np.isneginf(lse).all()
+
+
+def test_stacked_is_the_same_as_a_list(backend: Backend) -> None:
+    outs, lses = _parts(3, (2, 1, 4, 64), "float16", 0, empty=0.3)
+    listed = _merge(backend, outs, lses)
+    out, lse = cuflash.merge_attn_states(backend.to_native(np.stack(outs)), backend.to_native(np.stack(lses)))
+    assert backend.to_numpy(out).tobytes() == listed[0].tobytes()
+    assert backend.to_numpy(lse).tobytes() == listed[1].tobytes()
+
+
+def test_far_apart(backend: Backend) -> None:
+    """Exponents that float32 cannot hold."""
+    out = np.ones((1, 1, 1, 64), np.float32)
+    for difference in (50.0, 1000.0, 3e38):
+        lses = [np.full((1, 1, 1), x, np.float32) for x in (difference, -difference)]
+        merged, lse = _merge(backend, [out, 5 * out], lses)
+        np.testing.assert_allclose(merged, 1)
+        np.testing.assert_allclose(lse, difference)
