@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
-_INT32_MAX = 2**31 - 1
+_MAX_ITEMS = 2**30  # and rows of a KV head: int32 numbers them with room for sums
 
 WORK = np.dtype(
     [
@@ -310,10 +310,10 @@ def make_metadata(
     device = backend.device(lengths.cache_seqlens)
     tiles = tiling(problem, device)
     items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
-    if items > _INT32_MAX or problem.rows > _INT32_MAX - tiles.rows:
+    if max(items, problem.rows) >= _MAX_ITEMS:
         raise ValueError(
             f"batch_size * num_heads_kv * row blocks and max_seqlen_q * num_heads_q / num_heads_kv must be less than "
-            f"2**31, got {items} and {problem.rows}"
+            f"2**30, got {items} and {problem.rows}"
         )
     num_blocks = tiles.max_blocks(problem, device)
     if out is None:

@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long head_keys = __shfl_sync(ALL_LANES, warps_through, WARP - 1);  // keys that one KV head reads
     const long long warps_before = warp ? __shfl_sync(ALL_LANES, warps_through, warp - 1) : 0;
     const long long all_keys = head_keys * p.num_heads_kv;
-    const bool uniform = shortest == longest;
+    const bool uniform = shortest >= longest;  // also without any unit
 
     // What an item costs beyond its keys: about 1/32 of the mean item. Short items weigh up to 1/16, so that the keys of the
     // longest share stay near the mean share.
@@ -143,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
 
     const long long total = all_keys + (long long)items * overhead;
     int blocks = units ? (int)min((long long)p.num_blocks, max(1ll, (total + MIN_SHARE - 1) / MIN_SHARE)) : 0;
-    long long share = 0;
-    int rest = 0, slack = 0;
+    long long share = 0, slack = 0;
+    int rest = 0;
     if (blocks) {
         if (uniform) {  // whole items per block, or whole blocks per item, if the GPU stays nearly full
             const int aligned = items <= blocks ? blocks / items * items : p.divisor;
@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         rest = (int)(total - share * blocks);
         if (p.split_size == 0) {  // the longest share may exceed the mean by 6 %, both of its ends together
             const long long most = 106 * ((all_keys + blocks - 1) / blocks) / 100;
-            slack = (int)min(max(0ll, (most - (share + (rest > 0))) / 2), 2147483647ll);
+            slack = max(0ll, (most - (share + (rest > 0))) / 2);
         }
     }
     __syncthreads();
@@ -203,8 +203,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             }
         }
 
-        const int cost = keys + overhead, x = (int)(goal - start);  // the overhead stands at the item's beginning
-        unsigned key = range.begin + max(x - overhead, 0);
+        const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
+        unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
         const unsigned grain = p.split_size ? p.split_size : TILE_KEYS;
         key = (key + grain / 2) / grain * grain;
         if (x <= slack) key = range.begin;
@@ -212,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         if (0 < p.num_splits && p.num_splits < blocks) {
             const long long most = p.num_splits;
             // Items that equal shares would cut into more parts: equal parts instead.
-            if ((cost - 1ll) * blocks > (most - 1) * total) {
-                const long long part = (2 * most * x + cost) / (2ll * cost);
+            if ((cost - 1) * blocks > (most - 1) * total) {
+                const long long part = (2 * most * x + cost) / (2 * cost);
                 key = (unsigned)((range.begin + keys * part / most + TILE_KEYS / 2) / TILE_KEYS * TILE_KEYS);
                 if (part == 0) key = range.begin;
                 if (part == most) key = range.end;
