@@ -1,0 +1,254 @@
+"""Compilers: NVRTC for the kernels, a C++ compiler for the machine; and the cache of what they make."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional
+
+__all__ = ["CompileError", "CompilerNotFound", "cache_dir", "compile_ptx", "find_compiler", "load_machine"]
+
+_HERE = Path(__file__).parent
+_SOURCES = ("engine.cpp", "memory.cpp", "ops.cpp")
+# What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
+_CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+
+
+class CompileError(RuntimeError):
+    """A compiler refused its source."""
+
+
+class CompilerNotFound(RuntimeError):
+    """NVRTC or a C++ compiler is missing."""
+
+
+def cache_dir() -> Path:
+    """The folder of compiled kernels: CUFLASH_CACHE_DIR, else the platform's cache folder."""
+    named = os.environ.get("CUFLASH_CACHE_DIR")
+    if named:
+        return Path(named)
+    try:
+        import platformdirs
+
+        return Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
+    except ImportError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuflash"
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, whoever else does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as f:
+        f.write(data)
+    os.replace(temporary, path)
+
+
+def _digest(*parts: object) -> str:
+    h = hashlib.sha256()
+    for p in parts:
+        h.update(p if isinstance(p, bytes) else repr(p).encode())
+        h.update(b"\0")
+    return h.hexdigest()[:32]
+
+
+# -- C++
+
+
+def _works(command: Sequence[str]) -> bool:
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=None)
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler as a command.
+
+    Returns:
+        The first that works of: CXX, CC, g++, clang++, and the `ziglang` wheel.
+
+    Raises:
+        CompilerNotFound: saying what to install.
+    """
+    for name in ("CXX", "CC"):
+        value = os.environ.get(name)
+        if value and _works(shlex.split(value)):
+            return tuple(shlex.split(value))
+    for name in ("g++", "clang++"):
+        found = shutil.which(name)
+        if found and _works([found]):
+            return (found,)
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        raise CompilerNotFound(
+            "the simulator needs a C++ compiler to build its machine once: install g++ or clang++, set CXX, or `pip install ziglang`"
+        ) from None
+    return (sys.executable, "-m", "ziglang", "c++")
+
+
+def _flags(compiler: Sequence[str]) -> list[str]:
+    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-ftree-vectorize", "-fvisibility=hidden"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-march=native")
+    return flags
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that machines that share a cache folder do not share machine code."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    except OSError:
+        pass
+    return platform.processor()
+
+
+@lru_cache(maxsize=None)
+def load_machine() -> ctypes.CDLL:
+    """Builds the machine, or finds it in the cache, and loads it."""
+    compiler = find_compiler()
+    flags = _flags(compiler)
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    sources = {p.name: p.read_bytes() for p in sorted(_HERE.glob("*.[ch]pp"))}
+    key = _digest(sources, flags, compiler, version, _processor(), platform.machine())
+    target = cache_dir() / f"machine-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            objects = [str(Path(folder) / f"{s}.o") for s in _SOURCES]
+
+            def build(pair: tuple[str, str]) -> None:
+                _run([*compiler, *flags, "-c", str(_HERE / pair[0]), "-o", pair[1]])
+
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(build, zip(reversed(_SOURCES), reversed(objects))))
+            library = Path(folder) / "machine.so"
+            _run([*compiler, "-shared", *objects, "-o", str(library)])
+            _store(target, library.read_bytes())
+    return ctypes.CDLL(str(target))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"{' '.join(command)}\n{done.stderr[:3000]}")
+
+
+# -- CUDA
+
+
+def _nvrtc() -> tuple[str, Any]:
+    try:
+        from cuda.bindings import nvrtc
+
+        return "bindings", nvrtc
+    except ImportError:
+        pass
+    try:
+        from cupy.cuda import nvrtc as cupy_nvrtc
+
+        return "cupy", cupy_nvrtc
+    except ImportError:
+        raise CompilerNotFound(
+            "the simulator compiles kernels with NVRTC: `pip install cuda-bindings nvidia-cuda-nvrtc` (no GPU or driver is needed), or install CuPy"
+        ) from None
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    if int(result[0]):
+        raise CompileError(f"NVRTC: {result[0]}")
+    return result[1] if len(result) == 2 else result[1:]
+
+
+@lru_cache(maxsize=None)
+def _nvrtc_version() -> tuple[str, int, int]:
+    kind, nvrtc = _nvrtc()
+    try:
+        major, minor = _checked(nvrtc.nvrtcVersion()) if kind == "bindings" else nvrtc.getVersion()
+    except RuntimeError as error:
+        raise CompilerNotFound(f"NVRTC does not load ({error}): `pip install nvidia-cuda-nvrtc`") from error
+    return kind, int(major), int(minor)
+
+
+def _message(name: str, arch: str, options: Sequence[str], log: str) -> str:
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line] or lines
+    return f"NVRTC cannot compile {name} for {arch} with {' '.join(options)}:\n" + "\n".join(errors[:12])
+
+
+def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu", headers: Optional[dict[str, str]] = None) -> str:
+    """Compiles CUDA C++ to PTX, with the options that CuPy's RawModule would use and line numbers.
+
+    Args:
+        code: the source.
+        options: of NVRTC; -arch, -std and -lineinfo are added where they are missing.
+        arch: such as "sm_90" or "sm_90a".
+        name: the file name that messages show.
+        headers: contents of #include files by name.
+
+    Returns:
+        The PTX text.
+
+    Raises:
+        CompileError: with the architecture, the options and the first errors.
+        CompilerNotFound: if NVRTC is not installed.
+    """
+    given = tuple(options)
+    full = list(given)
+    if not any(o.startswith(("-arch", "--gpu-architecture")) for o in given):
+        full.append("-arch=" + arch.replace("sm_", "compute_"))
+    for option in (*_CUPY_OPTIONS, "-std=c++17", "-lineinfo"):
+        stem = option.split("=")[0].lstrip("-")
+        if not any(o.split("=")[0].lstrip("-") == stem for o in given):
+            full.append(option)
+    headers = headers or {}
+    version = _nvrtc_version()
+    path = None
+    if not any(o.startswith(("-I", "--include-path")) for o in given):  # files that are included from disk are not in the key
+        path = cache_dir() / f"ptx-{_digest(code, full, name, version, sorted(headers.items()))}.ptx"
+        try:
+            return path.read_text()
+        except OSError:
+            pass
+    kind, nvrtc = _nvrtc()
+    if kind == "bindings":
+        encoded = [o.encode() for o in full]
+        program = _checked(nvrtc.nvrtcCreateProgram(code.encode(), name.encode(), len(headers), [v.encode() for v in headers.values()],
+                                                    [k.encode() for k in headers]))  # fmt: skip
+        status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        if int(status):
+            raise CompileError(_message(name, arch, full, log.decode(errors="replace").rstrip("\0")))
+        buffer = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
+        nvrtc.nvrtcGetPTX(program, buffer)
+        nvrtc.nvrtcDestroyProgram(program)
+        ptx = buffer.decode().rstrip("\0")
+    else:
+        handle = nvrtc.createProgram(code, name, list(headers.values()), list(headers))
+        try:
+            nvrtc.compileProgram(handle, tuple(full))
+            ptx = nvrtc.getPTX(handle)
+        except nvrtc.NVRTCError as error:
+            raise CompileError(_message(name, arch, full, nvrtc.getProgramLog(handle))) from error
+        finally:
+            nvrtc.destroyProgram(handle)
+        ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+        ptx = ptx.rstrip("\0")
+    if path is not None:
+        _store(path, ptx.encode())
+    return str(ptx)

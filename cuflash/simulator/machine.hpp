@@ -1,0 +1,102 @@
+// Blocks, launches, and the way in which a handler reports a finding.
+#pragma once
+
+#include <chrono>
+
+#include "runtime.hpp"
+#include "numbers.hpp"
+
+struct Cluster;
+
+struct Barrier {
+    u32 arrived = 0, expected = 0, pc = 0;
+    u32 all = 1, any = 0, count = 0;  // of the predicates of bar.red
+};
+
+struct Block {
+    Launch *launch = nullptr;
+    Cluster *cluster = nullptr;
+    u32 id[3] = {0, 0, 0}, linear = 0, rank = 0;
+    u32 threads = 0, live = 0;
+    u8 *shared = nullptr;         // followed by nothing: bounds are checked against shared_size
+    std::vector<u8> shared_memory;
+    std::vector<u8> initialised;  // per byte
+    std::vector<u8> in_flight;    // copies on their way, per byte
+    std::vector<Warp> warps;
+    std::vector<u8> local_memory;
+    std::vector<u8> register_file;
+    Barrier barriers[16];
+    bool done = false;
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    u32 arrived = 0;
+    u64 generation = 0;
+    bool done = false;
+    u32 slices = 0;
+};
+
+// What Python hands over; launch.py writes down the same layout.
+struct LaunchArgs {
+    const Ins *code;
+    u64 instructions;
+    u32 grid[3], block[3], cluster[3];
+    u32 static_shared, dynamic_shared, local_size, slots;
+    const u64 *constants;  // triples: slot, bytes of a lane, value
+    u64 constant_count;
+    const u8 *params;
+    u64 params_size;
+    const Region *regions;
+    u64 region_count;
+    RegionCount *region_counts;
+    PcCount *pc_counts;
+    u32 checks, random, jitter, cp_async;  // cp_async: 0 late, 1 early, 2 random
+    u64 seed;
+    f64 time_limit;
+    Finding *finding;
+    char *output;  // of printf
+    u64 output_size, output_used;
+    const u32 *tables;  // branch targets of brx.idx
+    u32 window, multiprocessors;
+};
+
+struct Launch {
+    LaunchArgs *args = nullptr;
+    const Ins *code = nullptr;
+    u32 grid[3], block[3], cluster[3];
+    u32 warps = 0, threads = 0, cluster_size = 1;
+    u32 dynamic_shared = 0, shared_size = 0;
+    u32 checks = 0, jitter = 0, cp_async = 0, multiprocessors = 132;
+    bool random = false;
+    Random rng;
+    PcCount *pc_counts = nullptr;
+    RegionCount *region_counts = nullptr;
+    const Region *regions = nullptr;
+    u32 region_count = 0;
+    std::vector<u32> hints;  // region that an instruction met last
+    std::vector<Ins> loaded;
+    u64 steps = 0;    // instructions executed, the clock of the machine
+    u64 changes = 0;  // events that another thread may be waiting for
+    std::chrono::steady_clock::time_point deadline;
+
+    u64 clock() const { return steps * 4; }
+    bool check(u32 which) const { return checks & which; }
+};
+
+// Ends the launch with a finding about one lane of the warp's current instruction.
+[[noreturn]] void report(Warp &w, u32 kind, u32 lane, u64 address, const char *format, ...) __attribute__((format(printf, 5, 6)));
+Finding &finding_at(Warp &w, u32 kind, u32 lane, u64 address);
+
+// Moves results by up to `ulps` units in the last place, at random.
+inline void jitter(Warp &w, u32 *d, u32 m, u32 ulps) {
+    for (u32 t = m; t; t &= t - 1) {
+        u32 l = first(t);
+        u32 v = d[l] & 0x7fffffff;
+        if (v > 0x00800000 + ulps && v < 0x7f800000 - ulps) d[l] += w.launch->rng.below(2 * ulps + 1) - ulps;
+    }
+}
+
+void wait_copies(Warp &w, u32 mask, u32 pending_allowed);
+void commit_copies(Warp &w, u32 mask);
+void check_exit(Warp &w, u32 mask);
