@@ -157,7 +157,8 @@ def test_shares_are_even(workload: str, num_sm: int, monkeypatch: pytest.MonkeyP
         (32, 8, 4096, 256, {4096}),  # an item per block: 8 blocks of the GPU idle, and nothing is merged
         (16, 32, 2000, 256, {4000}),  # two items per block
         (1, 8, 32768, 128, {2048}),  # 16 blocks per item
-        (1, 4, 262144, 132, {7936, 7952, 7936 + 8, 7944}),
+        (1, 4, 262144, 132, {7936, 7952}),  # 33 blocks per item
+        (77, 3, 4096, 231, {4096}),  # an item per block leaves an eighth of the GPU idle, and no more
         (1, 1, 64, 1, {64}),
         (1, 1, 640, 10, {64}),
     ],
