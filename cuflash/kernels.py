@@ -121,6 +121,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("WARPS", tiling.warps),
             ("STAGES", tiling.stages),
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),
+            ("BLOCK_STATE_BYTES", tiling.block_state_bytes),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
         ),
     )

@@ -18,7 +18,6 @@ PADDED_HEADDIMS = (64, 96, 128, 192, 256)
 TILE_KEYS = 16
 MAX_BLOCKS_PER_SM = 2
 _RESERVED_SHARED = 1024  # the system's share of every resident block
-_FIXED_SHARED = 1024  # merge state and scalars of a block, see decode.cu
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,11 @@ class Tiling:
     stages: int
     blocks_per_sm: int
     shared_bytes: int
+
+    @property
+    def block_state_bytes(self) -> int:
+        """Shared memory for what a block's threads have in common, struct BlockState in decode.cu."""
+        return _block_state_bytes(self.warps, self.rows)
 
     def max_blocks(self, problem: Problem, device: Device) -> int:
         """Blocks that the device holds at once: the largest grid of a plan."""
@@ -74,9 +78,15 @@ def tiling(problem: Problem, device: Device) -> Tiling:
     shapes = [(8, 1), (4, 2), (4, 1), (2, 1)] if items <= device.num_sm else [(4, 2), (4, 1), (2, 1)]
     for warps, blocks_per_sm in shapes:
         room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
-        stages = (room - _FIXED_SHARED - query) // (warps * slot)
+        fixed = query + _block_state_bytes(warps, rows)
+        stages = (room - fixed) // (warps * slot)
         stages = min(7, stages - 1 + stages % 2)
         if stages >= 3:
-            shared = warps * stages * slot + query + _FIXED_SHARED
+            shared = warps * stages * slot + fixed
             return Tiling(d, dv, rows, row_blocks, warps, stages, blocks_per_sm, shared)
     raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
+
+
+def _block_state_bytes(warps: int, rows: int) -> int:
+    """Return room for a share and a segment, and for the maximum, sum and ring slot that each warp tells the others."""
+    return 160 + warps * (8 * rows + 4)

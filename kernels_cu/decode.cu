@@ -41,7 +41,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
 }
 
 // Merges what the warps found and hands the item on: to its output, or as a partial result to the block that arrives last.
-__device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment, int block,
+__device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment,
                                                const Math& math, const Softmax& softmax, WarpStates& states, u32 free_slot) {
     const bool whole = segment.starts && segment.ends;
     Parts parts;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     } else {
         // A block is the first of at most one split item, slot 2 b + 1, and goes on with at most one other, slot 2 b.
         const Cut& cut = segment.starts ? share.end : share.begin;
-        slot = 2 * block + segment.starts;
+        slot = 2 * blockIdx.x + segment.starts;
         parts.count = cut.last_block - cut.first_block + 1;
         parts.first = 2 * cut.first_block + 1;
         parts.next = 2 * cut.first_block;
@@ -74,9 +74,9 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         merge_warps(p, segment, math, softmax, states, free_slot, slot);
     }
     if (!segment.last) return;
+    __syncthreads();
     if (!whole) {
         const Cut& cut = segment.starts ? share.end : share.begin;
-        __syncthreads();
         if (threadIdx.x == 0) {
             const u32 others = cut.last_block - cut.first_block;
             states.is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
@@ -87,16 +87,26 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     merge_parts(p, segment, parts);
 }
 
+// What the threads of a block have in common beside the tiles. Registers are for the main loop.
+struct BlockState {
+    Share share;
+    Segment segment;  // the one being read
+    WarpStates warps;
+};
+static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much shared memory aside");
+
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const query = shared + kWarps * kRingBytes;  // (kRows, kPaddedHeadDim)
-    WarpStates& states = *reinterpret_cast<WarpStates*>(query + kRows * kKeyBytes);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
-    if (block >= p.plan[0]) return;
+    BlockState& block = *reinterpret_cast<BlockState*>(query + kRows * kKeyBytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (blockIdx.x >= p.plan[0]) return;
 
-    const Share share = {load_cut(p, block), load_cut(p, block + 1)};
-    const u32 ring = shared_address(shared) + warp * kRingBytes;
-    Loader loader(p, share, ring, warp, lane);
+    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    __syncthreads();
+    u32 ring = shared_address(shared) + warp * kRingBytes;
+    pin(ring);
+    Loader loader(p, block.share, ring, warp, lane);
 #pragma unroll 1
     for (int h = 0; h < kStages - 1; h += 2) {
         loader.load_keys(h * kSlotBytes);
@@ -109,25 +119,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
     const auto advance = [&] {
         free_slot = slot;
         slot = slot + kSlotBytes == kRingBytes ? 0 : slot + kSlotBytes;
+        pin(slot);  // in a uniform register it would share a field of the copies with their cache policy
     };
 
-    SegmentWalker walker(share);
-    Segment segment;
-    while (walker.next(p, share, segment)) {
-        load_queries(p, segment, query);
+    for (SegmentWalker walker(block.share);;) {
+        int key, end, full_begin, full_end;
+        {
+            Segment segment;
+            if (!walker.next(p, block.share, segment)) break;
+            if (threadIdx.x == 0) block.segment = segment;
+            load_queries(p, segment, query);
+            key = segment.keys.begin + warp * kTileKeys;
+            end = segment.keys.end;
+            // Between these keys every row sees every key.
+            const int queries = segment.lengths.seqlen_q, keys = segment.lengths.seqlen_k;
+            const int first_query = segment.first_row / p.group;
+            const int last_query = (segment.first_row + max(segment.valid_rows, 1) - 1) / p.group;
+            full_begin = visible_keys(mask_of(p), keys, queries, last_query, last_query).begin;
+            full_end = min(end, visible_keys(mask_of(p), keys, queries, first_query, first_query).end) - kTileKeys;
+        }
         __syncthreads();
         math.begin_item();
         softmax.reset();
 
-        // Between these keys every row sees every key.
-        const int queries = segment.lengths.seqlen_q, keys = segment.lengths.seqlen_k;
-        const int first_query = segment.first_row / p.group;
-        const int last_query = (segment.first_row + max(segment.valid_rows, 1) - 1) / p.group;
-        const int full_begin = visible_keys(mask_of(p), keys, queries, last_query, last_query).begin;
-        const int full_end = min(segment.keys.end, visible_keys(mask_of(p), keys, queries, first_query, first_query).end);
-
-        const int end = segment.keys.end;
-        for (int key = segment.keys.begin + warp * kTileKeys; key < end; key += kWarps * kTileKeys) {
+        for (; key < end; key += kWarps * kTileKeys) {
             Scores scores;
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -136,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             advance();
 
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            if (key < full_begin || key + kTileKeys > full_end) mask_scores(p, segment, key, lane, scores);
+            if (key < full_begin || key > full_end) mask_scores(p, block.segment, key, lane, scores);
             softmax.update(scores, math);
 
             cp_async_wait<kStages - 2>();
@@ -146,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             advance();
         }
 
-        finish_segment(p, share, segment, block, math, softmax, states, ring + free_slot);
+        finish_segment(p, block.share, block.segment, math, softmax, block.warps, ring + free_slot);
+        __syncthreads();  // the queries, the segment and the free slots are about to change
     }
 }

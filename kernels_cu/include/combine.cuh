@@ -73,7 +73,7 @@ __device__ __forceinline__ float2* partial_states(const DecodeParams& p, long lo
 
 // Merges the warps' results of a segment. Writes the answer if `slot` is negative, else a partial result to that slot.
 // Each warp passes its outputs through the free slot of its ring, 8 rows at a time: the rest of the ring is filling with the
-// next item's keys meanwhile. Ends with a block barrier.
+// next item's keys meanwhile. A block barrier must follow before the slots and states change.
 template <typename Math, typename Softmax>
 __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment& segment, const Math& math,
                                             const Softmax& softmax, WarpStates& states, u32 free_slot, long long slot) {
@@ -92,6 +92,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
         if (g * 8 >= segment.valid_rows) break;
+        if (g > 0) __syncthreads();
         math.store(g, free_slot, lane);
         __syncthreads();
         for (int i = threadIdx.x; i < 8 * kVectors; i += kThreads) {
@@ -119,7 +120,6 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
                 if (vector == 0) partial_states(p, slot)[row] = make_float2(merged.maximum, merged.sum);
             }
         }
-        __syncthreads();
     }
 }
 

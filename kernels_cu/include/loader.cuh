@@ -22,13 +22,14 @@ class Loader {
 
 public:
     __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, u32 ring, int warp, int lane)
-        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), warp_(warp), lane_(lane) {
+        : p_(p), share_(share), walker_(share), policy_(evict_first_policy(p.plan[1])), warp_(warp), lane_(lane) {
         using Keys = Copy<kKeyBytes>;
         using Values = Copy<kValueBytes>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
         keys_to_ = ring + Keys::lane_offset(lane);
         values_to_ = ring + Values::lane_offset(lane);
+        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_);
         key_ = end_ = 0;
         page_ = row_in_page_ = 0;
         find_tile();

@@ -27,6 +27,7 @@ public:
         value_lane_ = Values::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         // Of Q: row l % 8, 8-element column l / 8 of 32 elements.
         query_lane_ = Keys::offset(lane % 8, lane / 8);
+        pin(key_lane_), pin(value_lane_);
     }
 
     // Reads the item's queries, which lie in shared memory as rows of kKeyBytes.

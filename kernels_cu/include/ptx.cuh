@@ -12,25 +12,38 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// Keeps a value in its register: the compiler would rather compute it again in every iteration.
+__device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
+
 // ---- asynchronous copies, global to shared -----------------------------------------------------------------------
 
-// The KV cache is read once per launch: let it leave L2 first. ptxas 13.0 can fold the policy into an odd uniform
-// register, which is an illegal instruction at run time; adding a zero that it cannot prove keeps it in vector registers.
-__device__ __forceinline__ u64 evict_first_policy() {
-    u64 policy;
-    u32 lane;
+// The KV cache is read once per launch: let it leave L2 first. Before sm_90 the policy would have to be moved to uniform
+// registers for every copy, so copies go without. `zero` is a zero that the compiler cannot see: ptxas 13.0 folds a policy
+// that it knows into an odd uniform register, which is an illegal instruction at run time.
+__device__ __forceinline__ u64 evict_first_policy(u32 zero) {
+    u64 policy = 0;
+#if __CUDA_ARCH__ >= 900
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return policy + (lane >> 5);
+#endif
+    return policy + zero;
 }
 
 // Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction.
 __device__ __forceinline__ void cp_async_16_if(bool exists, u32 to, const void* from, u64 policy) {
+#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3; }" ::"r"(
             static_cast<u32>(exists)),
         "r"(to), "l"(from), "l"(policy)
         : "memory");
+#else
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"(
+                     static_cast<u32>(exists)),
+                 "r"(to), "l"(from)
+                 : "memory");
+#endif
 }
 
 // Fills 16 bytes with zeros; `from` is any valid address, of which nothing is read.
