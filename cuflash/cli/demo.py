@@ -1,0 +1,266 @@
+"""``python -m cuflash demo``: a ragged decode batch, several layers on one plan, checked and timed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..attention import flash_attn_with_kvcache
+from ..dtypes import dtype_name, numpy_dtype
+from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from .info import backend_in_use
+from .text import Progress, bars, environment, heads, positive, seconds, size, width
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+# Work that takes a few seconds: sequences, their median length, layers, rounds of timing.
+_SIZES = {"cuda": (64, 1024, 8, 20), "numpy": (16, 512, 4, 5), "sim": (3, 40, 2, 0)}
+_DTYPES = {"cuda": "bfloat16", "numpy": "float32", "sim": "bfloat16"}
+_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Describe the arguments; what is not given follows from the backend."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="run a ragged decode batch for several layers on one plan, check and time it",
+        description="Run a ragged decode batch for several layers on one plan, on whatever is found.",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "cuda", "numpy", "sim"), help="default CUFLASH_BACKEND, or auto: a GPU if found"
+    )
+    parser.add_argument("--batch", type=positive, help="sequences")
+    parser.add_argument("--seqlen", type=positive, help="their median length; lengths are lognormal")
+    parser.add_argument("--layers", type=positive, help="layers that share the plan")
+    parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
+    parser.add_argument("--headdim", type=int, help="elements of a key (default 128; sim: 64)")
+    parser.add_argument("--dtype", help="float16, bfloat16 or float32")
+    parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and values (default 0)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; the exit code is 1 if the results are wrong."""
+    with environment(CUFLASH_BACKEND=arguments.backend):
+        backend, reason = backend_in_use()
+        # A simulated GPU is small, so that a small problem fills it.
+        small = 4 if backend == "sim" and "CUFLASH_NUM_SM" not in os.environ else None
+        with environment(CUFLASH_BACKEND=backend, CUFLASH_NUM_SM=small):
+            return _run(arguments, backend, reason)
+
+
+@dataclass
+class Step:
+    """The data of one decode step, in the memory of the backend.
+
+    Attributes:
+        seqlens: (batch,) keys of each sequence.
+        page_table: (batch, pages per sequence); pages lie in random order.
+        layers: (q, k_cache, v_cache) of each layer.
+    """
+
+    seqlens: Any
+    page_table: Any
+    layers: list[tuple[Any, Any, Any]]
+
+
+def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
+    batch, median, num_layers, rounds = _SIZES[backend]
+    batch, median = arguments.batch or batch, arguments.seqlen or median
+    num_layers, page_size = arguments.layers or num_layers, arguments.page_size
+    num_heads = arguments.heads or ((8, 2) if backend == "sim" else (32, 8))
+    headdim = arguments.headdim or (64 if backend == "sim" else 128)
+    dtype = dtype_name("--dtype", arguments.dtype or _DTYPES[backend])
+    rng = np.random.default_rng(arguments.seed)
+    seqlens = np.clip(rng.lognormal(np.log(median), 1.0, batch), 1, 16 * median).astype(np.int32)
+
+    def plan(lengths: Any, **options: Any) -> SchedulerMetadata:
+        return get_scheduler_metadata(
+            batch, 1, int(seqlens.max()), num_heads[0], num_heads[1], headdim, lengths,
+            qkv_dtype=dtype, page_size=page_size, causal=True, **options,
+        )  # fmt: skip
+
+    # Wrong arguments show before the caches are made.
+    with environment(CUFLASH_BACKEND="numpy"):
+        plan(seqlens)
+    print(f"A decode step: planned once, run by {num_layers} layers\n")
+    _row("backend", f"{backend}: {reason}")
+    _row("sequences", f"{batch}, of {seqlens.min()} to {seqlens.max()} keys, {seqlens.sum()} in all")
+    _row("", bars(seqlens, width() - 15))
+    _row("cache", f"pages of {page_size} keys in random order")
+
+    progress = Progress()
+    step = _make_step(rng, seqlens, num_layers, num_heads, headdim, page_size, numpy_dtype(dtype), backend, progress)
+    progress("planning" if backend == "numpy" else "compiling and planning")
+    metadata = plan(step.seqlens)
+    unsplit = plan(step.seqlens, num_splits=1)
+    progress.done()
+    print()
+    print(metadata)
+    columns = width() - 15
+    _row("shares", bars(_shares(metadata), columns))
+    _row("unsplit", f"{100 * unsplit.efficiency:.1f} % efficient: the same blocks if no item were cut (num_splits=1)")
+    _row("", bars(_shares(unsplit), columns))
+    print()
+
+    def layer(index: int, metadata: SchedulerMetadata | None) -> tuple[Any, Any]:
+        q, k_cache, v_cache = step.layers[index]
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=step.seqlens, page_table=step.page_table, causal=True,
+            scheduler_metadata=metadata, return_softmax_lse=True,
+        )  # fmt: skip
+
+    worst, lse_worst, wrong = 0.0, 0.0, 0
+    for index in range(num_layers):
+        progress(f"layer {index + 1} of {num_layers} against a float64 reference")
+        error, lse_error, excess = _compare(step, index, layer(index, metadata))
+        worst, lse_worst, wrong = max(worst, error), max(lse_worst, lse_error), wrong + excess
+    progress.done()
+    verdict = f"within the rounding of {dtype}" if not wrong else f"WRONG: {wrong} values beyond rounding"
+    _row("error", f"out {worst:.1e}, LSE {lse_worst:.1e} at most, against float64: {verdict}")
+    if rounds:
+        _time(step, backend, layer, plan, metadata, seqlens, rounds, progress)
+    return 1 if wrong else 0
+
+
+def _make_step(
+    rng: np.random.Generator,
+    seqlens: NDArray[np.int32],
+    num_layers: int,
+    num_heads: tuple[int, int],
+    headdim: int,
+    page_size: int,
+    dtype: np.dtype[Any],
+    backend: str,
+    progress: Progress,
+) -> Step:
+    """Make random queries and caches: the pages of a layer are those of the first one in another order."""
+    to_backend: Callable[[Any], Any] = np.asarray
+    if backend == "cuda":
+        import cupy
+
+        to_backend = cupy.asarray
+    num_pages = -(-seqlens // page_size)
+    page_table = np.full((len(seqlens), num_pages.max()), -1, np.int32)
+    page_table[np.arange(num_pages.max()) < num_pages[:, None]] = rng.permutation(num_pages.sum())
+    layers: list[tuple[Any, Any, Any]] = []
+    base = None
+    for index in range(num_layers):
+        progress(f"making the cache of layer {index + 1} of {num_layers}")
+        if base is None:
+            shape = (2, num_pages.sum(), page_size, num_heads[1], headdim)
+            base = rng.standard_normal(shape, np.float32).astype(dtype)
+        q = rng.standard_normal((len(seqlens), 1, num_heads[0], headdim), np.float32).astype(dtype)
+        k_cache, v_cache = np.roll(base, index, 1)
+        layers.append((to_backend(q), to_backend(k_cache), to_backend(v_cache)))
+    return Step(to_backend(seqlens), to_backend(page_table), layers)
+
+
+def _compare(step: Step, index: int, result: tuple[Any, Any]) -> tuple[float, float, int]:
+    """Return the largest errors of a layer's output and LSE, and how many outputs are beyond what rounding explains.
+
+    An output is sum(p * v): rounding p and the sum moves it by at most 2 u * sum(p * |v|) for the unit roundoff u.
+    """
+    seqlens, page_table, q, k_cache, v_cache, out, lse = (
+        x if isinstance(x, np.ndarray) else x.get()
+        for x in (step.seqlens, step.page_table, *step.layers[index], *result)
+    )
+    kv_heads, headdim = k_cache.shape[2:]
+    bound = 2 * _UNIT_ROUNDOFF[q.dtype.name] + 1e-5
+    error, lse_error, wrong = 0.0, 0.0, 0
+    for b, seqlen in enumerate(seqlens):
+        pages = page_table[b, : -(-seqlen // k_cache.shape[1])]
+        keys, values = (
+            cache[pages].reshape(-1, kv_heads, headdim)[:seqlen].transpose(1, 0, 2).astype(np.float64)
+            for cache in (k_cache, v_cache)
+        )  # (heads_kv, seqlen, headdim)
+        query = q[b, 0].astype(np.float64).reshape(kv_heads, -1, headdim)
+        scores = query @ keys.transpose(0, 2, 1) * headdim**-0.5
+        top = scores.max(-1, keepdims=True)
+        p = np.exp(scores - top)
+        total = p.sum(-1, keepdims=True)
+        p /= total
+        difference = np.abs(out[b, 0].astype(np.float64).reshape(query.shape) - p @ values)
+        error = max(error, float(difference.max()))
+        lse_error = max(lse_error, float(np.abs(lse[b, :, 0] - (top + np.log(total)).ravel()).max()))
+        wrong += int(np.count_nonzero(~(difference <= bound * (p @ np.abs(values)))))
+    return error, lse_error, wrong
+
+
+def _time(
+    step: Step,
+    backend: str,
+    layer: Callable[[int, SchedulerMetadata | None], Any],
+    plan: Callable[..., SchedulerMetadata],
+    metadata: SchedulerMetadata,
+    seqlens: NDArray[np.int32],
+    rounds: int,
+    progress: Progress,
+) -> None:
+    """Print what a step takes with the shared plan and without one. The layers' caches take turns: no warm L2."""
+    num_layers = len(step.layers)
+    _, k_cache, v_cache = step.layers[0]
+    row_bytes = sum(int(np.prod(cache.shape[2:])) * cache.dtype.itemsize for cache in (k_cache, v_cache))
+    step_bytes = int(seqlens.sum()) * row_bytes * num_layers
+
+    def shared() -> None:
+        plan(step.seqlens, out=metadata)
+        for index in range(num_layers):
+            layer(index, metadata)
+
+    def alone() -> None:
+        for index in range(num_layers):
+            layer(index, None)
+
+    times = {}
+    ways = {"shared": shared, "alone": alone, "plan": lambda: plan(step.seqlens, out=metadata)}
+    for name, way in ways.items():
+        progress(f"timing ({name})")
+        times[name] = _median_time(way, backend, rounds)
+    progress.done()
+    for name, label in (("shared", "one plan"), ("alone", "no plan")):
+        detail = {
+            "shared": f"planned once ({seconds(times['plan'])}), {num_layers} layers run on it",
+            "alone": "every layer plans for itself" if backend != "numpy" else "the NumPy backend needs none",
+        }[name]
+        rate = f"{step_bytes / times[name] / 1e9:.1f} GB/s"
+        _row(label, f"{seconds(times[name]):>8}  {rate:>11}   {detail}")
+    _row("", f"median of {rounds} steps; the caches of a step hold {size(step_bytes)} of keys and values")
+
+
+def _median_time(way: Callable[[], object], backend: str, rounds: int) -> float:
+    def synchronise() -> None:
+        if backend == "cuda":
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()
+
+    way()
+    times = []
+    for _ in range(rounds):
+        synchronise()
+        begin = time.perf_counter()
+        way()
+        synchronise()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def _shares(metadata: SchedulerMetadata) -> NDArray[np.float64]:
+    """Return the keys that each block reads, (blocks,)."""
+    work = metadata.work()
+    return np.bincount(work["block"], work["key_end"] - work["key_begin"]).astype(np.float64)
+
+
+def _row(name: str, text: str) -> None:
+    """Print a line of the report, aligned with those of ``print(metadata)``."""
+    print(f"  {name:<10}  {text}")
