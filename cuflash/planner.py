@@ -223,7 +223,7 @@ def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -
     # A thread for every unit and for every cut, as far as a block goes.
     threads = min(1024, -(-max(units, num_blocks) // 32) * 32)
     slice_sequences = max(1, -(-batch // threads))
-    slice_parts = max(1, min(threads // max(1, batch), row_blocks))
+    slice_shift = max(1, min(threads // max(1, batch), row_blocks)).bit_length() - 1
     left, right = problem.window
     values = {
         "window_left": left,
@@ -242,7 +242,8 @@ def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -
         "num_splits": problem.num_splits,
         "split_size": problem.split_size or 0,
         "slice_sequences": slice_sequences,
-        "slice_parts": slice_parts,
-        "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks // slice_parts),
+        "slice_shift": slice_shift,
+        "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),
     }
-    return threads, 8 * (threads + 1) + 8 * num_blocks, values
+    shared_bytes = 8 * (threads + 1) + 8 * num_blocks + 4 * -(-num_blocks // 32)
+    return threads, shared_bytes, values

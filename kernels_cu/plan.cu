@@ -27,8 +27,8 @@ struct PlanParams {
     int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
     int num_splits;       // 0: free, n: most parts of an item
     int split_size;       // cuts lie at multiples of this many keys, or 0
-    int slice_sequences;  // a thread sums up the units of so many sequences,
-    int slice_parts;      // or, where that is 1, of this fraction of a sequence:
+    int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
+    int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
 };
 
@@ -66,39 +66,27 @@ __device__ int slice_of(const long long* before, int low, int high, long long ta
     return low;
 }
 
-// The first of cuts[low .. high - 1] that lies in `item` or behind it; their items never decrease.
-__device__ int first_cut_from(const int2* cuts, int low, int high, int item) {
-    #pragma unroll 1
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (cuts[middle].x < item) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
-
 extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
-    extern __shared__ long long before[];                        // (threads + 1,) cost before each slice, for one KV head
+    extern __shared__ long long before[];                           // (threads + 1,) cost before each slice, for one KV head
     int2* cuts = reinterpret_cast<int2*>(before + blockDim.x + 1);  // (num_blocks,) item and key
+    unsigned* starts = reinterpret_cast<unsigned*>(cuts + p.num_blocks);  // a bit for each cut: the first one of its item?
+    __shared__ KeyRange slice_range[1024];                                // of the slice's last unit
     __shared__ long long warp_keys[WARP];
     __shared__ int warp_shortest[WARP], warp_longest[WARP], warp_cuts[WARP];
-    const int thread = threadIdx.x, threads = blockDim.x, lane = thread % WARP, warp = thread / WARP, warps = threads / WARP;
+    const int thread = threadIdx.x, threads = blockDim.x, lane = thread & (WARP - 1), warp = thread / WARP, warps = threads / WARP;
     const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
     const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
+    const int parts = 1 << p.slice_shift;
     int* planned = p.plan + PLAN_CUTS + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
 
-    const int parts = p.slice_parts;
-    const int sequence_begin = min(thread / parts * p.slice_sequences, p.batch_size) * p.row_blocks;
-    const int sequence_end = min(sequence_begin + p.slice_sequences * p.row_blocks, units);
-    const int slice_begin = min(sequence_begin + thread % parts * p.slice_units, sequence_end);
-    const int slice_end = min(slice_begin + p.slice_units, sequence_end);
-
     // Pass 1: the keys of a slice, and the lengths as planned.
+    int s = min((thread >> p.slice_shift) * p.slice_sequences, p.batch_size);
+    int row_block = s < p.batch_size ? min((thread & (parts - 1)) * p.slice_units, p.row_blocks) : 0;
+    const int slice_begin = s * p.row_blocks + row_block;  // units before the slice
     long long slice_keys = 0;
     int shortest = 2147483647, longest = 0;
     #pragma unroll 1
-    for (int unit = slice_begin; unit < slice_end; ++unit) {
-        const int s = unit / p.row_blocks, row_block = unit % p.row_blocks;
+    for (int n = 0; n < p.slice_units && s < p.batch_size && row_block < p.row_blocks; ++n) {
         const Sequence sequence = sequence_lengths(s, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
                                                    p.max_seqlen_q, p.max_seqlen_k_new);
         if (row_block == 0) {
@@ -107,10 +95,16 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             planned[2 * p.batch_size + s] = sequence.seqlen_q;
         }
         const KeyRange range = row_block_keys(mask, sequence, p.group, p.rows, row_block);
+        slice_range[thread] = range;
         const int keys = range.end - range.begin;
         slice_keys += keys;
         shortest = min(shortest, keys);
         longest = max(longest, keys);
+        row_block += 1;
+        if (row_block == p.row_blocks && parts == 1) {
+            row_block = 0;
+            s += 1;
+        }
     }
 
     // Scan over the block: within each warp, then every warp scans the sums of the warps.
@@ -165,44 +159,45 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const long long target = b * share + (unsigned)b * (unsigned)rest / (unsigned)blocks;
         const long long head_target = target / p.num_heads_kv;
         int slice = slice_of(before, 0, threads, head_target);
-        // The sequence, the head in it, and then the row block: `goal` is the cost before the cut for one KV head, as soon as the
-        // sequence is known.
+        // First the sequence, then the head in it, then the row block: `goal` is the cost before the cut in one KV head, as soon as
+        // the sequence is known.
         bool sequence_known = p.slice_sequences == 1;
         int head = 0;
         long long goal = 0;
         if (sequence_known) {
-            const int first = slice / parts * parts;
+            const int first = slice & -parts;
             const long long offset = target - before[first] * p.num_heads_kv, cost = before[first + parts] - before[first];
             head = (int)(offset / cost);
             goal = before[first] + (offset - head * cost);
             if (parts > 1) slice = slice_of(before, first, first + parts, goal);
         }
-        int unit = slice / parts * p.slice_sequences * p.row_blocks + slice % parts * p.slice_units;
+        int sequence = (slice >> p.slice_shift) * p.slice_sequences, row_block = (slice & (parts - 1)) * p.slice_units;
         long long start = before[slice], sequence_start = start;
-        KeyRange range;
-        int keys;
+        KeyRange range = slice_range[slice];
         #pragma unroll 1
-        while (true) {
-            const int* lengths = planned + unit / p.row_blocks;
-            const Sequence sequence = {0, lengths[p.batch_size], lengths[2 * p.batch_size]};
-            range = row_block_keys(mask, sequence, p.group, p.rows, unit % p.row_blocks);
-            keys = range.end - range.begin;
-            if (sequence_known && start + keys + overhead > goal) break;
-            start += keys + overhead;
-            unit += 1;
-            if (!sequence_known && unit % p.row_blocks == 0) {
+        while (p.slice_units > 1) {
+            const Sequence lengths = {0, planned[p.batch_size + sequence], planned[2 * p.batch_size + sequence]};
+            range = row_block_keys(mask, lengths, p.group, p.rows, row_block);
+            const long long end = start + (range.end - range.begin) + overhead;
+            if (sequence_known && end > goal) break;
+            start = end;
+            row_block += 1;
+            if (row_block == p.row_blocks) {  // the sequence ends: is the cut in it?
+                row_block = 0;
                 if (start > head_target) {
                     const long long offset = target - sequence_start * p.num_heads_kv, cost = start - sequence_start;
                     head = (int)(offset / cost);
                     goal = sequence_start + (offset - head * cost);
                     sequence_known = true;
-                    unit -= p.row_blocks;
                     start = sequence_start;
+                } else {
+                    sequence_start = start;
+                    sequence += 1;
                 }
-                sequence_start = start;
             }
         }
 
+        const int keys = range.end - range.begin;
         const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
         unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
         const unsigned grain = p.split_size ? p.split_size : TILE_KEYS;
@@ -219,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
                 if (part == most) key = range.end;
             }
         }
-        int item = (unit / p.row_blocks * (p.num_heads_kv - 1) + head) * p.row_blocks + unit;
+        int item = (sequence * p.num_heads_kv + head) * p.row_blocks + row_block;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;
         if (after || key <= (unsigned)range.begin) key = 0;
@@ -246,6 +241,17 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         __syncthreads();
     }
 
+    // Where the cuts of an item begin.
+    const int words = (used + WARP - 1) / WARP;
+    #pragma unroll 1
+    for (int w = warp; w < words; w += warps) {
+        const int u = w * WARP + lane;
+        const bool first = u < used && (cuts[u].y == 0 || cuts[u].x != cuts[u - 1].x);
+        const unsigned first_lanes = __ballot_sync(ALL_LANES, first);
+        if (lane == 0) starts[w] = first_lanes;
+    }
+    __syncthreads();
+
     // The plan, with the blocks that hold a part of each item that is cut.
     if (thread < PLAN_CUTS) p.plan[thread] = thread == 0 ? used : 0;
     Cut* planned_cuts = reinterpret_cast<Cut*>(p.plan + PLAN_CUTS);
@@ -255,9 +261,14 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         if (u < used) {
             cut = {cuts[u].x, cuts[u].y, u, u};
             if (cut.key > 0) {
-                cut.first_block = first_cut_from(cuts, 0, u, cut.item);
-                cut.first_block -= cuts[cut.first_block].y > 0;  // the item begins in the block before
-                cut.last_block = first_cut_from(cuts, u, used, cut.item + 1) - 1;
+                int w = u / WARP;
+                unsigned here = starts[w] & (ALL_LANES >> (WARP - 1 - lane)), next = starts[w] & ~(ALL_LANES >> (WARP - 1 - lane));
+                while (here == 0) here = starts[--w];
+                cut.first_block = w * WARP + WARP - 1 - __clz(here);
+                if (cuts[cut.first_block].y > 0) cut.first_block -= 1;  // the item begins in the block before
+                w = u / WARP;
+                while (next == 0 && ++w < words) next = starts[w];
+                cut.last_block = (next ? w * WARP + __ffs(next) - 1 : used) - 1;
             }
         }
         planned_cuts[u] = cut;

@@ -73,6 +73,7 @@ __device__ __forceinline__ KeyRange visible_keys(Mask mask, int seqlen_k, int se
 __device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence, int group, int rows, int row_block) {
     int first_row = row_block * rows, num_rows = sequence.seqlen_q * group;
     if (first_row >= num_rows) return {0, 0};
+    if (mask.left < 0 && mask.right < 0 && mask.chunk == 0) return {0, sequence.seqlen_k};
     int last_row = min(first_row + rows, num_rows) - 1;
     return visible_keys(mask, sequence.seqlen_k, sequence.seqlen_q, first_row / group, last_row / group);
 }
