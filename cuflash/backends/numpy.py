@@ -37,9 +37,10 @@ Floats = NDArray[np.float32]
 
 _GEMM_KEYS = 32  # keys of one product
 _BLOCK_ELEMENTS = 2**18  # of a block of keys: 1 MiB of float32
-_ROWS = 64  # packed query rows that are computed together (more only where one query has more heads)
+_ROWS = 32  # packed query rows that are computed together (more only where one query has more heads)
 _SCORES = 2**22  # scores that a thread holds at a time: 16 MiB
-_THREAD_ELEMENTS = 2**18  # cache elements below which threads do not pay
+_THREAD_ELEMENTS = 2**22  # cache elements below which threads do not pay
+_LARGEST, _TINY = np.finfo(np.float32).max, np.finfo(np.float32).tiny
 
 USES_PLAN = False
 
@@ -99,56 +100,63 @@ def _attend(
     step = max(1, _ROWS // group)
     for i in range(0, seqlen_q, step):
         end_i = min(i + step, seqlen_q)
-        begin, end = _visible(problem, np.arange(i, end_i) + (seqlen_k - seqlen_q), seqlen_k)
-        seen = begin < end
-        low, high = (int(begin[seen].min()), int(end[seen].max())) if seen.any() else (0, 0)
-        hidden = None  # (queries, keys)
-        if not (begin == low).all() or not (end == high).all():
-            keys = np.arange(low, high)
-            hidden = (keys < begin[:, None]) | (keys >= end[:, None])
-        rows = (end_i - i) * group
-        heads_step = max(1, _SCORES // (rows * max(1, high - low)))
+        n = end_i - i
+        position = i + seqlen_k - seqlen_q
+        begin, first_end = _visible(problem, position, seqlen_k)
+        last_begin, end = _visible(problem, position + n - 1, seqlen_k)
+        end = max(begin, end)
+        hidden = None
+        if last_begin > begin or first_end < end:
+            hidden = _hidden(problem, np.arange(position, position + n)[:, None], np.arange(begin, end))
+        heads_step = max(1, _SCORES // (n * group * max(1, end - begin)))
         for h in range(head, end_head, heads_step):
             end_h = min(h + heads_step, end_head)
             q_heads = slice(h * group, end_h * group)
-            part = _queries(problem, operands, q[i:end_i, q_heads], b, i)
             # (queries, heads of q, d) -> (KV heads, rows, d), rows query position major
-            part = part.reshape(end_i - i, end_h - h, group, -1).transpose(1, 0, 2, 3).reshape(end_h - h, rows, -1)
+            part = _queries(problem, operands, q[i:end_i, q_heads], b, i)
+            part = part.reshape(n, end_h - h, group, -1).swapaxes(0, 1).reshape(end_h - h, n * group, -1)
             sinks = None
             if operands.sinks is not None:  # (KV heads, rows)
-                sinks = np.tile(operands.sinks[q_heads].reshape(-1, group), end_i - i)
-            result, part_lse = _attend_rows(
-                problem,
-                operands,
-                part,
-                _Keys(problem, operands, b, leftpad + low, leftpad + high, h, end_h),
-                hidden,
-                sinks,
-            )
-            out[i:end_i, q_heads] = (
-                result.reshape(end_h - h, end_i - i, group, -1)
-                .transpose(1, 0, 2, 3)
-                .reshape(end_i - i, -1, out.shape[-1])
-            )
-            lse[q_heads, i:end_i] = part_lse.reshape(end_h - h, end_i - i, group).swapaxes(1, 2).reshape(-1, end_i - i)
+                sinks = np.tile(operands.sinks[q_heads].reshape(-1, group), n)
+            keys = _Keys(problem, operands, b, leftpad + begin, leftpad + end, h, end_h)
+            part_out, part_lse = _attend_rows(problem, operands, part, keys, hidden, sinks)
+            part_out = part_out.reshape(end_h - h, n, group, -1).swapaxes(0, 1)
+            out[i:end_i, q_heads] = part_out.reshape(n, (end_h - h) * group, -1)
+            part_lse = part_lse.reshape(end_h - h, n, group).swapaxes(1, 2)
+            lse[q_heads, i:end_i] = part_lse.reshape((end_h - h) * group, n)
 
 
-def _visible(
-    problem: Problem, position: NDArray[np.int64], seqlen_k: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the keys [begin, end) that the rows at ``position`` see, counted from the leftpad."""
-    begin = np.zeros_like(position)
-    end = np.full_like(position, seqlen_k)
+def _visible(problem: Problem, position: int, seqlen_k: int) -> tuple[int, int]:
+    """Return the keys [begin, end) that a row at ``position`` sees, counted from the leftpad.
+
+    Both grow with the position, and what rows one after another see has no gaps: together they see all keys from the
+    first row's begin to the last row's end.
+    """
+    begin, end = 0, seqlen_k
     left, right = problem.window
     chunk = problem.attention_chunk
     if left >= 0:
-        begin = np.maximum(begin, position - left)
+        begin = max(begin, position - left)
     if right >= 0:
-        end = np.minimum(end, position + right + 1)
+        end = min(end, position + right + 1)
     if chunk > 0:
         first = position // chunk * chunk
-        begin, end = np.maximum(begin, first), np.minimum(end, first + chunk)
+        begin, end = max(begin, first), min(end, first + chunk)
     return begin, end
+
+
+def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (queries, keys) what rows at ``position`` (queries, 1) do not see of ``keys``."""
+    left, right = problem.window
+    chunk = problem.attention_chunk
+    hidden = np.zeros((len(position), len(keys)), np.bool_)
+    if left >= 0:
+        hidden |= keys < position - left
+    if right >= 0:
+        hidden |= keys > position + right
+    if chunk > 0:
+        hidden |= keys // chunk != position // chunk
+    return hidden
 
 
 def _queries(problem: Problem, operands: Operands, q: Array, b: int, i: int) -> Floats:
@@ -194,22 +202,19 @@ def _attend_rows(
     if hidden is not None:
         by_query = scores.reshape(heads, len(hidden), rows // len(hidden), len(keys))
         np.copyto(by_query, -np.inf, where=hidden[None, :, None, :])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        top = scores.max(-1, initial=-np.inf)
-        if sinks is not None:
-            np.maximum(top, sinks, out=top)
-        top[np.isneginf(top)] = 0  # nothing to see: exp(-inf - 0) is 0, and no NaN
-        scores -= top[..., None]
-        np.exp(scores, out=scores)
-        total = scores.sum(-1)
-        if sinks is not None:
-            total += np.exp(sinks - top)
-        lse = top + np.log(total)
-        out = np.zeros((heads, rows, problem.headdim_v), np.float32)
-        for begin, block in keys.blocks(operands.v_cache):
-            out += _weighted_sum(scores[..., begin : begin + len(block)], block)
-        total[total == 0] = 1
-        out /= total[..., None]
+    top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN
+    if sinks is not None:
+        np.maximum(top, sinks, out=top)
+    scores -= top[..., None]
+    np.exp(scores, out=scores)
+    total = scores.sum(-1)
+    if sinks is not None:
+        total += np.exp(sinks - top)
+    lse = top + np.log(total)
+    out = np.zeros((heads, rows, problem.headdim_v), np.float32)
+    for begin, block in keys.blocks(operands.v_cache):
+        out += _weighted_sum(scores[..., begin : begin + len(block)], block)
+    out /= np.maximum(total, _TINY)[..., None]
     return out, lse
 
 
@@ -371,8 +376,9 @@ def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
     queue = iter(tasks)  # next() of a list's iterator is atomic
 
     def work() -> None:
-        for task in queue:
-            task()
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log(0) is the LSE of no keys
+            for task in queue:
+                task()
 
     if workers > 1 and len(tasks) > 1:
         if _pool is None:
