@@ -196,6 +196,7 @@ def flash_attn_with_kvcache(
     if scale_cap < 0:
         raise ValueError(f"softcap must be at least 0, got {scale_cap}")
 
+    dtype_name("q", queries.dtype)
     batch_size, seqlen_q = _query_shape(queries, cu_seqlens_q, max_seqlen_q)
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"v_cache must have the shape of k_cache but for the head dim, got {values.shape} (NHD)")
@@ -526,8 +527,11 @@ def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:
         positions = operands.rotary_cos.shape[0]
         moved = np.full(problem.batch_size, problem.max_seqlen_q if operands.rotary_moves else 1)
         needed = base + np.maximum(new, moved)
-        if ((base < 0) | (needed > positions)).any():
-            bad = int(((base < 0) | (needed > positions)).argmax())
+        if (base < 0).any():
+            bad = int((base < 0).argmax())
+            raise ValueError(f"rotary_seqlens must be at least 0, got {base[bad]} at [{bad}]")
+        if (needed > positions).any():
+            bad = int((needed > positions).argmax())
             raise ValueError(
                 f"rotary_cos must have a row for every position, got {positions} rows for positions {base[bad]} to "
                 f"{needed[bad] - 1} at [{bad}]"

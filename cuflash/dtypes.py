@@ -38,6 +38,8 @@ def dtype_name(name: str, dtype: Any) -> str:
         TypeError: If ``dtype`` is not a dtype.
         ValueError: If it is one that attention does not know.
     """
+    if dtype is None:  # for NumPy that is float64
+        raise TypeError(f"{name} must be a dtype or its name, got None")
     if isinstance(dtype, str):
         text = dtype
     else:
