@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 # Work that takes a few seconds: sequences, their median length, layers, rounds of timing.
-_SIZES = {"cuda": (64, 1024, 8, 20), "numpy": (16, 512, 4, 5), "sim": (3, 40, 2, 0)}
+_SIZES = {"cuda": (64, 1024, 8, 20), "numpy": (16, 512, 4, 5), "sim": (4, 300, 2, 0)}
 _DTYPES = {"cuda": "bfloat16", "numpy": "float32", "sim": "bfloat16"}
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
@@ -51,11 +51,12 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; the exit code is 1 if the results are wrong."""
     with environment(CUFLASH_BACKEND=arguments.backend):
-        backend, reason = backend_in_use()
+        simulates = os.environ.get("CUFLASH_BACKEND") == "sim"
         # A simulated GPU is small, so that a small problem fills it.
-        small = 4 if backend == "sim" and "CUFLASH_NUM_SM" not in os.environ else None
-        with environment(CUFLASH_BACKEND=backend, CUFLASH_NUM_SM=small):
-            return _run(arguments, backend, reason)
+        with environment(CUFLASH_NUM_SM=4 if simulates and not os.environ.get("CUFLASH_NUM_SM") else None):
+            backend, reason = backend_in_use()
+            with environment(CUFLASH_BACKEND=backend):
+                return _run(arguments, backend, reason)
 
 
 @dataclass
