@@ -1,9 +1,9 @@
 // Plan a decode step: cut the keys of all items into shares of equal cost, one per thread block of the attention kernel.
 //
-// One launch of one block, for any batch size. A unit is (sequence, row block): what the KV heads have in common. Every thread sums
-// a slice of consecutive units, a block scan turns the sums into the cost before each slice, and then every thread makes the
-// cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts that fell
-// together. cuflash/planner.py is the same in NumPy, word for word: change both.
+// One launch of one block, for any batch size. A unit is (sequence, row block): what the KV heads have in common. Every thread
+// sums a slice of consecutive units, a block scan turns the sums into the cost before each slice, and then every thread makes
+// the cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts
+// that fell together. cuflash/planner.py is the same in NumPy, bit for bit: change both.
 #include "schedule.cuh"
 
 struct PlanParams {
@@ -73,7 +73,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     __shared__ KeyRange slice_range[1024];                                // of the slice's last unit
     __shared__ long long warp_keys[WARP];
     __shared__ int warp_shortest[WARP], warp_longest[WARP], warp_cuts[WARP];
-    const int thread = threadIdx.x, threads = blockDim.x, lane = thread & (WARP - 1), warp = thread / WARP, warps = threads / WARP;
+    const int thread = threadIdx.x, threads = blockDim.x;
+    const int lane = thread & (WARP - 1), warp = thread / WARP, warps = threads / WARP;
     const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
     const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
     const int parts = 1 << p.slice_shift;
@@ -159,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const long long target = b * share + (unsigned)b * (unsigned)rest / (unsigned)blocks;
         const long long head_target = target / p.num_heads_kv;
         int slice = slice_of(before, 0, threads, head_target);
-        // First the sequence, then the head in it, then the row block: `goal` is the cost before the cut in one KV head, as soon as
-        // the sequence is known.
+        // First the sequence, then the head in it, then the row block. `goal` is the cost before the cut in one KV head, as soon
+        // as the sequence is known.
         bool sequence_known = p.slice_sequences == 1;
         int head = 0;
         long long goal = 0;
@@ -262,7 +263,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             cut = {cuts[u].x, cuts[u].y, u, u};
             if (cut.key > 0) {
                 int w = u / WARP;
-                unsigned here = starts[w] & (ALL_LANES >> (WARP - 1 - lane)), next = starts[w] & ~(ALL_LANES >> (WARP - 1 - lane));
+                const unsigned through = ALL_LANES >> (WARP - 1 - lane);  // this lane and those before it
+                unsigned here = starts[w] & through, next = starts[w] & ~through;
                 while (here == 0) here = starts[--w];
                 cut.first_block = w * WARP + WARP - 1 - __clz(here);
                 if (cuts[cut.first_block].y > 0) cut.first_block -= 1;  // the item begins in the block before
