@@ -145,6 +145,7 @@ struct Engine {
                     g.state = READY;
                     g.pc++;
                 }
+        if (!bar.parties.empty()) sync_parties(bar.parties);
         bar = Barrier();
         L.changes++;
     }
@@ -164,6 +165,7 @@ struct Engine {
             report(w, K_DIVERGENT_BARRIER, first(m), 0, "barrier %u is waited for with %u threads here and with %u elsewhere", id,
                    expected ? expected : b.threads, bar.expected ? bar.expected : b.threads);
         }
+        if (L.races.on()) bar.parties.push_back({&w, m, i.a != 1});
         bar.arrived += (i.flags & HAS_COUNT) && (i.flags & ALIGNED) ? 32 : u32(__builtin_popcount(m));
         if (i.a >= 2) {
             u32 p = w.pred(i.o[3]);
@@ -441,6 +443,7 @@ struct Engine {
                 memset(w.committed, 0, sizeof w.committed);
                 memset(w.bulk_committed, 0, sizeof w.bulk_committed);
             }
+            races_start(b);
         }
     }
 
@@ -564,6 +567,8 @@ struct Engine {
         L.dynamic_shared = args.dynamic_shared;
         L.shared_size = args.static_shared + args.dynamic_shared;
         L.checks = args.checks;
+        L.races.shared = L.check(C_RACE_SHARED);
+        L.races.global = L.check(C_RACE_GLOBAL);
         L.jitter = args.jitter;
         L.cp_async = args.cp_async;
         L.random = args.random;

@@ -154,7 +154,7 @@ class RawFinding(ctypes.Structure):
     ]  # fmt: skip
 
 
-_REGION = np.dtype([("lo", "u8"), ("hi", "u8"), ("id", "u4"), ("readonly", "u4")])
+_REGION = np.dtype([("lo", "u8"), ("hi", "u8"), ("origin", "u8"), ("id", "u4"), ("readonly", "u4")])
 
 
 @lru_cache(maxsize=None)
@@ -189,7 +189,15 @@ class _Memory:
     lo: int
     hi: int
     readonly: bool
-    keep: Any = None
+    origin: int  # where the buffer starts that the array is a view of
+
+
+def _memory(name: str, array: np.ndarray, readonly: bool) -> _Memory:
+    lo, hi = _span(array)
+    root = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    return _Memory(name, lo, hi, readonly or not array.flags.writeable, min(lo, _span(root)[0]))
 
 
 def _span(array: np.ndarray) -> tuple[int, int]:
@@ -289,8 +297,7 @@ class Kernel:
                 if size != 8:
                     raise TypeError(f"argument {k} of {self.name} is an array, the parameter has {size} bytes")
                 if arg.size:
-                    lo, hi = _span(arg)
-                    memory.append(_Memory(f"argument {k}", lo, hi, not arg.flags.writeable, arg))
+                    memory.append(_memory(f"argument {k}", arg, False))
                 data = int(arg.__array_interface__["data"][0]).to_bytes(8, "little")
             elif arg is None:
                 data = bytes(8)
@@ -352,12 +359,12 @@ class Kernel:
         if program.static_shared + shared_mem > _SIZE_LIMIT:
             raise ValueError(f"{program.static_shared + shared_mem} bytes of shared memory; a block has at most {_SIZE_LIMIT}")
         packed, memory, keep = self._pack(args)
-        named = [_Memory(name, *_span(a), name in readonly or not a.flags.writeable, a) for name, a in arrays.items() if a is not None and a.size]
+        named = [_memory(name, a, name in readonly) for name, a in arrays.items() if a is not None and a.size]
         memory = named + [m for m in memory if not any(n.lo <= m.lo and m.hi <= n.hi for n in named)]
         for name, view in self.module._variables.items():
             if view.size:
                 constant = self.module._module.symbols[name].space == "const"
-                memory.append(_Memory(name, *_span(view), constant, view))
+                memory.append(_memory(name, view, constant))
         regions = _regions(memory)
         count = len(program.code)
         pc_counts = np.zeros(count, PC_COUNT)
@@ -381,7 +388,9 @@ class Kernel:
         failed = _machine()[0].sim_launch(ctypes.byref(request)) if min(grid) > 0 else 0
         seconds = time.perf_counter() - start
         del keep
-        counters = Counters(program, pc_counts, {m.name: region_counts[k] for k, m in enumerate(memory)})
+        variables = self.module._variables
+        touched = {m.name: row for m, row in zip(memory, region_counts) if m.name not in variables or any(row.tolist())}
+        counters = Counters(program, pc_counts, touched)
         text = output[: request.output_used].tobytes().decode(errors="replace")
         launch = Launch(self.name, grid, block, dims, shared_mem, counters, [], text, seconds)
         if settings.launches is not None:
@@ -406,10 +415,11 @@ def _regions(memory: Sequence[_Memory]) -> np.ndarray:
         if rows and rows[-1][1] == lo and rows[-1][2] == owner:
             rows[-1][1] = hi
         else:
-            rows.append([lo, hi, owner, int(memory[owner].readonly)])
+            rows.append([lo, hi, owner, memory[owner].origin, int(memory[owner].readonly)])
     out = np.zeros(max(len(rows), 1), _REGION)
     for k, row in enumerate(rows):
-        out[k] = tuple(row)
+        lo, hi, owner, origin, readonly = row
+        out[k] = (lo, hi, origin, owner, readonly)
     return out[: len(rows)] if rows else out[:0]
 
 

@@ -5,12 +5,14 @@
 
 #include "runtime.hpp"
 #include "numbers.hpp"
+#include "races.hpp"
 
 struct Cluster;
 
 struct Barrier {
     u32 arrived = 0, expected = 0, pc = 0;
     u32 all = 1, any = 0, count = 0;  // of the predicates of bar.red
+    std::vector<Party> parties;
 };
 
 struct Block {
@@ -26,6 +28,7 @@ struct Block {
     std::vector<u8> local_memory;
     std::vector<u8> register_file;
     Barrier barriers[16];
+    Shadow shadow;
     bool done = false;
 };
 
@@ -77,6 +80,7 @@ struct Launch {
     std::vector<u32> hints;  // region that an instruction met last
     std::vector<Ins> loaded;
     u64 steps = 0;    // instructions executed, the clock of the machine
+    RaceState races;
     u64 changes = 0;  // events that another thread may be waiting for
     std::chrono::steady_clock::time_point deadline;
 

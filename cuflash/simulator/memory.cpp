@@ -73,12 +73,13 @@ struct Sectors {
     }
 };
 
-void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, const u32 *regions, bool write) {
+void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, const Region *const *regions, bool write) {
     Launch &L = *w.launch;
     PcCount &pc = L.pc_counts[w.pc];
     u32 rest = m;
     while (rest) {
-        u32 region = regions[first(rest)], requested = 0;
+        const Region *region = regions[first(rest)];
+        u32 requested = 0;
         Sectors s;
         for (u32 t = rest; t; t &= t - 1) {
             u32 l = first(t);
@@ -86,11 +87,11 @@ void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, cons
             rest &= ~(1u << l);
             u32 n = sizes ? sizes[l] : bytes;
             if (!n) continue;
-            s.add(a[l], n);
+            s.add(a[l] - region->origin, n);
             requested += n;
         }
         u32 ideal = (s.bytes() + 31) / 32;
-        RegionCount &c = L.region_counts[region];
+        RegionCount &c = L.region_counts[region->id];
         if (write) {
             c.write_bytes += requested;
             c.write_sectors += s.used;
@@ -109,16 +110,16 @@ void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, cons
 enum Access : u32 { READ = 0, WRITE = 1, ATOMIC = 2 };
 
 // Checks and counts an access to global memory. Sizes may differ by lane (cp.async with a source size).
-void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind) {
+void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong) {
     Launch &L = *w.launch;
-    u32 regions[32];
+    const Region *regions[32];
     bool bounds = L.check(C_BOUNDS);
     u32 &hint = L.hints[w.pc];
     if (L.region_count) {
         const Region *r = &L.regions[hint];
         for (u32 t = m; t; t &= t - 1) {
             u32 l = first(t), n = sizes ? sizes[l] : bytes;
-            regions[l] = 0;
+            regions[l] = r;
             if (!n) continue;
             if (a[l] < r->lo || a[l] + n > r->hi) {
                 const Region *found = find_region(L, a[l], n);
@@ -131,12 +132,13 @@ void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Acc
                 r = found;
                 hint = u32(r - L.regions);
             }
+            if (L.races.global && !r->readonly) race_global(w, l, a[l], n, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
             if (kind != READ && r->readonly && bounds) {
                 L.args->finding->size = n;
                 L.args->finding->write = 1;
                 report(w, K_READONLY, l, a[l], "a write of %u bytes to an array that is read-only", n);
             }
-            regions[l] = r->id;
+            regions[l] = r;
         }
     } else if (m && bounds) {
         report(w, K_BOUNDS_GLOBAL, first(m), a[first(m)], "an access to global memory; no array was passed");
@@ -205,11 +207,21 @@ void shared_bounds(Warp &w, u32 m, const u64 *a, u32 bytes, SharedAt &s, bool wr
 }
 
 inline bool all_set(const u8 *p, u32 n) {
+    u64 v;
+    for (; n >= 8; n -= 8, p += 8) {
+        memcpy(&v, p, 8);
+        if (v != 0x0101010101010101ull) return false;
+    }
     for (u32 k = 0; k < n; k++)
         if (!p[k]) return false;
     return true;
 }
 inline bool any_set(const u8 *p, u32 n) {
+    u64 v;
+    for (; n >= 8; n -= 8, p += 8) {
+        memcpy(&v, p, 8);
+        if (v) return true;
+    }
     for (u32 k = 0; k < n; k++)
         if (p[k]) return true;
     return false;
@@ -235,12 +247,12 @@ void check_write(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
 }
 
 void shared_access(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool strong, SharedAt &s) {
-    (void)strong;
     shared_bounds(w, m, a, bytes, s, kind != READ);
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
         if (kind != WRITE) check_read(w, l, *s.block[l], s.off[l], bytes);
         if (kind != READ) check_write(w, l, *s.block[l], s.off[l], bytes);
+        if (w.launch->races.shared) race_shared(w, l, *s.block[l], s.off[l], bytes, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
     }
     if (w.launch->check(C_COUNT)) count_banks(w, m, s.off, bytes);
 }
@@ -272,8 +284,8 @@ void resolve_shared(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool s
     shared_access(w, m, a, bytes, kind, strong, s);
     for (u32 t = m; t; t &= t - 1) p.at[first(t)] = s.block[first(t)]->shared + s.off[first(t)];
 }
-void resolve_global(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, Pointers &p) {
-    global_access(w, m, a, nullptr, bytes, kind);
+void resolve_global(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool strong, Pointers &p) {
+    global_access(w, m, a, nullptr, bytes, kind, strong);
     for (u32 t = m; t; t &= t - 1) p.at[first(t)] = reinterpret_cast<u8 *>(a[first(t)]);
 }
 
@@ -282,7 +294,7 @@ void resolve(Warp &w, const Ins &i, u32 m, u64 *a, u32 bytes, u8 space, Access k
     bool strong = i.flags & STRONG;
     switch (space) {
         case GLOBAL:
-        case CONST: resolve_global(w, m, a, bytes, kind, p); break;
+        case CONST: resolve_global(w, m, a, bytes, kind, strong, p); break;
         case SHARED: resolve_shared(w, m, a, bytes, kind, strong, p); break;
         case LOCAL: resolve_local(w, m, a, bytes, p); break;
         case PARAM: resolve_param(w, m, a, bytes, p); break;
@@ -294,7 +306,7 @@ void resolve(Warp &w, const Ins &i, u32 m, u64 *a, u32 bytes, u8 space, Access k
                 for (u32 t = rest; t; t &= t - 1) same |= u32((a[first(t)] & SPACE_MASK) == top) << first(t);
                 rest &= ~same;
                 if (top == 0) {
-                    resolve_global(w, same, a, bytes, kind, p);
+                    resolve_global(w, same, a, bytes, kind, strong, p);
                     continue;
                 }
                 u64 offset[32];
@@ -349,6 +361,34 @@ template <class T> void store(Warp &w, const Ins &i, u32 m, const Pointers &p) {
     }
 }
 
+// Where a release leaves its knowledge.
+u64 sync_key(Warp &w, u8 space, u64 a) {
+    u64 top = a & SPACE_MASK;
+    if (space == SHARED) top = SHARED_BASE;
+    if (top != SHARED_BASE) return a;
+    u32 rank = u32(a >> RANK_SHIFT) & 255;
+    u32 block = rank ? w.block->cluster->blocks[rank - 1]->linear : w.block->linear;
+    return SHARED_BASE | u64(block) << RANK_SHIFT | (a & ((1u << RANK_SHIFT) - 1));
+}
+void order_before(Warp &w, const Ins &i, u32 m, const u64 *a, bool exchange) {  // of a strong write
+    if (!(i.flags & STRONG) || !w.launch->races.on()) return;
+    for (u32 t = m; t; t &= t - 1) {
+        u32 l = first(t);
+        u64 key = sync_key(w, i.c, a[l]);
+        if (i.flags & RELEASE) release_at(w, l, key, i.flags & CTA_SCOPE);
+        else relaxed_write(w, l, key, exchange);
+    }
+}
+void order_after(Warp &w, const Ins &i, u32 m, const u64 *a) {  // of a strong read
+    if (!(i.flags & STRONG) || !w.launch->races.on()) return;
+    for (u32 t = m; t; t &= t - 1) {
+        u32 l = first(t);
+        u64 key = sync_key(w, i.c, a[l]);
+        if (i.flags & ACQUIRE) acquire_at(w, l, key, i.flags & CTA_SCOPE);
+        else relaxed_read(w, l, key);
+    }
+}
+
 void ld(Warp &w, const Ins &i, u32 m) {
     u64 a[32];
     Pointers p;
@@ -360,6 +400,7 @@ void ld(Warp &w, const Ins &i, u32 m) {
         case 4: load<u32>(w, i, m, p); break;
         default: load<u64>(w, i, m, p);
     }
+    order_after(w, i, m, a);
 }
 void ld_param(Warp &w, const Ins &i, u32 m) {  // the same value for all lanes
     u8 v[64];
@@ -373,17 +414,31 @@ void ld_param(Warp &w, const Ins &i, u32 m) {  // the same value for all lanes
         default: load<u64>(w, i, m, p);
     }
 }
+// Lanes of one store may write the same bytes only if they write the same value.
+void check_lost(Warp &w, const Ins &i, u32 m, const Pointers &p, const u64 *a) {
+    bool wide = i.b == 8 || (i.flags & WIDE_REG);
+    for (u32 t = m; t; t &= t - 1) {
+        u32 l = first(t);
+        for (u32 j = 0; j < i.a; j++) {
+            u64 v = wide ? w.reg<u64>(i.o[j])[l] : w.reg<u32>(i.o[j])[l];
+            if (memcmp(p.at[l] + j * i.b, &v, i.b))
+                report(w, i.c == SHARED ? K_RACE_SHARED : K_RACE_GLOBAL, l, a[l], "lanes of one store write different values to the same bytes");
+        }
+    }
+}
 void st(Warp &w, const Ins &i, u32 m) {
     u64 a[32];
     Pointers p;
     addresses(w, i, i.o[12], i.d, i.imm, m, a);
     resolve(w, i, m, a, u32(i.a) * i.b, i.c, WRITE, p);
+    order_before(w, i, m, a, false);
     switch (i.b) {
         case 1: store<u8>(w, i, m, p); break;
         case 2: store<u16>(w, i, m, p); break;
         case 4: store<u32>(w, i, m, p); break;
         default: store<u64>(w, i, m, p);
     }
+    if (i.c != LOCAL && (w.launch->races.shared || w.launch->races.global) && (m & (m - 1))) check_lost(w, i, m, p, a);
     w.launch->changes++;
 }
 
@@ -460,8 +515,10 @@ void atom(Warp &w, const Ins &i, u32 m) {  // o[0] result, o[1] b, o[2] c, o[12]
     addresses(w, i, i.o[12], i.d, i.imm, m, a);
     bool wide = i.b == T_U64 || i.b == T_S64 || i.b == T_F64;
     resolve(w, i, m, a, wide ? 8 : i.b >= T_F16 ? 2 : 4, i.c, ATOMIC, p);
+    order_before(w, i, m, a, true);
     if (wide) atom_lanes<u64>(w, i, m, p);
     else atom_lanes<u32>(w, i, m, p);
+    order_after(w, i, m, a);
 }
 
 // -- asynchronous copies
@@ -493,7 +550,7 @@ void cp_async(Warp &w, const Ins &i, u32 m) {  // o[0] destination, o[1] source,
     }
     if (reads) {
         check_aligned(w, reads, src, i.a);
-        global_access(w, reads, src, op.n, i.a, READ);
+        global_access(w, reads, src, op.n, i.a, READ, false);
     }
     SharedAt s;
     shared_bounds(w, m, dst, i.a, s, true);
@@ -501,6 +558,7 @@ void cp_async(Warp &w, const Ins &i, u32 m) {  // o[0] destination, o[1] source,
         u32 l = first(t);
         op.dst[l] = s.off[l];
         check_write(w, l, *w.block, s.off[l], i.a);
+        if (L.races.shared) race_shared(w, l, *w.block, s.off[l], i.a, A_WRITE | A_FLIGHT);
         if (L.check(C_FLIGHT)) memset(&w.block->in_flight[s.off[l]], 1, i.a);
     }
     if (L.check(C_COUNT)) count_banks(w, m, s.off, i.a);
@@ -570,8 +628,8 @@ void stmatrix(Warp &w, const Ins &i, u32 m) {
 
 // -- fences, printf, assert, trap
 
-void fence(Warp &, const Ins &, u32) {}
-void warp_sync(Warp &, const Ins &, u32) {}
+void fence(Warp &w, const Ins &i, u32 m) { fence_lanes(w, m, i.flags & CTA_SCOPE); }
+void warp_sync(Warp &w, const Ins &, u32 m) { sync_warp(w, m); }
 
 u64 param64(Warp &w, u32 lane, u64 offset) {
     u64 v;
@@ -712,6 +770,7 @@ void wait_copies(Warp &w, u32 mask, u32 pending_allowed) {
             if (!c.early) perform(w, c, l);
             if (flight) memset(&w.block->in_flight[c.dst[l]], 0, c.bytes);
             if (init) memset(&w.block->initialised[c.dst[l]], 1, c.bytes);
+            if (L.races.shared) race_landed(w, l, *w.block, c.dst[l], c.bytes);
         }
     }
     while (!w.copies.empty() && !w.copies.front().mask) w.copies.pop_front();

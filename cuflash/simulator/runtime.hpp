@@ -130,6 +130,7 @@ struct Stop {};  // thrown by the first finding
 
 struct Region {
     u64 lo, hi;
+    u64 origin;  // where the array's allocation starts: sectors are counted as if that were aligned, which it is on a GPU
     u32 id;
     u32 readonly;
 };
@@ -177,6 +178,7 @@ struct CopyOp {  // one cp.async of a warp
 };
 
 struct Knowledge;
+struct WarpClocks;
 
 struct Warp {
     u8 *regs = nullptr;
@@ -193,6 +195,10 @@ struct Warp {
     u32 committed[32];
     u32 epoch = 1;    // counts the synchronisations of the warp's lanes
     u32 bulk_committed[32];
+    std::unique_ptr<WarpClocks> clocks;  // for race detection
+    Warp();
+    Warp(Warp &&) noexcept;
+    ~Warp();
 
     template <class T> T *reg(u16 slot) { return reinterpret_cast<T *>(regs + size_t(slot) * UNIT); }
     u32 &pred(u16 slot) { return *reinterpret_cast<u32 *>(regs + size_t(slot) * UNIT); }

@@ -1,0 +1,393 @@
+#include "races.hpp"
+
+#include "machine.hpp"
+
+namespace {
+
+std::vector<Knowledge *> &pool() {
+    static thread_local std::vector<Knowledge *> free;
+    return free;
+}
+
+// Lanes of a warp that exist count; the others never touch anything.
+void refresh_least(Knowledge &k, u32 warp) {
+    u32 from = warp * 32, to = std::min<u32>(from + 32, u32(k.at.size())), least = ~0u;
+    for (u32 t = from; t < to; t++) least = std::min(least, k.at[t]);
+    k.least[warp] = least;
+}
+
+Known copy(const Knowledge &from) {
+    Known k = Known::make();
+    k->at = from.at;
+    k->least = from.least;
+    k->foreign = from.foreign;
+    return k;
+}
+
+// A knowledge that only this lane refers to.
+Knowledge &own(Warp &w, u32 lane) {
+    Known &k = w.clocks->known[lane];
+    if (k->references > 1) k = copy(*k);
+    return *k;
+}
+
+void join(Knowledge &into, const Knowledge &from) {
+    for (size_t t = 0; t < into.at.size(); t++) into.at[t] = std::max(into.at[t], from.at[t]);
+    for (u32 n = 0; n < into.least.size(); n++) refresh_least(into, n);
+}
+
+void join_entry(std::unordered_map<u32, Known> &map, u32 block, const Known &k) {
+    Known &slot = map[block];
+    if (!slot) {
+        slot = k;
+    } else if (slot != k) {
+        slot = copy(*slot);
+        join(*slot, *k);
+    }
+}
+
+Foreign join_foreign(const Foreign &a, const Foreign &b) {
+    if (!a || a == b) return b;
+    if (!b) return a;
+    auto out = std::make_shared<std::unordered_map<u32, Known>>(*a);
+    for (auto &[block, k] : *b) join_entry(*out, block, k);
+    return out;
+}
+
+bool knows(Warp &w, u32 lane, const Record &r) {
+    const Knowledge &mine = *w.clocks->known[lane];
+    const Knowledge *k = &mine;
+    if (r.block != w.block->linear) {
+        if (!mine.foreign) return false;
+        auto found = mine.foreign->find(r.block);
+        if (found == mine.foreign->end()) return false;
+        k = &*found->second;
+    }
+    if (k->least[r.warp] > r.epoch) return true;
+    for (u32 t = r.lanes; t; t &= t - 1)
+        if (k->at[r.warp * 32 + first(t)] <= r.epoch) return false;
+    return true;
+}
+
+[[noreturn]] void race(Warp &w, u32 lane, const Record &r, u32 kind, u64 address, u8 access, bool shared) {
+    Finding &f = finding_at(w, kind, lane, address);
+    f.write = access & A_WRITE;
+    f.has_other = 1;
+    f.other_pc = r.pc;
+    f.other_block = r.block;
+    f.other_thread = r.warp * 32u + first(r.lanes);
+    f.other_write = r.kind & A_WRITE;
+    report(w, kind, lane, address, "a %s of %s memory and %s by another thread are not ordered", access & A_WRITE ? "write" : "read",
+           shared ? "shared" : "global", r.kind & A_FLIGHT ? "an asynchronous copy in flight" : r.kind & A_WRITE ? "a write" : "a read");
+}
+
+void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
+    if (line.n < Line::INLINE) {
+        line.r[line.n] = r;
+    } else {
+        if (!more) {
+            line.extra = u32(s.extra.size());
+            s.extra.emplace_back();
+            more = &s.extra.back();
+        }
+        more->push_back(r);
+    }
+    line.n++;
+    line.writes += r.kind & A_WRITE;
+}
+
+void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared) {
+    Line &line = s.lines[index];
+    u32 step = u32(w.launch->steps), me = 1u << lane, block = w.block->linear;
+    bool write = kind & A_WRITE, merged = false;
+    if (line.generation != s.generation) {
+        line.generation = s.generation;
+        line.n = line.writes = 0;
+    }
+    auto *more = line.n > Line::INLINE ? &s.extra[line.extra] : nullptr;
+    if (!write && !line.writes && line.n) {  // reads among reads: only the latest record may say the same
+        Record &r = line.n <= Line::INLINE ? line.r[line.n - 1] : more->back();
+        if (r.block == block && r.warp == w.index && r.kind == kind) {
+            if (r.bytes == bytes && r.epoch == w.epoch) {
+                r.lanes |= me;
+                r.pc = w.pc;
+                return;
+            }
+            if (r.lanes == me && (r.bytes & ~bytes) == 0) {
+                r = Record{w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind};
+                return;
+            }
+        }
+        add(s, line, more, {w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind});
+        return;
+    }
+    u32 kept = 0, writes = 0;
+    for (u32 k = 0; k < line.n; k++) {
+        Record r = k < Line::INLINE ? line.r[k] : (*more)[k - Line::INLINE];
+        if (r.bytes & bytes) {
+            bool mine = r.block == block && r.warp == w.index && r.lanes == me;
+            bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
+            bool same_instruction = r.step == step && r.block == block && r.warp == w.index && r.pc == w.pc;
+            bool ordered = mine || (!(r.kind & A_FLIGHT) && knows(w, lane, r));
+            if (conflict && !ordered && !(same_instruction && write && (r.kind & A_WRITE) && !((kind | r.kind) & A_FLIGHT)))
+                race(w, lane, r, finding, address + u32(__builtin_ctz(r.bytes & bytes)), kind, shared);
+            if (write && (ordered || same_instruction) && !((r.kind & A_FLIGHT) && mine)) {
+                r.bytes &= u16(~bytes);
+                if (!r.bytes) continue;
+            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == w.index && r.kind == kind && !merged) {
+                if (r.lanes == me && (r.bytes & ~bytes) == 0) continue;  // the new record says more
+                if (r.bytes == bytes && r.epoch == w.epoch) {
+                    r.lanes |= me;
+                    r.pc = w.pc;
+                    merged = true;
+                }
+            }
+        }
+        if (kept < Line::INLINE) line.r[kept] = r;
+        else (*more)[kept - Line::INLINE] = r;
+        kept++;
+        writes += r.kind & A_WRITE;
+    }
+    line.n = kept;
+    line.writes = writes;
+    if (more) more->resize(kept > Line::INLINE ? kept - Line::INLINE : 0);
+    if (!merged) add(s, line, more, {w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind});
+}
+
+constexpr u32 PAGE_SHIFT = 12;
+
+Shadow &page_of(Launch &L, u64 address) {
+    RaceState &r = L.races;
+    u64 page = address >> PAGE_SHIFT;
+    if (page != r.last_page) {
+        auto &slot = r.pages[page];
+        if (!slot) {
+            slot = std::make_unique<Shadow>();
+            slot->reset(1u << PAGE_SHIFT);
+        }
+        r.last_page = page;
+        r.last = slot.get();
+    }
+    return *r.last;
+}
+
+}  // namespace
+
+Known::Known(const Known &o) : p(o.p) {
+    if (p) p->references++;
+}
+Known::~Known() {
+    if (p && --p->references == 0) {
+        p->foreign.reset();
+        pool().push_back(p);
+    }
+}
+Known Known::make() {
+    Known k;
+    if (pool().empty()) {
+        k.p = new Knowledge();
+    } else {
+        k.p = pool().back();
+        pool().pop_back();
+    }
+    k.p->references = 1;
+    return k;
+}
+
+Warp::Warp() = default;
+Warp::Warp(Warp &&) noexcept = default;
+Warp::~Warp() = default;
+
+void Shadow::reset(size_t bytes) {
+    size_t n = (bytes + 15) / 16;
+    if (lines.size() != n) {
+        lines.assign(n, Line());
+        generation = 0;
+    }
+    extra.clear();
+    generation++;
+}
+
+void races_start(Block &b) {
+    Launch &L = *b.launch;
+    if (!L.races.on()) return;
+    if (L.races.shared) b.shadow.reset(L.shared_size);
+    Known k = Known::make();
+    k->at.assign(L.threads, 0);
+    k->least.assign(L.warps, 0);
+    k->foreign.reset();
+    for (Warp &w : b.warps) {
+        if (!w.clocks) w.clocks = std::make_unique<WarpClocks>();
+        w.epoch = 1;
+        for (u32 l = 0; l < 32; l++) {
+            w.clocks->known[l] = k;
+            w.clocks->fences[l] = FenceState();
+        }
+    }
+}
+
+void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind) {
+    while (bytes) {
+        u32 at = off & 15, n = std::min(bytes, 16 - at);
+        touch(b.shadow, off >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_SHARED, off & ~15u, true);
+        off += n;
+        bytes -= n;
+    }
+}
+
+void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind) {
+    while (bytes) {
+        u32 at = u32(address & 15), n = std::min(bytes, 16 - at);
+        Shadow &s = page_of(*w.launch, address);
+        touch(s, u32(address & ((1u << PAGE_SHIFT) - 1)) >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_GLOBAL, address & ~15ull, false);
+        address += n;
+        bytes -= n;
+    }
+}
+
+void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
+    for (u32 line = off >> 4; line <= (off + bytes - 1) >> 4; line++) {
+        Line &l = b.shadow.lines[line];
+        if (l.generation != b.shadow.generation) continue;
+        for (u32 k = 0; k < l.n; k++) {
+            Record &r = k < Line::INLINE ? l.r[k] : b.shadow.extra[l.extra][k - Line::INLINE];
+            if ((r.kind & A_FLIGHT) && r.warp == w.index && r.lanes == 1u << lane && r.block == w.block->linear) {
+                r.kind &= u8(~A_FLIGHT);
+                r.epoch = w.epoch;
+            }
+        }
+    }
+}
+
+void sync_warp(Warp &w, u32 mask) {
+    if (!w.launch->races.on()) return;
+    Known *known = w.clocks->known;
+    Known &k0 = known[first(mask)];
+    bool same = true;
+    for (u32 t = mask; t; t &= t - 1) same = same && known[first(t)] == k0;
+    if (same && mask == w.exists) {
+        if (k0->references != u32(__builtin_popcount(mask))) {
+            Known fresh = copy(*k0);
+            for (u32 t = mask; t; t &= t - 1) known[first(t)] = fresh;
+        }
+        Knowledge &k = *known[first(mask)];
+        for (u32 t = mask; t; t &= t - 1) k.at[w.thread(first(t))] = w.epoch + 1;
+        k.least[w.index] = w.epoch + 1;
+        w.epoch++;
+        return;
+    }
+    sync_parties({{&w, mask, true}});
+}
+
+void sync_parties(const std::vector<Party> &parties) {
+    Launch &L = *parties[0].warp->launch;
+    if (!L.races.on()) return;
+    Known sum = Known::make();
+    sum->at.assign(L.threads, 0);
+    sum->least.assign(L.warps, 0);
+    sum->foreign.reset();
+    u32 all = 0;
+    for (const Party &p : parties) all += u32(__builtin_popcount(p.mask));
+    const Knowledge *before = nullptr;
+    for (const Party &p : parties) {
+        for (u32 t = p.mask; t; t &= t - 1) {
+            const Known &k = p.warp->clocks->known[first(t)];
+            if (&*k != before) {
+                if (all < L.threads)
+                    for (size_t j = 0; j < sum->at.size(); j++) sum->at[j] = std::max(sum->at[j], k->at[j]);
+                sum->foreign = join_foreign(sum->foreign, k->foreign);
+                before = &*k;
+            }
+        }
+    }
+    for (const Party &p : parties)
+        for (u32 t = p.mask; t; t &= t - 1) sum->at[p.warp->thread(first(t))] = p.warp->epoch + 1;
+    for (u32 n = 0; n < L.warps; n++) refresh_least(*sum, n);
+    for (const Party &p : parties) {
+        p.warp->epoch++;
+        if (p.learns)
+            for (u32 t = p.mask; t; t &= t - 1) p.warp->clocks->known[first(t)] = sum;
+    }
+}
+
+namespace {
+// The thread's knowledge with its own accesses so far, as others may take it over.
+Known snapshot(Warp &w, u32 lane, const Known &base, u32 epoch) {
+    Known k = copy(*base);
+    k->at[w.thread(lane)] = epoch + 1;
+    refresh_least(*k, w.index);
+    return k;
+}
+void publish(SyncVar &v, u32 block, const Known &k) {
+    join_entry(v.by_block, block, k);
+    if (k->foreign)
+        for (auto &[other, known] : *k->foreign) join_entry(v.by_block, other, known);
+}
+void take(Warp &w, u32 lane, const SyncVar &v) {
+    Knowledge &mine = own(w, lane);
+    std::shared_ptr<std::unordered_map<u32, Known>> foreign;
+    for (auto &[block, k] : v.by_block) {
+        if (block == w.block->linear) {
+            join(mine, *k);
+        } else {
+            if (!foreign) foreign = mine.foreign ? std::make_shared<std::unordered_map<u32, Known>>(*mine.foreign) : std::make_shared<std::unordered_map<u32, Known>>();
+            join_entry(*foreign, block, k);
+        }
+    }
+    if (foreign) mine.foreign = foreign;
+}
+bool in_scope(const SyncVar &v, Warp &w, bool cta) {
+    if (!v.cta && !cta) return true;
+    for (auto &[block, k] : v.by_block)
+        if (block != w.block->linear) return false;
+    return true;
+}
+}  // namespace
+
+void release_at(Warp &w, u32 lane, u64 key, bool cta) {
+    SyncVar &v = w.launch->races.variables[key];
+    v.cta = cta;
+    publish(v, w.block->linear, snapshot(w, lane, w.clocks->known[lane], w.epoch));
+    w.epoch++;
+}
+void acquire_at(Warp &w, u32 lane, u64 key, bool cta) {
+    auto found = w.launch->races.variables.find(key);
+    if (found != w.launch->races.variables.end() && in_scope(found->second, w, cta)) take(w, lane, found->second);
+}
+void relaxed_write(Warp &w, u32 lane, u64 key, bool exchange) {
+    FenceState &f = w.clocks->fences[lane];
+    auto &variables = w.launch->races.variables;
+    if (!exchange) variables.erase(key);  // a plain store starts anew, a read-modify-write carries on
+    if (!f.released) return;
+    SyncVar &v = variables[key];
+    v.cta = f.cta;
+    publish(v, w.block->linear, snapshot(w, lane, f.released, f.released_epoch));
+}
+void relaxed_read(Warp &w, u32 lane, u64 key) {
+    auto found = w.launch->races.variables.find(key);
+    if (found == w.launch->races.variables.end()) return;
+    FenceState &f = w.clocks->fences[lane];
+    if (!f.pending) f.pending = std::make_shared<SyncVar>();
+    for (auto &[block, k] : found->second.by_block) join_entry(f.pending->by_block, block, k);
+    f.pending->cta = found->second.cta;
+}
+void fence_lanes(Warp &w, u32 mask, bool cta) {
+    if (!w.launch->races.on()) return;
+    for (u32 t = mask; t; t &= t - 1) {
+        u32 l = first(t);
+        FenceState &f = w.clocks->fences[l];
+        if (f.pending) {
+            if (in_scope(*f.pending, w, cta)) take(w, l, *f.pending);
+            f.pending.reset();
+        }
+        f.released = w.clocks->known[l];
+        f.released_epoch = w.epoch;
+        f.cta = cta;
+    }
+    w.epoch++;
+}
+void tell(Warp &w, u32 lane, SyncVar &v) {
+    publish(v, w.block->linear, snapshot(w, lane, w.clocks->known[lane], w.epoch));
+    w.epoch++;
+}
+void learn(Warp &w, u32 lane, const SyncVar &v) { take(w, lane, v); }
