@@ -1,4 +1,4 @@
-"""``python -m cuflash [demo | info | schedule]``: one module per command.
+"""``python -m cuflash [demo | info | schedule | bench]``: one module per command.
 
 A command's module has two functions: ``add_parser`` describes its arguments, ``run`` does the work and returns the exit
 code. Wrong arguments raise ValueError or TypeError anywhere in ``run``, and end as argparse's own errors do.
@@ -10,13 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, bench
 from . import demo, info, schedule
 from .text import survive_any_encoding
 
 __all__ = ["demo", "info", "main", "schedule"]
 
-_COMMANDS = (demo, info, schedule)
+_COMMANDS = (demo, info, schedule, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
