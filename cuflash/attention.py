@@ -265,7 +265,7 @@ def flash_attn_with_kvcache(
         page_table=table,
         sinks=sink_logits,
     )
-    _check_one_memory(operands, on_device)
+    _check_one_memory(operands, scheduler_metadata, on_device)
     if not on_device or os.environ.get("CUFLASH_VALIDATE", "0") not in ("", "0"):
         _check_values(problem, operands, capacity)
 
@@ -485,8 +485,10 @@ def _check_rotary(
             raise ValueError(f"{name} must be contiguous, got strides {array.strides}")
 
 
-def _check_one_memory(operands: Operands, on_device: bool) -> None:
+def _check_one_memory(operands: Operands, metadata: SchedulerMetadata | None, on_device: bool) -> None:
     arrays = {**operands.__dict__, **operands.lengths.__dict__}
+    if metadata is not None:
+        arrays["scheduler_metadata"] = metadata.array
     for name, array in arrays.items():
         if hasattr(array, "dtype") and is_on_device(array) != on_device:
             places = ("in host memory", "on a GPU")
