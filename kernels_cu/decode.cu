@@ -40,6 +40,11 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
     }
 }
 
+// The cut that says which blocks hold the parts of a segment's item.
+__device__ __forceinline__ Cut cut_item(const Share& share, const Segment& segment) {
+    return segment.starts ? share.end : share.begin;
+}
+
 // Merges what the warps found and hands the item on: to its output, or as a partial result to the block that arrives last.
 __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment,
                                                const Math& math, const Softmax& softmax, WarpStates& states, u32 free_slot) {
@@ -58,7 +63,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         parts.stride = 1;
     } else {
         // A block is the first of at most one split item, slot 2 b + 1, and goes on with at most one other, slot 2 b.
-        const Cut& cut = segment.starts ? share.end : share.begin;
+        const Cut cut = cut_item(share, segment);
         slot = 2 * blockIdx.x + segment.starts;
         parts.count = cut.last_block - cut.first_block + 1;
         parts.first = 2 * cut.first_block + 1;
@@ -76,7 +81,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     if (!segment.last) return;
     __syncthreads();
     if (!whole) {
-        const Cut& cut = segment.starts ? share.end : share.begin;
+        const Cut cut = cut_item(share, segment);
         if (threadIdx.x == 0) {
             const u32 others = cut.last_block - cut.first_block;
             states.is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
@@ -104,23 +109,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
 
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
     __syncthreads();
-    u32 ring = shared_address(shared) + warp * kRingBytes;
-    pin(ring);
-    Loader loader(p, block.share, ring, warp, lane);
+    // Shared addresses of the half-stage that is read and of the one just left. They hold the warp's place: as an offset that is
+    // the same in all warps, ptxas would put it in a uniform register, which the copies cannot share with their cache policy.
+    const u32 ring = shared_address(shared) + warp * kRingBytes;
+    u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
+    const auto advance = [&] {
+        free_slot = slot;
+        slot += kSlotBytes;
+        if (slot == ring + kRingBytes) slot = ring;
+    };
+
+    Loader loader(p, block.share, warp, lane);
 #pragma unroll 1
     for (int h = 0; h < kStages - 1; h += 2) {
-        loader.load_keys(h * kSlotBytes);
-        loader.load_values((h + 1) * kSlotBytes);
+        loader.load_keys(ring + h * kSlotBytes);
+        loader.load_values(ring + (h + 1) * kSlotBytes);
     }
 
     Math math(shared_address(query), lane);
     Softmax softmax(p);
-    int slot = 0, free_slot = (kStages - 1) * kSlotBytes;  // offsets in the ring: being read, just left
-    const auto advance = [&] {
-        free_slot = slot;
-        slot = slot + kSlotBytes == kRingBytes ? 0 : slot + kSlotBytes;
-        pin(slot);  // in a uniform register it would share a field of the copies with their cache policy
-    };
 
     for (SegmentWalker walker(block.share);;) {
         int key, end, full_begin, full_end;
@@ -147,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             cp_async_wait<kStages - 2>();
             __syncwarp();
             loader.load_keys(free_slot);
-            math.scores(ring + slot, scores);
+            math.scores(slot, scores);
             advance();
 
             if constexpr (kHasSoftcap) cap_scores(p, scores);
@@ -157,11 +164,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             cp_async_wait<kStages - 2>();
             __syncwarp();
             loader.load_values(free_slot);
-            math.accumulate(ring + slot, scores);
+            math.accumulate(slot, scores);
             advance();
         }
 
-        finish_segment(p, block.share, block.segment, math, softmax, block.warps, ring + free_slot);
+        finish_segment(p, block.share, block.segment, math, softmax, block.warps, free_slot);
         __syncthreads();  // the queries, the segment and the free slots are about to change
     }
 }

@@ -21,14 +21,14 @@ class Loader {
     };
 
 public:
-    __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, u32 ring, int warp, int lane)
-        : p_(p), share_(share), walker_(share), policy_(evict_first_policy(p.plan[1])), warp_(warp), lane_(lane) {
+    __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
+        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), warp_(warp), lane_(lane) {
         using Keys = Copy<kKeyBytes>;
         using Values = Copy<kValueBytes>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
-        keys_to_ = ring + Keys::lane_offset(lane);
-        values_to_ = ring + Values::lane_offset(lane);
+        keys_to_ = Keys::lane_offset(lane);
+        values_to_ = Values::lane_offset(lane);
         pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_);
         key_ = end_ = 0;
         page_ = row_in_page_ = 0;
@@ -36,7 +36,7 @@ public:
     }
 
     // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
-    __device__ __forceinline__ void load_keys(int slot) {
+    __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % 16 of the tile), in 16-byte units.
         const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
         value_units_ = page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_;
@@ -48,7 +48,7 @@ public:
     }
 
     // Starts the copy of the values that belong to the keys loaded last.
-    __device__ __forceinline__ void load_values(int slot) {
+    __device__ __forceinline__ void load_values(u32 slot) {
         copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, values_to_ + slot, has_values_);
         cp_async_commit();
     }
@@ -111,7 +111,7 @@ private:
     const char* keys_from_;    // first byte of this lane's chunks in row 0
     const char* values_from_;
     const int* pages_;         // of the segment's sequence
-    u32 keys_to_, values_to_;  // the same in slot 0
+    u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
     int key_, end_, leftpad_;  // next tile, end of its segment, first valid key of its sequence
     u32 key_head_, value_head_, page_, row_in_page_, value_units_;

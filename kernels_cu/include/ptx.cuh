@@ -14,20 +14,18 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 
 // Keeps a value in its register: the compiler would rather compute it again in every iteration.
 __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
-__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
 
 // ---- asynchronous copies, global to shared -----------------------------------------------------------------------
 
 // The KV cache is read once per launch: let it leave L2 first. Before sm_90 the policy would have to be moved to uniform
-// registers for every copy, so copies go without. `zero` is a zero that the compiler cannot see: ptxas 13.0 folds a policy
-// that it knows into an odd uniform register, which is an illegal instruction at run time.
-__device__ __forceinline__ u64 evict_first_policy(u32 zero) {
+// registers for every copy, so copies go without.
+__device__ __forceinline__ u64 evict_first_policy() {
     u64 policy = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
 #endif
-    return policy + zero;
+    return policy;
 }
 
 // Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction.
