@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     # Wrong arguments show before the caches are made.
     with environment(CUFLASH_BACKEND="numpy"):
         plan(seqlens)
-    print(f"A decode step: planned once, run by {num_layers} layers\n")
+    print(f"A decode step: planned once, run by {num_layers} layer{'s' * (num_layers > 1)}\n")
     _row("backend", f"{backend}: {reason}")
     _row("sequences", f"{batch}, of {seqlens.min()} to {seqlens.max()} keys, {seqlens.sum()} in all")
     _row("", bars(seqlens, width() - 15))

@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
             num_splits=arguments.num_splits,
             split_size=arguments.split_size,
         )
+    if arguments.plot:
+        _plot(metadata, arguments.plot)  # first, so that a wrong file name prints nothing but its error
     work = metadata.work()
     shown = None if arguments.all else _SHOWN
     print(metadata)
@@ -73,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     if shares.size:
         print(f"\n  keys per block, 0 to {shares.max():.0f}\n  {bars(shares, width() - 4)}")
     if arguments.plot:
-        _plot(metadata, arguments.plot)
         print(f"\n  drawn: {arguments.plot}")
     return 0
 
@@ -126,5 +127,5 @@ def _plot(metadata: SchedulerMetadata, file: str) -> None:
     metadata.plot(figure.subplots())
     try:
         figure.savefig(file, dpi=150)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"argument --plot: {error}") from None
