@@ -19,7 +19,9 @@ def test_the_twin_has_the_compilers_layout(kernel: str) -> None:
     offsets = "\n".join(f"    *out++ = __builtin_offsetof({struct}, {name});" for name in names)
     sizes = "\n".join(f"    *out++ = sizeof({struct}::{name});" for name in names)
     body = f"    *out++ = sizeof({struct});\n{offsets}\n{sizes}\n"
-    code = source[begin : source.index("\n};", begin)] + f'\n}};\nextern "C" __global__ void layout(int* out) {{\n{body}}}'
+    code = (
+        source[begin : source.index("\n};", begin)] + f'\n}};\nextern "C" __global__ void layout(int* out) {{\n{body}}}'
+    )
     out = np.full(1 + 2 * len(names), -1, np.int32)
     SimModule(code, ("-std=c++17",)).get_function("layout")(1, 1, (out,))
     fields = [dtype.fields[name] for name in names]  # type: ignore[index]
