@@ -11,6 +11,7 @@ import schedules
 import cuflash
 from cuflash import kernels, planner
 from cuflash.backends import sim
+from cuflash.simulator import compile_ptx
 
 
 def check_twins(num_sm: int, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +118,11 @@ def test_a_plan_survives_its_own_refill(monkeypatch: pytest.MonkeyPatch) -> None
     meta = cuflash.get_scheduler_metadata(**plain(first))
     cuflash.get_scheduler_metadata(**plain(second), out=meta)
     np.testing.assert_array_equal(meta.array, cuflash.get_scheduler_metadata(**plain(second)).array)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_it_compiles(arch: int) -> None:
+    assert ".entry plan(" in compile_ptx(kernels.source("plan.cu"), ("-std=c++17",), f"sm_{arch}", "plan.cu")
 
 
 def test_parameters_have_a_value_each() -> None:
