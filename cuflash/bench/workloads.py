@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ def ragged(trace: str | None = None) -> Iterator[tuple[str, Lengths]]:
         yield from _of_trace(trace)
     rng = np.random.default_rng(20)
 
-    def whole(lengths: NDArray[np.float64]) -> Lengths:
+    def whole(lengths: NDArray[Any]) -> Lengths:
         return np.clip(lengths, 1, _LONGEST).astype(np.int64)
 
     for batch in (4, 8, 16, 32, 64, 128, 256):
@@ -32,7 +33,8 @@ def ragged(trace: str | None = None) -> Iterator[tuple[str, Lengths]]:
         yield f"lognormal, median 1200, batch {batch}", whole(rng.lognormal(np.log(1200), 1.0, batch))
         yield f"lognormal wide, median 4000, batch {batch}", whole(rng.lognormal(np.log(4000), 1.5, batch))
         yield f"zipf, batch {batch}", whole(256.0 * rng.zipf(1.5, batch))
-        yield f"bimodal 500 and 16000, batch {batch}", whole(rng.choice([500, 16000], batch) * rng.uniform(0.8, 1.2, batch))
+        either = rng.choice([500, 16000], batch)
+        yield f"bimodal 500 and 16000, batch {batch}", whole(either * rng.uniform(0.8, 1.2, batch))
         one_long = rng.integers(200, 800, batch)
         one_long[batch // 2] = 65536
         yield f"one of 65536, others 200..800, batch {batch}", one_long
@@ -49,5 +51,5 @@ def _of_trace(path: str, batch: int = 64, batches: int = 16) -> Iterator[tuple[s
     lengths = np.array([int(words[-1]) for words in lines if words and words[-1].isdigit()], np.int64)
     if not len(lengths):
         raise ValueError(f"--trace must name a file whose lines end in a length, got {path}")
-    for i, begin in enumerate(range(0, min(len(lengths), batch * batches), batch)):
+    for begin in range(0, min(len(lengths), batch * batches), batch):
         yield f"trace {Path(path).stem}, requests {begin} ..", np.maximum(lengths[begin : begin + batch], 1)
