@@ -96,7 +96,7 @@ def _by_workload(records: list[Record]) -> Iterator[Record]:
 
 _NOTES = (
     "",
-    "Keys per used block, mean / longest: how long the slowest block makes the others wait. A row is the median over KV",
+    "Keys per used block, mean / longest: how long the slowest block lets the others wait. A row is the median over KV",
     "heads and multiprocessors, least our lowest; --json lists them all. FlashAttention-3: dynamic splits, sorted,",
     "persistent blocks; FlashInfer: binary search of the part length, two blocks per multiprocessor. No trace of real",
     "requests is included; --trace reads one.",
