@@ -250,9 +250,9 @@ void shared_access(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool st
     shared_bounds(w, m, a, bytes, s, kind != READ);
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
+        if (w.launch->races.shared) race_shared(w, l, *s.block[l], s.off[l], bytes, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
         if (kind != WRITE) check_read(w, l, *s.block[l], s.off[l], bytes);
         if (kind != READ) check_write(w, l, *s.block[l], s.off[l], bytes);
-        if (w.launch->races.shared) race_shared(w, l, *s.block[l], s.off[l], bytes, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
     }
     if (w.launch->check(C_COUNT)) count_banks(w, m, s.off, bytes);
 }
@@ -557,8 +557,8 @@ void cp_async(Warp &w, const Ins &i, u32 m) {  // o[0] destination, o[1] source,
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
         op.dst[l] = s.off[l];
-        check_write(w, l, *w.block, s.off[l], i.a);
         if (L.races.shared) race_shared(w, l, *w.block, s.off[l], i.a, A_WRITE | A_FLIGHT);
+        check_write(w, l, *w.block, s.off[l], i.a);
         if (L.check(C_FLIGHT)) memset(&w.block->in_flight[s.off[l]], 1, i.a);
     }
     if (L.check(C_COUNT)) count_banks(w, m, s.off, i.a);

@@ -81,6 +81,18 @@ bool knows(Warp &w, u32 lane, const Record &r) {
            shared ? "shared" : "global", r.kind & A_FLIGHT ? "an asynchronous copy in flight" : r.kind & A_WRITE ? "a write" : "a read");
 }
 
+// The copy was issued before this access, but nobody has waited for it.
+[[noreturn]] void in_flight(Warp &w, u32 lane, const Record &r, u64 address, u16 bytes, u8 access) {
+    address += u32(__builtin_ctz(r.bytes & bytes));
+    Finding &f = finding_at(w, K_IN_FLIGHT, lane, address);
+    f.write = access & A_WRITE;
+    f.has_other = f.other_write = 1;
+    f.other_pc = r.pc;
+    f.other_block = r.block;
+    f.other_thread = r.warp * 32u + first(r.lanes);
+    report(w, K_IN_FLIGHT, lane, address, "a %s of shared memory that an asynchronous copy is still writing", access & A_WRITE ? "write" : "read");
+}
+
 void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
     if (line.n < Line::INLINE) {
         line.r[line.n] = r;
@@ -128,6 +140,7 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
             bool mine = r.block == block && r.warp == w.index && r.lanes == me;
             bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
             bool same_instruction = r.step == step && r.block == block && r.warp == w.index && r.pc == w.pc;
+            if ((r.kind & A_FLIGHT) && w.launch->check(C_FLIGHT) && (mine || knows(w, lane, r))) in_flight(w, lane, r, address, bytes, kind);
             bool ordered = mine || (!(r.kind & A_FLIGHT) && knows(w, lane, r));
             if (conflict && !ordered && !(same_instruction && write && (r.kind & A_WRITE) && !((kind | r.kind) & A_FLIGHT)))
                 race(w, lane, r, finding, address + u32(__builtin_ctz(r.bytes & bytes)), kind, shared);
