@@ -84,6 +84,11 @@ class Counters:
         """Atomic instructions, counted once for each warp."""
         return self.classes.get("atomic", 0)
 
+    def wavefronts(self, *classes: str) -> tuple[int, int]:
+        """Wavefronts of shared memory of the instructions of some classes: ideal and real."""
+        chosen = np.isin(self._program.classes, classes)
+        return int(self._pcs["shared_ideal"][chosen].sum()), int(self._pcs["shared_real"][chosen].sum())
+
     @property
     def by_line(self) -> dict[tuple[str, int], LineCount]:
         """Counts by source file and line."""
