@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from .scheduling import SchedulerMetadata
 
-# Okabe and Ito's palette without black and yellow: told apart with every kind of colour vision.
+# Of Okabe and Ito's palette, told apart with every kind of colour vision, those that have a lighter shade of their own.
 # https://jfly.uni-koeln.de/color/
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 _CUT_COLOUR = "black"
+_LABELLED_BLOCKS = 40  # more bars than that are too slim for text
+_BRACKETED_BLOCKS = 320
 
 
 def plot_schedule(metadata: SchedulerMetadata, ax: Axes | None = None) -> Axes:
@@ -30,19 +33,47 @@ def plot_schedule(metadata: SchedulerMetadata, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: Without matplotlib.
     """
+    problem, work = metadata.problem, metadata.work()
+    used = int(work["block"].max(initial=-1)) + 1
+    ax = plot_work(work, max(1, used), ax)
+    ax.set_title(
+        f"{problem.batch_size} sequences, {problem.num_heads_q}/{problem.num_heads_kv} heads on {used} blocks: "
+        f"efficiency {100 * metadata.efficiency:.1f} %",
+        loc="left", fontsize="medium", pad=16,
+    )  # fmt: skip
+    return ax
+
+
+def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None) -> Axes:
+    """Draw a list of work as :meth:`SchedulerMetadata.work` gives it, of whatever schedule; the title is the caller's.
+
+    The shares of a block stand one behind the other. KV heads of a sequence alternate in shade. Blocks whose partial
+    results are merged are joined by a bracket on the right.
+
+    Args:
+        work: Lines with the fields of ``WORK``, sorted by block.
+        num_blocks: Bars to draw; those without work stay empty.
+        ax: Where to draw; a new figure without it.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
     try:
         from matplotlib import pyplot
         from matplotlib.collections import LineCollection, PolyCollection
+        from matplotlib.colors import to_rgb
+        from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install cuflash[plot]") from error
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    problem, work = metadata.problem, metadata.work()
     block, sequence = work["block"].astype(int), work["sequence"].astype(int)
     keys = work["key_end"] - work["key_begin"]
-    used = int(block.max(initial=-1)) + 1
 
     # Where each line begins in the share of its block.
     through = np.cumsum(keys)
@@ -50,44 +81,78 @@ def plot_schedule(metadata: SchedulerMetadata, ax: Axes | None = None) -> Axes:
     first = np.searchsorted(block, block)  # the first line of the same block
     begin = before - before[first] if len(work) else before
     end = begin + keys
-    half = 0.4 if used <= 64 else 0.5  # gaps between many bars would only flicker
+    longest = int(end.max(initial=0))
+    half = 0.4 if num_blocks <= 64 else 0.5  # gaps between many bars would only flicker
     low, high = block - half, block + half
-    colours = np.array(_COLOURS, object)[sequence % len(_COLOURS)]
+
+    # KV heads and row blocks alternate between the colour and a lighter one.
+    full = np.array([to_rgb(colour) for colour in _COLOURS])
+    shades = np.stack([full, 0.62 * full + 0.38], 1)
+    colours = shades[sequence % len(_COLOURS), (work["kv_head"] + work["row_block"]) % 2]
     corners = np.stack([begin, low, end, low, end, high, begin, high], -1).reshape(-1, 4, 2)
     ax.add_collection(PolyCollection(list(corners), facecolors=list(colours), linewidths=0, antialiased=False))
 
-    # An item is cut where the next line goes on with it in another block.
+    # An item is cut where it goes on in another line and another block.
     item = np.stack([sequence, work["kv_head"], work["row_block"]], -1)
-    cut = np.flatnonzero((item[1:] == item[:-1]).all(-1) & (block[1:] != block[:-1]))
+    _, number = np.unique(item, axis=0, return_inverse=True)
+    number = number.ravel()
+    order = np.lexsort((work["key_begin"], number))
+    here, there = order[:-1], order[1:]
+    cut = (number[here] == number[there]) & (block[here] != block[there])
     inner = np.flatnonzero(begin > 0)
     for line, x, colour, width in (
         (inner, begin, "white", 0.6),  # the next item of a block
-        (cut, end, _CUT_COLOUR, 1.2),
-        (cut + 1, begin, _CUT_COLOUR, 1.2),
+        (here[cut], end, _CUT_COLOUR, 1.2),
+        (there[cut], begin, _CUT_COLOUR, 1.2),
     ):
         marks = np.stack([x[line], low[line], x[line], high[line]], -1).reshape(-1, 2, 2)
         ax.add_collection(LineCollection(list(marks), colors=colour, linewidths=width))
+    if num_blocks <= _LABELLED_BLOCKS:
+        for line in np.flatnonzero(keys > 0.05 * longest):
+            ax.text((begin[line] + end[line]) / 2, block[line], f"{sequence[line]}:{work['kv_head'][line]}",
+                    ha="center", va="center", fontsize="x-small" if num_blocks <= 20 else "xx-small", clip_on=True,
+                    color="white" if colours[line].mean() < 0.4 else "black")  # fmt: skip
 
-    longest = int(end.max(initial=0))
+    handles: list[Any] = []
+    if num_blocks <= _LABELLED_BLOCKS:
+        handles.append(
+            Line2D([], [], linewidth=0, marker="$2\\!:\\!1$", markersize=12, color="0.2", label="sequence : KV head")
+        )
+    some = int(sequence.max(initial=-1)) < len(_COLOURS)
+    if some:
+        handles += [Patch(color=_COLOURS[s], label=f"sequence {s}") for s in np.unique(sequence)]
+    if (work["kv_head"] + work["row_block"]).any():
+        handles.append(Patch(color="0.8", label="light: every other KV head"))
+    handles.append(Line2D([], [], color=_CUT_COLOUR, linewidth=0, marker="|", markersize=9, label="item cut"))
+    spans = _merged_spans(number[here[cut]], block[here[cut]], block[there[cut]])
+    if spans and num_blocks <= _BRACKETED_BLOCKS:
+        for k, (top, bottom) in enumerate(spans):
+            x = 1.012 + 0.014 * (k % 2)  # neighbours may share a block
+            ax.plot([x, x], [top - 0.25, bottom + 0.25], color=_CUT_COLOUR, linewidth=1.2, clip_on=False,
+                    solid_capstyle="butt", transform=ax.get_yaxis_transform())  # fmt: skip
+        handles.append(Line2D([], [], color=_CUT_COLOUR, linewidth=0, marker="$]$", markersize=9, label="parts merged"))
+
     if longest:
-        mean = float(keys.sum()) / used
+        mean = float(keys.sum()) / num_blocks
         ax.axvline(mean, color="0.3", linestyle="--", linewidth=0.8)
         ax.annotate(f"mean {mean:,.0f}", (mean, 1), (3, 2), xycoords=("data", "axes fraction"),
                     textcoords="offset points", fontsize="small", color="0.3")  # fmt: skip
     ax.set_xlim(0, max(1, longest) * 1.02)
-    ax.set_ylim(max(1, used) - 0.5, -0.5)
+    ax.set_ylim(num_blocks - 0.5, -0.5)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("keys read by the block")
     ax.set_ylabel("thread block")
-    ax.set_title(
-        f"{problem.batch_size} sequences, {problem.num_heads_q}/{problem.num_heads_kv} heads on {used} blocks: "
-        f"efficiency {100 * metadata.efficiency:.1f} %",
-        loc="left", fontsize="medium", pad=16,
-    )  # fmt: skip
-    some = problem.batch_size <= len(_COLOURS)
-    handles = [Patch(color=_COLOURS[s], label=f"sequence {s}") for s in range(problem.batch_size)] if some else []
-    handles.append(Patch(color=_CUT_COLOUR, label="item cut"))
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small",
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.04, 1), frameon=False, fontsize="small",
               title=None if some else "colours: sequences", title_fontsize="small")  # fmt: skip
     return ax
+
+
+def _merged_spans(item: NDArray[Any], here: NDArray[Any], there: NDArray[Any]) -> list[tuple[int, int]]:
+    """Return (first, last) block of every cut item whose blocks are neighbours, in order."""
+    spans = []
+    for number in np.unique(item):
+        blocks = np.unique(np.concatenate([here[item == number], there[item == number]]))
+        if blocks[-1] - blocks[0] == len(blocks) - 1:
+            spans.append((int(blocks[0]), int(blocks[-1])))
+    return sorted(spans)

@@ -1,4 +1,4 @@
-"""The schedules of other libraries, as loads: keys that each of their thread blocks reads.
+"""The schedules of other libraries: what each of their thread blocks reads, as work or as loads (keys per block).
 
 Both are read from their sources: FlashAttention-3 (``hopper/flash_prepare_scheduler.cu``, ``hopper/heuristics.h`` and
 ``hopper/tile_scheduler.hpp``) and FlashInfer (``include/flashinfer/attention/scheduler.cuh``).
@@ -9,11 +9,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..scheduling import WORK
+
 Loads = NDArray[np.int64]
+Part = tuple[int, int, int, int]  # sequence, KV head, first key, end
 
 _TILE_KEYS = 128  # keys of a tile of FlashAttention-3 at head dim 128 on pages
 _MIN_PART = 128  # FlashInfer's shortest part
@@ -21,24 +25,66 @@ _FLASHINFER_BLOCKS = 2  # its blocks on a multiprocessor
 
 
 def flash_attention_3(lengths: NDArray[np.int64], num_heads_kv: int, num_sm: int, headdim: int = 128) -> Loads:
-    """Return the keys that each block of FlashAttention-3 reads: one persistent block per multiprocessor.
+    """Return the keys that each block of FlashAttention-3 reads; see :func:`flash_attention_3_work`."""
+    work = flash_attention_3_work(lengths, num_heads_kv, num_sm, headdim)
+    loads = np.zeros(num_sm, np.int64)
+    np.add.at(loads, work["block"], work["key_end"] - work["key_begin"])
+    return loads[loads > 0]
+
+
+def flash_attention_3_work(
+    lengths: NDArray[np.int64], num_heads_kv: int, num_sm: int, headdim: int = 128
+) -> NDArray[Any]:
+    """Return what the blocks of FlashAttention-3 read: one persistent block per multiprocessor.
 
     A sequence is cut into ``ceil(tiles / tiles per multiprocessor)`` splits, 10 % slack included, the longest splits
     come first, and each block takes the next one when it is done with its last.
+
+    Args:
+        lengths: (batch,) keys of each sequence.
+        num_heads_kv: KV heads.
+        num_sm: Multiprocessors.
+        headdim: Elements of a key.
+
+    Returns:
+        Lines as those of :meth:`cuflash.SchedulerMetadata.work`.
     """
     tiles = -(-lengths // _TILE_KEYS)
     most = _most_splits(num_heads_kv, num_sm, int(tiles.max()), int(lengths.max()) * 2 * headdim * 2)
     per_sm = max(1, math.ceil(np.float32(int(tiles.sum()) * np.float32(1.1) * num_heads_kv / num_sm)))
     splits = np.ones_like(tiles) if most == 1 or len(lengths) > 992 else np.clip(-(-tiles // per_sm), 1, most)
-    split_tiles = -(-tiles // splits)
-    work = []
-    for sequence in np.argsort(-split_tiles, kind="stable"):
-        split_keys = int(split_tiles[sequence]) * _TILE_KEYS
-        parts = [
-            max(0, min(split_keys, int(lengths[sequence]) - split * split_keys)) for split in range(splits[sequence])
-        ]
-        work += parts * num_heads_kv
-    return _greedy(work, num_sm)
+    return _split_work(lengths, -(-tiles // splits), num_heads_kv, num_sm)
+
+
+def fixed_splits_work(lengths: NDArray[np.int64], num_heads_kv: int, num_sm: int, num_splits: int) -> NDArray[Any]:
+    """Return what blocks read if every sequence is cut into as many parts: the policy before schedulers.
+
+    The arguments and the result are those of :func:`flash_attention_3_work`, and so is who takes which part.
+    """
+    tiles = -(-lengths // _TILE_KEYS)
+    return _split_work(lengths, -(-tiles // num_splits), num_heads_kv, num_sm)
+
+
+def _split_work(
+    lengths: NDArray[np.int64], split_tiles: NDArray[np.int64], num_heads_kv: int, num_sm: int
+) -> NDArray[Any]:
+    """Cut every sequence into parts of so many tiles, and let persistent blocks take them, the longest first."""
+    parts: list[Part] = []
+    for sequence in np.argsort(-split_tiles, kind="stable").tolist():
+        size, length = int(split_tiles[sequence]) * _TILE_KEYS, int(lengths[sequence])
+        cuts = range(0, length, max(size, 1))
+        parts += [(sequence, head, begin, min(begin + size, length)) for head in range(num_heads_kv) for begin in cuts]
+    free = [(0, block) for block in range(num_sm)]  # when each block is free
+    taken = []
+    for part in parts:
+        load, block = free[0]
+        heapq.heapreplace(free, (load + part[3] - part[2], block))
+        taken.append(block)
+    work = np.zeros(len(parts), WORK)
+    work["block"] = taken
+    for field, values in zip(("sequence", "kv_head", "key_begin", "key_end"), zip(*parts)):
+        work[field] = values
+    return work[np.argsort(work["block"], kind="stable")]
 
 
 def _most_splits(num_heads_kv: int, num_sm: int, tiles: int, kv_bytes: int) -> int:
