@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import cuflash
+from cuflash import arrays
 from cuflash.arrays import empty, export_array, import_array, import_index, is_on_device
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -189,6 +190,17 @@ class Old:
         return self.array.__dlpack_device__()
 
 
+class New(Old):
+    """One whose framework says what is read-only, and counts from the beginning of a larger allocation."""
+
+    def __dlpack__(self, max_version: Any = None, **options: Any) -> Any:
+        capsule = self.array.__dlpack__(max_version=max_version)
+        tensor = arrays._managed(capsule)[1].tensor
+        tensor.data -= 256
+        tensor.byte_offset += 256
+        return capsule
+
+
 class Elsewhere(Old):
     def __dlpack_device__(self) -> tuple[int, int]:
         return (10, 0)  # kDLROCM
@@ -200,6 +212,16 @@ def test_older_dlpack() -> None:
     np.testing.assert_array_equal(ours, array)
     assert ours.ctypes.data == array.ctypes.data
     assert ours.flags.writeable
+
+
+@pytest.mark.parametrize("writeable", [False, True])
+def test_newer_dlpack(writeable: bool) -> None:
+    array = np.arange(100, dtype=np.float32)
+    array.flags.writeable = writeable
+    ours = import_array("x", New(array))
+    np.testing.assert_array_equal(ours, array)
+    assert ours.ctypes.data == array.ctypes.data
+    assert ours.flags.writeable == writeable
 
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], 3, None, "array", Elsewhere(np.zeros(3))], ids=lambda x: type(x).__name__)
