@@ -142,14 +142,14 @@ def _counted(workload: Workload, arch: int) -> Record:
     rng = np.random.default_rng(0)
     dtype, pages = numpy_dtype(workload.dtype), -(-workload.lengths // _PAGE)
     shape = (int(pages.sum()), _PAGE, workload.num_heads_kv, workload.headdim)
-    caches = [rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2)]
-    q = rng.standard_normal((len(workload.lengths), 1, workload.num_heads_q, workload.headdim), np.float32).astype(dtype)
+    k_cache, v_cache = rng.standard_normal((2, *shape), np.float32).astype(dtype)
+    q = rng.standard_normal((len(pages), 1, workload.num_heads_q, workload.headdim), np.float32).astype(dtype)
     table = np.full((len(pages), int(pages.max())), -1, np.int32)
     table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(shape[0])
     with record(Checks.cheap()) as launches:
         flash_attn_with_kvcache(
-            q, *caches, cache_seqlens=workload.lengths.astype(np.int32), page_table=table, causal=True,
-            scheduler_metadata=metadata, **{k: v for k, v in workload.options.items() if k == "window_size"},
+            q, k_cache, v_cache, cache_seqlens=workload.lengths.astype(np.int32), page_table=table, causal=True,
+            window_size=workload.options.get("window_size", (-1, -1)), scheduler_metadata=metadata,
         )  # fmt: skip
     counters = launches[0].counters
     caches_read = counters.arrays["k_cache"], counters.arrays["v_cache"]
@@ -182,7 +182,7 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
         for workload in real_workloads():
             with device(num_sm, arch):
                 metadata = workload.plan()
-            partial_bytes = _parts(metadata) * workload.num_heads_q // workload.num_heads_kv * (4 * workload.headdim + 8)
+            partial_bytes = _parts(metadata) * metadata.problem.rows * (4 * workload.headdim + 8)
             yield {
                 "variant": _variant(metadata),
                 "arch": f"sm_{arch}",
@@ -231,8 +231,8 @@ def _variant(metadata: SchedulerMetadata) -> str:
 
 _SIMULATED_NOTES = (
     "",
-    "Per launch on a simulated GPU of 4 multiprocessors, pages of 16. kv_bytes_ratio: bytes of the 32-byte sectors that",
-    "were read / bytes of the visible keys and values; sector_ratio: sectors / fewest that hold the bytes asked for;",
+    "A launch on a simulated GPU of 4 multiprocessors, pages of 16. kv_bytes_ratio: bytes of the 32-byte sectors that",
+    "were read / bytes of visible keys and values; sector_ratio: sectors / fewest that hold the bytes asked for;",
     "wavefront_ratio: shared-memory wavefronts of the main loop / fewest (float32 shares its keys between lanes, which",
     "takes more); partial_*: bytes that blocks leave for one another, / KV bytes, and the most there can be;",
     "warp_instructions_per_kb: PTX instructions per KB of keys and values; mma_ratio: matrix products / fewest.",

@@ -50,7 +50,7 @@ def flash_attention_3_work(
         Lines as those of :meth:`cuflash.SchedulerMetadata.work`.
     """
     tiles = -(-lengths // _TILE_KEYS)
-    most = _most_splits(num_heads_kv, num_sm, int(tiles.max()), int(lengths.max()) * 2 * headdim * 2)
+    most = _most_splits(num_heads_kv, num_sm, int(tiles.max()))
     per_sm = max(1, math.ceil(np.float32(int(tiles.sum()) * np.float32(1.1) * num_heads_kv / num_sm)))
     splits = np.ones_like(tiles) if most == 1 or len(lengths) > 992 else np.clip(-(-tiles // per_sm), 1, most)
     return _split_work(lengths, -(-tiles // splits), num_heads_kv, num_sm)
@@ -87,11 +87,9 @@ def _split_work(
     return work[np.argsort(work["block"], kind="stable")]
 
 
-def _most_splits(num_heads_kv: int, num_sm: int, tiles: int, kv_bytes: int) -> int:
+def _most_splits(num_heads_kv: int, num_sm: int, tiles: int) -> int:
     """The upper bound of splits: the fewest that fill 85 % of what the best number does, one sequence alone."""
-    if num_heads_kv >= 0.8 * num_sm:
-        return 1
-    if tiles <= 4:
+    if num_heads_kv >= 0.8 * num_sm or tiles <= 4:
         return 1
     counts = np.arange(1, min(128, num_sm, tiles) + 1)
     waves = num_heads_kv * counts / num_sm
