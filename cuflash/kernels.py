@@ -123,6 +123,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),
             ("BLOCK_STATE_BYTES", tiling.block_state_bytes),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
+            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
         ),
     )
 
@@ -223,11 +224,9 @@ def decode(machine: Machine, problem: Problem, operands: Operands, metadata: Sch
     for name, cache in (("k", k_cache), ("v", v_cache)):
         for axis, stride in zip(("page", "row", "head"), cache.strides, strict=False):
             params[f"{name}_{axis}_stride"] = stride // 16
-    page_size = k_cache.shape[1]
-    shift = 31 + (page_size - 1).bit_length()
-    params["page_size"] = page_size
-    params["page_size_shift"] = shift
-    params["page_size_magic"] = -(-(1 << shift) // page_size)
+    params["page_size"] = k_cache.shape[1]
+    for name, divisor in (("page_size", k_cache.shape[1]), ("group", problem.group)):
+        params[f"{name}_magic"], params[f"{name}_shift"] = _multiplier(divisor)
     params["max_seqlen_q"] = problem.max_seqlen_q
     params["max_seqlen_k_new"] = problem.max_seqlen_k_new
     params["num_heads_kv"] = problem.num_heads_kv
@@ -319,6 +318,17 @@ def merge(machine: Machine, outs: NativeArray, lses: NativeArray, out: NativeArr
     params["states"], params["batch_size"], params["queries"], params["heads"], params["headdim"] = outs.shape
     rows = math.prod(outs.shape[1:-1])
     machine.launch(merge_variant(outs.dtype.name), -(-rows // _ROW_WARPS), 32 * _ROW_WARPS, 0, params, arrays)
+
+
+def _multiplier(divisor: int) -> tuple[int, int]:
+    """Return (magic, shift) with ``n // divisor == n * magic >> shift`` for 0 <= n < 2**31, magic of 32 bits.
+
+    Granlund and Montgomery, "Division by invariant integers using multiplication" (1994), theorem 4.2.
+    """
+    if divisor <= 1:
+        return 1, 0
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
 
 
 def _params(machine: Machine, file: str, struct: str, arrays: dict[str, NativeArray | None]) -> np.ndarray:

@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
         const int row = i / kChunks, chunk = i % kChunks;
         uint4 elements = {0, 0, 0, 0};
         if (row < s.valid_rows && chunk * 16 < kHeadDim * Element::kBytes) {
-            const int packed = s.first_row + row, position = packed / p.group;
+            const int packed = s.first_row + row, position = query_of(p, packed);
             const int head = s.kv_head * p.group + packed - position * p.group;
             const char* from = static_cast<const char*>(p.q) +
                                (start + position * p.q_row_stride + head * p.q_head_stride) * Element::kBytes;
@@ -120,8 +120,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
     };
 
     Loader loader(p, block.share, warp, lane);
+    // Two half-stages before the first: the loader begins without a tile, and looks one up.
 #pragma unroll 1
-    for (int h = 0; h < kStages - 1; h += 2) {
+    for (int h = -2; h < kStages - 1; h += 2) {
         loader.load_keys(ring + h * kSlotBytes);
         loader.load_values(ring + (h + 1) * kSlotBytes);
     }
@@ -140,10 +141,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             end = segment.keys.end;
             // Between these keys every row sees every key.
             const int queries = segment.lengths.seqlen_q, keys = segment.lengths.seqlen_k;
-            const int first_query = segment.first_row / p.group;
-            const int last_query = (segment.first_row + max(segment.valid_rows, 1) - 1) / p.group;
-            full_begin = visible_keys(mask_of(p), keys, queries, last_query, last_query).begin;
-            full_end = min(end, visible_keys(mask_of(p), keys, queries, first_query, first_query).end) - kTileKeys;
+            const int first_query = query_of(p, segment.first_row);
+            const int last_query = query_of(p, segment.first_row + max(segment.valid_rows, 1) - 1);
+            full_begin = first_visible(mask_of(p), keys, queries, last_query);
+            full_end = min(end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
         }
         __syncthreads();
         math.begin_item();

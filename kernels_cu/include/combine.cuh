@@ -29,7 +29,7 @@ struct RowOutput {
     int head;
 
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
-        const int packed = s.first_row + row, query = packed / p.group;
+        const int packed = s.first_row + row, query = query_of(p, packed);
         head = s.kv_head * p.group + packed - query * p.group;
         const long long start = p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0;
         out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
@@ -137,35 +137,47 @@ struct Parts {
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts) {
     constexpr int kWide = 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int row = warp; row < segment.valid_rows; row += kWarps) {
         const RowOutput at(p, segment, row);
-        RowState merged = {kLowest, 0.0f};
-        for (int part = lane; part < parts.count; part += 32) {
-            merged.maximum = fmaxf(merged.maximum, load_cg(partial_states(p, parts.slot(part)) + row).x);
-        }
-#pragma unroll
-        for (int lanes = 16; lanes > 0; lanes /= 2) {
-            merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
-        }
-        for (int first_vector = 0; first_vector < kVectors; first_vector += 32) {
-            const int vector = first_vector + lane;
-            const bool active = vector < kVectors;
-            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            merged.sum = 0.0f;
-            for (int first = 0; first < parts.count; first += kWide) {
-                // Lane i % 16 holds the state of part first + i; the outputs are on their way before the weights are known.
-                const int mine = min(first + lane % kWide, parts.count - 1);
-                const float2 state = load_cg(partial_states(p, parts.slot(mine)) + row);
-                float4 part[kWide];
+#pragma unroll 1
+        for (int vector = lane; vector < (kVectors + 31) / 32 * 32; vector += 32) {
+            float4 part[kWide];
+            const auto load_parts = [&](int begin) {
+                const long long step = static_cast<long long>(parts.stride) * kRows * kVectors;
+                const float4* from = partial_output(p, parts.next) + row * kVectors + vector + begin * step;
 #pragma unroll
                 for (int i = 0; i < kWide; ++i) {
                     part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    if (active && first + i < parts.count) {
-                        part[i] = load_cg(partial_output(p, parts.slot(first + i)) + row * kVectors + vector);
+                    if (vector < kVectors && begin + i < parts.count) {
+                        const bool is_first = i == 0 && begin == 0;
+                        part[i] = load_cg(is_first ? partial_output(p, parts.first) + row * kVectors + vector : from);
                     }
+                    from += step;
                 }
-                const float my_weight = first + lane % kWide < parts.count ? exp2_approx(state.x - merged.maximum) : 0.0f;
-                const float my_sum = first + lane % kWide < parts.count ? my_weight * state.y : 0.0f;
+            };
+            load_parts(0);  // on their way before the weights are known
+
+            RowState merged = {kLowest, 0.0f};
+            for (int i = lane; i < parts.count; i += 32) {
+                merged.maximum = fmaxf(merged.maximum, load_cg(partial_states(p, parts.slot(i)) + row).x);
+            }
+#pragma unroll
+            for (int lanes = 16; lanes > 0; lanes /= 2) {
+                merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
+            }
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+            for (int begin = 0; begin < parts.count; begin += kWide) {
+                if (begin > 0) load_parts(begin);
+                // Lane i % kWide weighs part begin + i.
+                const int mine = begin + lane % kWide;
+                float my_weight = 0.0f, my_sum = 0.0f;
+                if (mine < parts.count) {
+                    const float2 state = load_cg(partial_states(p, parts.slot(mine)) + row);
+                    my_weight = exp2_approx(state.x - merged.maximum);
+                    my_sum = my_weight * state.y;
+                }
 #pragma unroll
                 for (int i = 0; i < kWide; ++i) {
                     const float weight = __shfl_sync(kFullWarp, my_weight, i);
@@ -176,7 +188,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             }
             float lse;
             const float factor = finish_row(p, at.head, merged, lse);
-            if (active) store_answer(p, at, vector, o, factor);
+            if (vector < kVectors) store_answer(p, at, vector, o, factor);
             if (vector == 0) p.softmax_lse[at.lse] = lse;
         }
     }

@@ -11,6 +11,7 @@ constexpr int kRows = ROWS;                    // packed query rows of a row blo
 constexpr int kWarps = WARPS;
 constexpr int kStages = STAGES;                // half-stages of a warp's ring, odd
 constexpr bool kHasSoftcap = HAS_SOFTCAP;
+constexpr bool kHasChunk = HAS_CHUNK;          // attention_chunk
 
 constexpr int kThreads = kWarps * 32;
 constexpr int kTileKeys = 16;                  // keys of one warp's tile

@@ -30,9 +30,9 @@ public:
         keys_to_ = Keys::lane_offset(lane);
         values_to_ = Values::lane_offset(lane);
         pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_);
-        key_ = end_ = 0;
-        page_ = row_in_page_ = 0;
-        find_tile();
+        key_ = end_ = leftpad_ = 0;
+        key_head_ = value_head_ = page_ = row_in_page_ = 0;
+        has_tile_ = false;
     }
 
     // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
@@ -73,7 +73,7 @@ private:
         }
         // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
         const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1) + leftpad_;
-        const u32 page_index = static_cast<u64>(key) * p_.page_size_magic >> p_.page_size_shift;
+        const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
         row_in_page_ = key - page_index * p_.page_size;
         if (p_.page_table) page_ = __ldg(pages_ + page_index);
     }

@@ -36,9 +36,11 @@ struct DecodeParams {
     int max_seqlen_k_new;
     int num_heads_kv;
     int group;  // query heads per KV head
+    unsigned int group_magic;  // row / group == row * magic >> shift, see divided()
+    int group_shift;
     int row_blocks;
     int page_size;
-    unsigned int page_size_magic;  // key / page_size == key * magic >> shift for every int key >= 0
+    unsigned int page_size_magic;
     int page_size_shift;
     int window_left;  // -1: unbounded
     int window_right;

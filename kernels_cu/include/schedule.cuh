@@ -52,21 +52,40 @@ __device__ __forceinline__ Sequence sequence_lengths(
     return sequence;
 }
 
-// Keys that some query position first_query .. last_query sees. Position i stands at p = i + seqlen_k - seqlen_q (bottom right
-// aligned); what a row sees begins and ends no earlier than what the row before it sees, so the two ends decide.
-__device__ __forceinline__ KeyRange visible_keys(Mask mask, int seqlen_k, int seqlen_q, int first_query, int last_query) {
-    if (first_query > last_query) return {0, 0};
-    int first = first_query + (seqlen_k - seqlen_q), last = last_query + (seqlen_k - seqlen_q);
-    long long begin = 0, end = seqlen_k;
-    if (mask.left >= 0) begin = max(begin, (long long)first - mask.left);
-    if (mask.right >= 0) end = min(end, (long long)last + mask.right + 1);
-    if (mask.chunk > 0) {  // floor division: chunk boundaries also lie at negative positions
-        int first_chunk = first / mask.chunk - (first % mask.chunk < 0), last_chunk = last / mask.chunk - (last % mask.chunk < 0);
-        begin = max(begin, (long long)first_chunk * mask.chunk);
-        end = min(end, (last_chunk + 1ll) * mask.chunk);
+// The chunk boundary at or before position p: floor division, since chunks also lie at negative positions.
+__device__ __forceinline__ int chunk_begin(int p, int chunk) {
+    const int past = p % chunk;
+    return p - past - (past < 0 ? chunk : 0);
+}
+
+// The first key that query i sees, position p = i + seqlen_k - seqlen_q (bottom right aligned).
+__device__ __forceinline__ int first_visible(Mask mask, int seqlen_k, int seqlen_q, int query) {
+    const int p = query + (seqlen_k - seqlen_q);
+    int begin = 0;
+    if (mask.left >= 0 && p > mask.left) begin = p - mask.left;
+    if (mask.chunk > 0) begin = max(begin, chunk_begin(p, mask.chunk));
+    return begin;
+}
+
+// The end of the keys that query i sees. What lies behind a row is a small number, position p itself is not: no sum overflows.
+__device__ __forceinline__ int last_visible(Mask mask, int seqlen_k, int seqlen_q, int query) {
+    const int behind = seqlen_q - 1 - query;  // keys after position p
+    int hidden = 0;                           // of those
+    if (mask.right >= 0) hidden = max(hidden, behind - mask.right);
+    if (mask.chunk > 0) {
+        const int p = seqlen_k - 1 - behind;
+        hidden = max(hidden, behind - (mask.chunk - 1 - (p - chunk_begin(p, mask.chunk))));
     }
-    if (begin >= end) return {0, 0};
-    return {(int)begin, (int)end};
+    return seqlen_k - hidden;
+}
+
+// Keys that some query first_query .. last_query sees: what a row sees begins and ends no earlier than what the row before it
+// sees, so the two ends decide.
+__device__ __forceinline__ KeyRange visible_keys(Mask mask, int seqlen_k, int seqlen_q, int first_query, int last_query) {
+    const int begin = first_visible(mask, seqlen_k, seqlen_q, first_query);
+    const int end = last_visible(mask, seqlen_k, seqlen_q, last_query);
+    if (first_query > last_query || begin >= end) return {0, 0};
+    return {begin, end};
 }
 
 // Keys that the rows row_block * rows .. of one (sequence, KV head) see; none if the sequence has fewer rows.

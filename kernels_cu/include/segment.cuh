@@ -42,7 +42,17 @@ __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) {
 }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
-    return {p.window_left, p.window_right, p.attention_chunk};
+    return {p.window_left, p.window_right, kHasChunk ? p.attention_chunk : 0};
+}
+
+// number / divisor for 0 <= number < 2^31, with the multiplier that kernels.py found.
+__device__ __forceinline__ u32 divided(u32 number, u32 magic, int shift) {
+    return static_cast<u64>(number) * magic >> shift;
+}
+
+// The query position of a packed row.
+__device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
+    return divided(row, p.group_magic, p.group_shift);
 }
 
 // Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
@@ -64,7 +74,11 @@ struct SegmentWalker {
         s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
                                      p.max_seqlen_q, p.max_seqlen_k_new);
         s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
-        s.visible = row_block_keys(mask_of(p), s.lengths, p.group, kRows, s.first_row / kRows);
+        s.visible = {0, 0};
+        if (s.valid_rows > 0) {
+            s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
+                                     query_of(p, s.first_row + s.valid_rows - 1));
+        }
         const int part_end = item == share.end.item ? share.end.key : kItemEnd;
         s.starts = item != share.begin.item || share.begin.key == 0;
         s.ends = part_end == kItemEnd;

@@ -27,13 +27,14 @@ __device__ __forceinline__ void cap_scores(const DecodeParams& p, Scores& s) {
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_key, int lane,
                                             Scores& s) {
+    const int keys = segment.lengths.seqlen_k, queries = segment.lengths.seqlen_q;
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-            const int query = (segment.first_row + g * 8 + lane % 4 * 2 + column) / p.group;
-            const KeyRange seen = visible_keys(mask_of(p), segment.lengths.seqlen_k, segment.lengths.seqlen_q, query, query);
-            const int begin = seen.begin, end = min(seen.end, segment.keys.end);
+            const int query = query_of(p, segment.first_row + g * 8 + lane % 4 * 2 + column);
+            const int begin = first_visible(mask_of(p), keys, queries, query);
+            const int end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, query));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int key = first_key + lane / 4 + half * 8;
