@@ -237,7 +237,6 @@ def decode(machine: Machine, problem: Problem, operands: Operands, metadata: Sch
     params["split_size"] = problem.split_size or 0
     params["max_splits"] = max_splits
     params["num_slots"] = slots
-    params["unit_bytes"] = 16
     scale = operands.softmax_scale * _LOG2E
     if problem.has_softcap:
         params["tanh_scale"] = 2 * scale / operands.softcap
@@ -321,14 +320,12 @@ def merge(machine: Machine, outs: NativeArray, lses: NativeArray, out: NativeArr
 
 
 def _multiplier(divisor: int) -> tuple[int, int]:
-    """Return (magic, shift) with ``n // divisor == n * magic >> shift`` for 0 <= n < 2**31, magic of 32 bits.
+    """Return (magic, shift), n // divisor == n * magic >> (31 + shift) for 0 <= n < 2**31, with a magic of 32 bits.
 
     Granlund and Montgomery, "Division by invariant integers using multiplication" (1994), theorem 4.2.
     """
-    if divisor <= 1:
-        return 1, 0
-    shift = 31 + (divisor - 1).bit_length()
-    return -(-(1 << shift) // divisor), shift
+    shift = (max(divisor, 1) - 1).bit_length()
+    return -(-(1 << (31 + shift)) // max(divisor, 1)), shift
 
 
 def _params(machine: Machine, file: str, struct: str, arrays: dict[str, NativeArray | None]) -> np.ndarray:

@@ -75,7 +75,10 @@ def tiling(problem: Problem, device: Device) -> Tiling:
 
     # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge.
     items = problem.batch_size * problem.num_heads_kv * row_blocks
-    shapes = [(8, 1), (4, 2), (4, 1), (2, 1)] if items <= device.num_sm else [(4, 2), (4, 1), (2, 1)]
+    shapes = [(4, 2), (2, 2), (4, 1), (2, 1)]
+    # With split_size the warps of a block must not depend on the batch: they divide the keys of a split among them.
+    if items <= device.num_sm and problem.split_size is None:
+        shapes.insert(0, (8, 1))
     for warps, blocks_per_sm in shapes:
         room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
         fixed = query + _block_state_bytes(warps, rows)

@@ -56,13 +56,10 @@ public:
 private:
     // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup.
     __device__ __forceinline__ void find_tile() {
-        has_tile_ = true;
         while (key_ >= end_) {
             Segment segment;
-            if (!walker_.next(p_, share_, segment)) {
-                has_tile_ = false;
-                return;
-            }
+            has_tile_ = walker_.next(p_, share_, segment);
+            if (!has_tile_) return;
             key_ = segment.keys.begin + warp_ * kTileKeys;
             end_ = segment.keys.end;
             leftpad_ = segment.lengths.leftpad;
@@ -75,7 +72,7 @@ private:
         const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1) + leftpad_;
         const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
         row_in_page_ = key - page_index * p_.page_size;
-        if (p_.page_table) page_ = __ldg(pages_ + page_index);
+        if (p_.page_table) page_ = __ldg(offset_by<4>(pages_, page_index));
     }
 
     template <int kDim, int kRowBytes>
@@ -84,21 +81,23 @@ private:
         constexpr int kChunks = kDim * Element::kBytes / 16;
         // An MMA reads whole steps of 16 elements: a last half step is filled with zeros.
         constexpr int kFilled = Element::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
+        constexpr int kPasses = kTileKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
+        const char* from[kPasses];  // all of them before the first copy: ptxas guards every run of copies
 #pragma unroll
-        for (int i = 0; i < kTileKeys / C::kRowsAtOnce; ++i) {
-            const u32 row_units = __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce);
-            const char* from = offset_units(lane_from, row_units, p_.unit_bytes);
+        for (int i = 0; i < kPasses; ++i) {
+            from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
+        }
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
             const u32 to = C::row_address(lane_to, i);
 #pragma unroll
             for (int c = 0; c < kFilled; c += C::kLanes) {
-                const bool filled = c + C::kLanes <= kFilled || chunk + c < kFilled;
-                if (c + C::kLanes <= kChunks || kChunks == kFilled) {
-                    cp_async_16_if(exists && filled, to + c * 16, from + c * 16, policy_);
-                } else if (chunk + c < kChunks) {
-                    cp_async_16_if(exists && filled, to + c * 16, from + c * 16, policy_);
+                const bool wanted = exists && (c + C::kLanes <= kFilled || chunk + c < kFilled);
+                if (c + C::kLanes <= kChunks || kChunks == kFilled || chunk + c < kChunks) {
+                    cp_async_16_if(wanted, to + c * 16, from[i] + c * 16, policy_);
                 } else {
-                    cp_async_zero_if(exists && filled, to + c * 16, lane_from);
+                    cp_async_zero_if(wanted, to + c * 16, lane_from);
                 }
             }
         }

@@ -48,7 +48,6 @@ struct DecodeParams {
     int split_size;       // 0: parts come from the plan alone
     int max_splits;       // slots per item with split_size
     int num_slots;
-    unsigned int unit_bytes;  // 16, see offset_units
     unsigned int query_flip;  // sign bits to turn where softmax_scale is negative: queries are negated instead
     float score_scale;  // weights are exp2(score * score_scale - ..); 1 with softcap, whose scores are in log2 units
     float score_slack;  // 8 / score_scale

@@ -59,11 +59,11 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// base + units * unit_bytes in one instruction: the optimiser re-associates a plain 64-bit sum, and turns a factor that it
-// knows to be 16 into two shifts and adds.
-__device__ __forceinline__ const char* offset_units(const char* base, u32 units, u32 unit_bytes) {
-    const char* result;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(units), "r"(unit_bytes), "l"(base));
+// base + factor * index: the optimiser would re-associate a plain 64-bit sum.
+template <int kFactor, typename T>
+__device__ __forceinline__ const T* offset_by(const T* base, u32 index) {
+    const T* result;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(index), "n"(kFactor), "l"(base));
     return result;
 }
 

@@ -47,7 +47,7 @@ __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
 
 // number / divisor for 0 <= number < 2^31, with the multiplier that kernels.py found.
 __device__ __forceinline__ u32 divided(u32 number, u32 magic, int shift) {
-    return static_cast<u64>(number) * magic >> shift;
+    return __umulhi(number << 1, magic) >> shift;
 }
 
 // The query position of a packed row.
