@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +17,7 @@ from ..problem import Problem
 from ..scheduling import SchedulerMetadata, get_scheduler_metadata
 from ..tiling import TILE_KEYS
 from . import report
+from .device import plan_for
 from .report import Record
 
 _PAGE = 16
@@ -111,27 +110,11 @@ def real_workloads() -> Iterator[Workload]:
     yield equal(32, 4096, 32, 8, 64)
 
 
-@contextlib.contextmanager
-def device(num_sm: int, arch: int = 90, backend: str | None = None) -> Iterator[None]:
-    """Plan for another GPU, and run on another backend, for a while."""
-    wanted = {"CUFLASH_NUM_SM": str(num_sm), "CUFLASH_ARCH": str(arch), "CUFLASH_BACKEND": backend or "numpy"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def simulate(archs: Iterable[int] = (80, 90), num_sm: int = 4) -> Iterator[Record]:
     """Yield what the simulator counts in the small workloads."""
     for arch in archs:
         for workload in small_workloads():
-            with device(num_sm, arch, "sim"):
+            with plan_for(num_sm, arch, "sim"):
                 yield _counted(workload, arch)
 
 
@@ -180,7 +163,7 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
     """Yield what plans of real workloads make the kernels write between their blocks."""
     for arch in archs:
         for workload in real_workloads():
-            with device(num_sm, arch):
+            with plan_for(num_sm, arch):
                 metadata = workload.plan()
             partial_bytes = _parts(metadata) * metadata.problem.rows * (4 * workload.headdim + 8)
             yield {

@@ -100,7 +100,7 @@ def _record(problem: Problem, device: Device, tiles: Tiling, code: Cubin) -> Rec
     shared_bytes = tiles.shared_bytes + code.static_shared_bytes
     resident = _MULTIPROCESSORS[device.arch].resident_blocks(device, code.registers, tiles.warps * 32, shared_bytes)
     running = min(resident, tiles.blocks_per_sm)  # the grid holds no more
-    slot_bytes = TILE_KEYS * max(tiles.headdim, tiles.headdim_v) * numpy_dtype(problem.kv_dtype).itemsize
+    slot_bytes = tiles.tile_keys * max(tiles.headdim, tiles.headdim_v) * numpy_dtype(problem.kv_dtype).itemsize
     program = sass.disassemble(code.code)
     loop = sass.main_loop(program)
     return {
