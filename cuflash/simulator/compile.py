@@ -20,7 +20,7 @@ from typing import Any, Optional
 __all__ = ["CompileError", "CompilerNotFound", "cache_dir", "compile_ptx", "find_compiler", "load_machine"]
 
 _HERE = Path(__file__).parent
-_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "ops.cpp")
+_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "ops.cpp")
 # What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 

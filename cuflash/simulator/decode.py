@@ -690,6 +690,8 @@ class _Decoder:
         self.emit("ld", outs, {12: base} if base else {}, imm=offset, abcd=(vector, WIDTHS[type_], space, width), flags=flags, cls=cls)
 
     def st(self, mods: Sequence[str]) -> None:
+        if mods[0] == "async":
+            return self.st_async(mods)
         space, vector, type_, flags = self.memory_mods(mods)
         a = self.hint(self.now.args, 2)
         items = a[1].items if isinstance(a[1], Vec) else (a[1],)
@@ -786,7 +788,125 @@ class _Decoder:
                 else:
                     ins[2] = self.value(third, "u32")
             return self.emit("cp.async", {}, ins, imm=doff, target=soff & 0xFFFFFFFF, abcd=(int(size.value), dw, 0, sw), cls="cp.async")
+        if rest[:2] == ["mbarrier", "arrive"]:
+            base, width, offset = self.address(self.count(1)[0], SHARED)
+            return self.emit("cp.async.mbarrier.arrive", {}, {12: base} if base else {}, imm=offset, abcd=(int("noinc" in rest), 0, 0, width), cls="mbarrier")
+        if rest and rest[0] == "bulk":
+            return self.bulk(rest[1:])
         raise self.unknown()
+
+    def bulk(self, mods: list[str]) -> None:
+        a = self.now.args
+        if mods == ["commit_group"]:
+            return self.emit("cp.async.bulk.commit_group", cls="bulk")
+        if mods and mods[0] == "wait_group":
+            n = a[0]
+            if not isinstance(n, Imm):
+                raise self.unknown()
+            return self.emit("cp.async.bulk.wait_group", imm=int(n.value), cls="bulk")
+        if mods and mods[0] == "prefetch" and "tensor" not in mods:
+            return self.emit("nop", cls="bulk")
+        if any("cache_hint" in m for m in mods):
+            a = a[:-1]
+        to_shared = bool(mods) and mods[0] in ("shared::cluster", "shared::cta")
+        if len(mods) < 3 or "tensor" in mods or "multicast::cluster" in mods or len(a) != (4 if to_shared else 3):
+            raise self.unknown()
+        if not to_shared and (mods[0] != "global" or not mods[1].startswith("shared") or mods[2] != "bulk_group"):
+            raise self.unknown()
+        if to_shared and (mods[1] not in ("global", "shared::cta") or mods[2] != "mbarrier::complete_tx::bytes"):
+            raise self.unknown()
+        dst, dw, doff = self.address(a[0], GENERIC)
+        src, sw, soff = self.address(a[1], GENERIC)
+        ins: dict[int, Union[Reg, tuple[int, int]]] = {2: self.value(a[2], "u32")}
+        if dst:
+            ins[0] = dst
+        if src:
+            ins[1] = src
+        width = 4
+        if to_shared:
+            bar, width, boff = self.address(a[3], SHARED)
+            if bar is None or boff:
+                wide = self.temp(width)
+                if bar is None:
+                    self.emit("mov.u64" if width == 8 else "mov.u32", {0: wide}, {1: (width, boff)})
+                else:
+                    kind = "u64" if width == 8 else "u32"
+                    self.emit(f"add.{kind}", {0: wide}, {1: bar, 2: (width, boff & ((1 << 8 * width) - 1))})
+                bar = wide
+            ins[3] = bar
+        name = "cp.async.bulk.shared" if to_shared else "cp.async.bulk.global"
+        source = GLOBAL if mods[1] == "global" else SHARED
+        self.emit(name, {}, ins, imm=doff, target=soff & 0xFFFFFFFF, abcd=(dw, sw, source, width), cls="bulk")
+
+    def st_async(self, mods: Sequence[str]) -> None:
+        rest = [m for m in mods if m not in ("async", "weak", "shared::cluster", "mbarrier::complete_tx::bytes")]
+        type_, rest = self.type_of(rest)
+        vector = int(rest.pop(0)[1:]) if rest and rest[0] in ("v2", "v4") else 1
+        self.no_more(rest)
+        a = self.count(3)
+        items = a[1].items if isinstance(a[1], Vec) else (a[1],)
+        if len(items) != vector or WIDTHS[type_] not in (4, 8):
+            raise self.unknown()
+        values = {k: self.value(x, type_) for k, x in enumerate(items)}
+        base, width, offset = self.address(a[0], SHARED)
+        bar, bar_width, bar_offset = self.address(a[2], SHARED)
+        if base is None or bar is None or width != bar_width:
+            raise self.unknown("addresses of different widths")
+        self.emit("st.async", {}, values | {12: base, 13: bar}, imm=offset, target=bar_offset & 0xFFFFFFFF, abcd=(vector, WIDTHS[type_], 0, width), cls="st.async")
+
+    def mbarrier(self, mods: Sequence[str]) -> None:
+        op = mods[0]
+        a = list(self.now.args)
+        parity = "parity" in mods
+        acquire = 0 if "relaxed" in mods else ACQUIRE
+        release = 0 if "relaxed" in mods else RELEASE
+        if op == "pending_count":
+            return self.emit("mbarrier.pending_count", {0: self.dest(a[0])}, cls="mbarrier")
+        outs: dict[int, Reg] = {}
+        ins: dict[int, Union[Reg, tuple[int, int]]] = {}
+        drop = op.startswith("arrive_drop")
+        if op in ("test_wait", "try_wait"):
+            outs[0] = self.dest(a.pop(0), True)
+        elif op in ("arrive", "arrive_drop") and not isinstance(a[0], Mem):
+            target = a.pop(0)
+            if not self.sink(target):
+                outs[0] = self.dest(target)
+        base, width, offset = self.address(a.pop(0), SHARED)
+        if base:
+            ins[12] = base
+        name, flags, which = f"mbarrier.{op}", 0, 0
+        if op == "init":
+            ins[1] = self.value(a[0], "u32")
+        elif op in ("test_wait", "try_wait"):
+            name, flags, which = "mbarrier.wait", acquire, int(parity)
+            ins[1] = self.value(a[0], "u32" if parity else "u64")
+        elif op in ("arrive", "arrive_drop"):
+            name, flags, which = "mbarrier.arrive", release, int(drop)
+            if "noComplete" in mods:
+                raise self.unknown()
+            if a:
+                ins[2 if "expect_tx" in mods else 1] = self.value(a[0], "u32")
+        elif op in ("expect_tx", "complete_tx"):
+            name, which = "mbarrier.expect_tx", int(op == "complete_tx")
+            ins[2] = self.value(a[0], "u32")
+        elif op != "inval":
+            raise self.unknown()
+        waits = op in ("test_wait", "try_wait")
+        self.emit(name, outs, ins, imm=offset, abcd=(which, 0, 0, width), flags=flags, ctl=YIELDING if waits else SIMPLE, cls="mbarrier")
+
+    def mapa(self, mods: Sequence[str]) -> None:
+        a = self.count(3)
+        type_ = mods[-1]
+        shared = "shared::cluster" in mods
+        source = self.value(a[1], type_)
+        if not shared and type_ != "u64":
+            raise self.unknown()
+        self.emit("mapa", {0: self.dest(a[0])}, {1: source, 2: self.value(a[2], "u32")}, abcd=(int(type_ == "u64"), int(not shared)), cls="move")
+
+    def getctarank(self, mods: Sequence[str]) -> None:
+        a = self.count(2)
+        wide = mods[-1] == "u64"
+        self.emit("getctarank", {0: self.dest(a[0])}, {1: self.value(a[1], mods[-1])}, abcd=(int(wide),), cls="move")
 
     def ldmatrix(self, mods: Sequence[str]) -> None:
         rest = [m for m in mods if m not in ("sync", "aligned", "m8n8", "b16")]
@@ -1022,7 +1142,7 @@ _TABLE.update(
     testp=_D.testp, setp=_D.setp, set=_D.set, selp=_D.selp, slct=_D.slct, mov=_D.mov, cvt=_D.cvt, cvta=_D.cvta, isspacep=_D.isspacep, ld=_D.ld,
     ldu=_D.ld, st=_D.st, atom=_D.atom, red=_D.atom, cp=_D.cp, ldmatrix=_D.ldmatrix, stmatrix=_D.ldmatrix, mma=_D.mma, movmatrix=_D.movmatrix,
     shfl=_D.shfl, vote=_D.vote, match=_D.match, redux=_D.redux, elect=_D.elect, activemask=_D.activemask, bar=_D.bar, barrier=_D.bar, membar=_D.fence,
-    fence=_D.fence, createpolicy=_D.createpolicy, nanosleep=_D.nanosleep, bra=_D.bra, brx=_D.brx, ret=_D.ret, exit=_D.ret, trap=_D.trap, call=_D.call,
+    fence=_D.fence, createpolicy=_D.createpolicy, nanosleep=_D.nanosleep, mbarrier=_D.mbarrier, mapa=_D.mapa, getctarank=_D.getctarank, bra=_D.bra, brx=_D.brx, ret=_D.ret, exit=_D.ret, trap=_D.trap, call=_D.call,
 )  # fmt: skip
 _CLASSES = {"cvt": "convert", "mov": "move", "selp": "int", "setp": "int", "cvta": "move", "prmt": "int", "copysign": "fp32"}
 

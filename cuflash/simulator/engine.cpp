@@ -102,9 +102,15 @@ struct Engine {
         w.groups[index].mask &= ~mask;
         if (!w.groups[index].mask) w.groups.erase(w.groups.begin() + long(index));
         L.changes++;
+        for (Group &g : w.groups)
+            if (g.state == WAIT_MEET) g.state = READY;  // who waited for these lanes looks again
         for (u32 k = 0; k < 16; k++)
             if (w.block->barriers[k].arrived) try_barrier(*w.block, k);
-        if (w.block->live == 0) w.block->done = true;
+        if (w.block->live == 0) {
+            check_block_exit(*w.block);
+            w.block->done = true;
+        }
+        if (L.cluster_size > 1) try_cluster(*w.block->cluster);
     }
 
     // -- barriers of a block
@@ -165,7 +171,7 @@ struct Engine {
             report(w, K_DIVERGENT_BARRIER, first(m), 0, "barrier %u is waited for with %u threads here and with %u elsewhere", id,
                    expected ? expected : b.threads, bar.expected ? bar.expected : b.threads);
         }
-        if (L.races.on()) bar.parties.push_back({&w, m, i.a != 1});
+        if (L.races.on()) bar.parties.push_back(party(w, m, i.a != 1));
         bar.arrived += (i.flags & HAS_COUNT) && (i.flags & ALIGNED) ? 32 : u32(__builtin_popcount(m));
         if (i.a >= 2) {
             u32 p = w.pred(i.o[3]);
@@ -373,11 +379,64 @@ struct Engine {
         if (L.random && some && some != g.mask && L.rng.below(4) == 0) fork(w, index, some, g.pc);
     }
 
+    void try_cluster(Cluster &c) {
+        u32 live = 0;
+        for (auto &b : c.blocks) live += b->live;
+        if (!c.arrived || c.arrived < live) return;
+        c.arrived = 0;
+        c.generation++;
+        L.changes++;
+        if (L.races.on()) {
+            c.sync = SyncVar();
+            for (auto &b : c.blocks) {
+                std::vector<Party> mine;
+                for (const Party &p : c.parties)
+                    if (p.warp->block == b.get()) mine.push_back(p);
+                if (mine.empty()) continue;
+                Known k = sum_of(mine);
+                leave(c.sync, b->linear, k);
+            }
+            c.parties.clear();
+        }
+        for (auto &b : c.blocks)
+            for (Warp &w : b->warps)
+                for (Group &g : w.groups)
+                    if (g.state == WAIT_CLUSTER) g.state = READY;  // they look again
+    }
+
     void cluster_barrier(Warp &w, size_t index, u32 m, u32 mask, const Ins &i) {
-        (void)i;
-        (void)index;
-        (void)mask;
-        report(w, K_INTERNAL, first(m | 1), 0, "barrier.cluster is not there yet");
+        Group &g = w.groups[index];
+        if (m == 0) {
+            g.pc++;
+            return;
+        }
+        if (m != mask) {
+            fork(w, index, mask & ~m, g.pc + 1);
+            return;
+        }
+        if ((i.flags & ALIGNED) && m != w.live && w.groups.size() > 1) {
+            L.pc_counts[w.pc].executed--;
+            g.state = WAIT_MEET;
+            return;
+        }
+        Cluster &c = *w.block->cluster;
+        if (i.a == 0) {
+            for (u32 t = m; t; t &= t - 1) w.cluster_phase[first(t)] = c.generation;
+            c.arrived += u32(__builtin_popcount(m));
+            if (L.races.on() && (i.flags & RELEASE)) c.parties.push_back(party(w, m, false));
+            g.pc++;
+            try_cluster(c);
+            return;
+        }
+        for (u32 t = m; t; t &= t - 1)
+            if (w.cluster_phase[first(t)] >= c.generation) {
+                L.pc_counts[w.pc].executed--;
+                L.steps--;
+                g.state = WAIT_CLUSTER;
+                return;
+            }
+        if (L.races.on() && (i.flags & ACQUIRE)) learn(w, m, c.sync);
+        g.pc++;
     }
 
     // -- blocks
@@ -419,7 +478,9 @@ struct Engine {
         u32 per[3] = {L.grid[0] / L.cluster[0], L.grid[1] / L.cluster[1], L.grid[2] / L.cluster[2]};
         u32 cid[3] = {u32(number % per[0]), u32(number / per[0] % per[1]), u32(number / per[0] / per[1])};
         c.arrived = 0;
-        c.generation = 0;
+        c.generation = 1;
+        c.parties.clear();
+        c.pending.clear();
         c.done = false;
         c.slices = 0;
         for (u32 k = 0; k < L.cluster_size; k++) {
@@ -430,6 +491,7 @@ struct Engine {
             b.threads = b.live = L.threads;
             b.done = false;
             for (Barrier &bar : b.barriers) bar = Barrier();
+            b.mbarriers.clear();
             memset(b.shared, 0xff, L.shared_size);  // NaN in every format
             if (L.checks & C_INIT) b.initialised.assign(L.shared_size, 0);
             if (L.checks & C_FLIGHT) b.in_flight.assign(L.shared_size, 0);
@@ -442,6 +504,7 @@ struct Engine {
                 w.copies.clear();
                 memset(w.committed, 0, sizeof w.committed);
                 memset(w.bulk_committed, 0, sizeof w.bulk_committed);
+                memset(w.cluster_phase, 0, sizeof w.cluster_phase);
             }
             races_start(b);
         }
@@ -535,7 +598,12 @@ struct Engine {
             bool changed = L.changes != before;
             idle = changed ? 0 : idle + 1;
             bool spinning = !ran || idle > 2;
-            if (spinning && next < total) {
+            bool advanced = false;
+            if (spinning)
+                for (auto &c : resident) advanced = advanced || advance_pending(*c);
+            if (advanced) {
+                idle = 0;
+            } else if (spinning && next < total) {
                 window = u32(resident.size()) + 1;  // they may be waiting for a block that has not started
                 idle = 0;
             } else if (!ran || (idle > 3000 && yielded)) {

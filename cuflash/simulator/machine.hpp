@@ -15,6 +15,28 @@ struct Barrier {
     std::vector<Party> parties;
 };
 
+struct Mbarrier {
+    u32 expected = 0;
+    s64 pending = 0, transactions = 0;
+    u64 phase = 0;
+    SyncVar arriving, arrived;  // knowledge of this phase's and of the last phase's arrivals
+};
+
+// A bulk copy, an asynchronous store or an arrival that waits for copies; it happens at the latest when somebody waits for it.
+struct Pending {
+    enum What : u8 { TO_SHARED, TO_GLOBAL, ARRIVE, VALUE } what;
+    Warp *warp;
+    u32 lane, pc, bytes, group;
+    u64 source;
+    Block *block, *source_block;  // of the destination and of the source in shared memory
+    u64 destination;
+    Block *barrier_block;
+    u32 barrier;
+    Actor actor;
+    bool done;
+    u8 value[16];
+};
+
 struct Block {
     Launch *launch = nullptr;
     Cluster *cluster = nullptr;
@@ -29,6 +51,8 @@ struct Block {
     std::vector<u8> register_file;
     Barrier barriers[16];
     Shadow shadow;
+    u32 actors = 0;  // asynchronous copies so far
+    std::unordered_map<u32, Mbarrier> mbarriers;  // by offset in shared memory
     bool done = false;
 };
 
@@ -36,6 +60,9 @@ struct Cluster {
     std::vector<std::unique_ptr<Block>> blocks;
     u32 arrived = 0;
     u64 generation = 0;
+    std::vector<Party> parties;
+    SyncVar sync;  // of the last generation
+    std::vector<Pending> pending;
     bool done = false;
     u32 slices = 0;
 };
@@ -102,5 +129,7 @@ inline void jitter(Warp &w, u32 *d, u32 m, u32 ulps) {
 }
 
 void wait_copies(Warp &w, u32 mask, u32 pending_allowed);
-void commit_copies(Warp &w, u32 mask);
+void land_copies(Warp &w, u32 lane, u32 group);  // all copies of the lane up to this group
 void check_exit(Warp &w, u32 mask);
+void check_block_exit(Block &b);
+bool advance_pending(Cluster &c);  // lets one asynchronous operation happen; for a machine that would stand still

@@ -1,26 +1,11 @@
 // Memory: loads, stores, atomics, asynchronous copies, matrix loads; their checks and their counters.
 #include <cstdio>
 
-#include "machine.hpp"
-
-namespace {
+#include "access.hpp"
 
 // -- addresses
 
-inline void addresses(Warp &w, const Ins &i, u16 slot, u8 width, s64 offset, u32 m, u64 *out) {
-    (void)i;
-    if (slot == NONE) {
-        for (u32 l = 0; l < 32; l++) out[l] = u64(offset);
-    } else if (width == 8) {
-        const u64 *r = w.reg<u64>(slot);
-        LANES(m, out[l] = r[l] + u64(offset))
-    } else {
-        const u32 *r = w.reg<u32>(slot);
-        LANES(m, out[l] = u32(r[l] + u32(offset)))
-    }
-}
-
-inline void check_aligned(Warp &w, u32 m, const u64 *a, u32 bytes) {
+void check_aligned(Warp &w, u32 m, const u64 *a, u32 bytes) {
     if (!w.launch->check(C_ALIGN) || bytes < 2) return;
     u64 any = 0;
     LANES(m, any |= a[l])
@@ -31,6 +16,8 @@ inline void check_aligned(Warp &w, u32 m, const u64 *a, u32 bytes) {
             report(w, K_MISALIGNED, first(t), a[first(t)], "an access of %u bytes at an address that is no multiple of %u", bytes, bytes);
         }
 }
+
+namespace {
 
 const Region *find_region(Launch &L, u64 a, u32 bytes) {
     u32 lo = 0, hi = L.region_count;
@@ -107,10 +94,10 @@ void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, cons
     }
 }
 
-enum Access : u32 { READ = 0, WRITE = 1, ATOMIC = 2 };
+}  // namespace
 
 // Checks and counts an access to global memory. Sizes may differ by lane (cp.async with a source size).
-void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong) {
+void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong, const Actor *actor) {
     Launch &L = *w.launch;
     const Region *regions[32];
     bool bounds = L.check(C_BOUNDS);
@@ -132,7 +119,7 @@ void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Acc
                 r = found;
                 hint = u32(r - L.regions);
             }
-            if (L.races.global && !r->readonly) race_global(w, l, a[l], n, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
+            if (L.races.global && !r->readonly) race_global(w, l, a[l], n, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)), actor);
             if (kind != READ && r->readonly && bounds) {
                 L.args->finding->size = n;
                 L.args->finding->write = 1;
@@ -178,12 +165,6 @@ void count_banks(Warp &w, u32 m, const u32 *off, u32 bytes) {
 
 // -- shared memory: the block that owns an address, and its checks
 
-struct SharedAt {
-    Block *block[32];
-    u32 off[32];
-    bool own;
-};
-
 void shared_bounds(Warp &w, u32 m, const u64 *a, u32 bytes, SharedAt &s, bool write) {
     Launch &L = *w.launch;
     s.own = true;
@@ -206,6 +187,7 @@ void shared_bounds(Warp &w, u32 m, const u64 *a, u32 bytes, SharedAt &s, bool wr
     }
 }
 
+namespace {
 inline bool all_set(const u8 *p, u32 n) {
     u64 v;
     for (; n >= 8; n -= 8, p += 8) {
@@ -227,6 +209,8 @@ inline bool any_set(const u8 *p, u32 n) {
     return false;
 }
 
+}  // namespace
+
 void check_read(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
     Launch &L = *w.launch;
     if (L.check(C_FLIGHT) && any_set(&b.in_flight[off], bytes)) {
@@ -245,6 +229,8 @@ void check_write(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
     }
     if (L.check(C_INIT)) memset(&b.initialised[off], 1, bytes);
 }
+
+namespace {
 
 void shared_access(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool strong, SharedAt &s) {
     shared_bounds(w, m, a, bytes, s, kind != READ);
@@ -392,7 +378,7 @@ void order_after(Warp &w, const Ins &i, u32 m, const u64 *a) {  // of a strong r
 void ld(Warp &w, const Ins &i, u32 m) {
     u64 a[32];
     Pointers p;
-    addresses(w, i, i.o[12], i.d, i.imm, m, a);
+    addresses(w, i.o[12], i.d, i.imm, m, a);
     resolve(w, i, m, a, u32(i.a) * i.b, i.c, READ, p);
     switch (i.b) {
         case 1: load<u8>(w, i, m, p); break;
@@ -429,7 +415,7 @@ void check_lost(Warp &w, const Ins &i, u32 m, const Pointers &p, const u64 *a) {
 void st(Warp &w, const Ins &i, u32 m) {
     u64 a[32];
     Pointers p;
-    addresses(w, i, i.o[12], i.d, i.imm, m, a);
+    addresses(w, i.o[12], i.d, i.imm, m, a);
     resolve(w, i, m, a, u32(i.a) * i.b, i.c, WRITE, p);
     order_before(w, i, m, a, false);
     switch (i.b) {
@@ -512,7 +498,7 @@ template <class S> void atom_lanes(Warp &w, const Ins &i, u32 m, const Pointers 
 void atom(Warp &w, const Ins &i, u32 m) {  // o[0] result, o[1] b, o[2] c, o[12] address; a operation, b type, c space
     u64 a[32];
     Pointers p;
-    addresses(w, i, i.o[12], i.d, i.imm, m, a);
+    addresses(w, i.o[12], i.d, i.imm, m, a);
     bool wide = i.b == T_U64 || i.b == T_S64 || i.b == T_F64;
     resolve(w, i, m, a, wide ? 8 : i.b >= T_F16 ? 2 : 4, i.c, ATOMIC, p);
     order_before(w, i, m, a, true);
@@ -532,8 +518,8 @@ void perform(Warp &w, const CopyOp &c, u32 l) {
 void cp_async(Warp &w, const Ins &i, u32 m) {  // o[0] destination, o[1] source, o[2] source size, o[3] ignore the source; a bytes
     Launch &L = *w.launch;
     u64 dst[32], src[32];
-    addresses(w, i, i.o[0], i.b, i.imm, m, dst);
-    addresses(w, i, i.o[1], i.d, s32(i.target), m, src);
+    addresses(w, i.o[0], i.b, i.imm, m, dst);
+    addresses(w, i.o[1], i.d, s32(i.target), m, src);
     check_aligned(w, m, dst, i.a);
     CopyOp op;
     op.pc = w.pc;
@@ -587,7 +573,7 @@ void cp_wait_all(Warp &w, const Ins &i, u32 m) {
 
 void ldmatrix(Warp &w, const Ins &i, u32 m) {  // o[0..3] results, o[12] address; a matrices, b transposed
     u64 a[32];
-    addresses(w, i, i.o[12], i.d, i.imm, m, a);
+    addresses(w, i.o[12], i.d, i.imm, m, a);
     u32 rows = i.a == 4 ? FULL : (1u << (8 * i.a)) - 1;
     if (i.c == GENERIC)
         for (u32 t = rows; t; t &= t - 1) a[first(t)] &= ~SPACE_MASK;
@@ -606,7 +592,7 @@ void ldmatrix(Warp &w, const Ins &i, u32 m) {  // o[0..3] results, o[12] address
 }
 void stmatrix(Warp &w, const Ins &i, u32 m) {
     u64 a[32];
-    addresses(w, i, i.o[12], i.d, i.imm, m, a);
+    addresses(w, i.o[12], i.d, i.imm, m, a);
     u32 rows = i.a == 4 ? FULL : (1u << (8 * i.a)) - 1;
     if (i.c == GENERIC)
         for (u32 t = rows; t; t &= t - 1) a[first(t)] &= ~SPACE_MASK;
@@ -757,24 +743,39 @@ OP("getctarank", getctarank)
 
 }  // namespace
 
+namespace {
+// The copies of some lanes of one instruction have happened and are known to have.
+void land(Warp &w, CopyOp &c, u32 due) {
+    Launch &L = *w.launch;
+    c.mask &= ~due;
+    for (; due; due &= due - 1) {
+        u32 l = first(due);
+        if (!c.early) perform(w, c, l);
+        if (L.check(C_FLIGHT)) memset(&w.block->in_flight[c.dst[l]], 0, c.bytes);
+        if (L.check(C_INIT)) memset(&w.block->initialised[c.dst[l]], 1, c.bytes);
+        if (L.races.shared) race_landed(w, l, *w.block, c.dst[l], c.bytes);
+    }
+}
+void drop_landed(Warp &w) {
+    while (!w.copies.empty() && !w.copies.front().mask) w.copies.pop_front();
+    w.launch->changes++;
+}
+}  // namespace
+
 // Completes the copies of the lanes' groups except for the `pending_allowed` latest ones.
 void wait_copies(Warp &w, u32 mask, u32 pending_allowed) {
-    Launch &L = *w.launch;
-    bool flight = L.check(C_FLIGHT), init = L.check(C_INIT);
     for (CopyOp &c : w.copies) {
         u32 due = 0;
         for (u32 t = c.mask & mask; t; t &= t - 1) due |= u32(s32(c.group) < s32(w.committed[first(t)] - pending_allowed)) << first(t);
-        c.mask &= ~due;
-        for (; due; due &= due - 1) {
-            u32 l = first(due);
-            if (!c.early) perform(w, c, l);
-            if (flight) memset(&w.block->in_flight[c.dst[l]], 0, c.bytes);
-            if (init) memset(&w.block->initialised[c.dst[l]], 1, c.bytes);
-            if (L.races.shared) race_landed(w, l, *w.block, c.dst[l], c.bytes);
-        }
+        if (due) land(w, c, due);
     }
-    while (!w.copies.empty() && !w.copies.front().mask) w.copies.pop_front();
-    L.changes++;
+    drop_landed(w);
+}
+
+void land_copies(Warp &w, u32 lane, u32 group) {
+    for (CopyOp &c : w.copies)
+        if ((c.mask >> lane) & 1 && s32(c.group) <= s32(group)) land(w, c, 1u << lane);
+    drop_landed(w);
 }
 
 void check_exit(Warp &w, u32 mask) {

@@ -11,9 +11,17 @@ std::vector<Knowledge *> &pool() {
 
 // Lanes of a warp that exist count; the others never touch anything.
 void refresh_least(Knowledge &k, u32 warp) {
-    u32 from = warp * 32, to = std::min<u32>(from + 32, u32(k.at.size())), least = ~0u;
-    for (u32 t = from; t < to; t++) least = std::min(least, k.at[t]);
+    u32 least = ~0u;
+    for (u32 t = warp * 32; t < warp * 32 + 32; t++) least = std::min(least, k.at[t]);
     k.least[warp] = least;
+}
+
+// Entries of the block's threads and of its copies (the last 32), with those of lanes that do not exist out of the way.
+void clear(Launch &L, Knowledge &k) {
+    k.at.assign((L.warps + 1) * 32, 0);
+    for (u32 t = L.threads; t < L.warps * 32; t++) k.at[t] = ~0u;
+    k.least.assign(L.warps + 1, 0);
+    k.foreign.reset();
 }
 
 Known copy(const Knowledge &from) {
@@ -108,9 +116,10 @@ void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
     line.writes += r.kind & A_WRITE;
 }
 
-void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared) {
+void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared, const Actor *actor) {
     Line &line = s.lines[index];
-    u32 step = u32(w.launch->steps), me = 1u << lane, block = w.block->linear;
+    u32 step = u32(w.launch->steps), block = w.block->linear;
+    const u32 me = actor ? actor->lanes : 1u << lane, mine_warp = actor ? actor->warp : w.index, epoch = actor ? actor->epoch : w.epoch;
     bool write = kind & A_WRITE, merged = false;
     if (line.generation != s.generation) {
         line.generation = s.generation;
@@ -119,27 +128,27 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
     auto *more = line.n > Line::INLINE ? &s.extra[line.extra] : nullptr;
     if (!write && !line.writes && line.n) {  // reads among reads: only the latest record may say the same
         Record &r = line.n <= Line::INLINE ? line.r[line.n - 1] : more->back();
-        if (r.block == block && r.warp == w.index && r.kind == kind) {
-            if (r.bytes == bytes && r.epoch == w.epoch) {
+        if (r.block == block && r.warp == mine_warp && r.kind == kind) {
+            if (r.bytes == bytes && r.epoch == epoch) {
                 r.lanes |= me;
                 r.pc = w.pc;
                 return;
             }
             if (r.lanes == me && (r.bytes & ~bytes) == 0) {
-                r = Record{w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind};
+                r = Record{epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind};
                 return;
             }
         }
-        add(s, line, more, {w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind});
+        add(s, line, more, {epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind});
         return;
     }
     u32 kept = 0, writes = 0;
     for (u32 k = 0; k < line.n; k++) {
         Record r = k < Line::INLINE ? line.r[k] : (*more)[k - Line::INLINE];
         if (r.bytes & bytes) {
-            bool mine = r.block == block && r.warp == w.index && r.lanes == me;
+            bool mine = r.block == block && r.warp == mine_warp && r.lanes == me;
             bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
-            bool same_instruction = r.step == step && r.block == block && r.warp == w.index && r.pc == w.pc;
+            bool same_instruction = r.step == step && r.block == block && r.warp == mine_warp && r.pc == w.pc;
             if ((r.kind & A_FLIGHT) && w.launch->check(C_FLIGHT) && (mine || knows(w, lane, r))) in_flight(w, lane, r, address, bytes, kind);
             bool ordered = mine || (!(r.kind & A_FLIGHT) && knows(w, lane, r));
             if (conflict && !ordered && !(same_instruction && write && (r.kind & A_WRITE) && !((kind | r.kind) & A_FLIGHT)))
@@ -147,9 +156,9 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
             if (write && (ordered || same_instruction) && !((r.kind & A_FLIGHT) && mine)) {
                 r.bytes &= u16(~bytes);
                 if (!r.bytes) continue;
-            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == w.index && r.kind == kind && !merged) {
+            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == mine_warp && r.kind == kind && !merged) {
                 if (r.lanes == me && (r.bytes & ~bytes) == 0) continue;  // the new record says more
-                if (r.bytes == bytes && r.epoch == w.epoch) {
+                if (r.bytes == bytes && r.epoch == epoch) {
                     r.lanes |= me;
                     r.pc = w.pc;
                     merged = true;
@@ -164,7 +173,7 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
     line.n = kept;
     line.writes = writes;
     if (more) more->resize(kept > Line::INLINE ? kept - Line::INLINE : 0);
-    if (!merged) add(s, line, more, {w.epoch, me, w.pc, block, step, bytes, u8(w.index), kind});
+    if (!merged) add(s, line, more, {epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind});
 }
 
 constexpr u32 PAGE_SHIFT = 12;
@@ -226,9 +235,8 @@ void races_start(Block &b) {
     if (!L.races.on()) return;
     if (L.races.shared) b.shadow.reset(L.shared_size);
     Known k = Known::make();
-    k->at.assign(L.threads, 0);
-    k->least.assign(L.warps, 0);
-    k->foreign.reset();
+    clear(L, *k);
+    b.actors = 0;
     for (Warp &w : b.warps) {
         if (!w.clocks) w.clocks = std::make_unique<WarpClocks>();
         w.epoch = 1;
@@ -239,20 +247,20 @@ void races_start(Block &b) {
     }
 }
 
-void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind) {
+void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind, const Actor *actor) {
     while (bytes) {
         u32 at = off & 15, n = std::min(bytes, 16 - at);
-        touch(b.shadow, off >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_SHARED, off & ~15u, true);
+        touch(b.shadow, off >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_SHARED, off & ~15u, true, actor);
         off += n;
         bytes -= n;
     }
 }
 
-void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind) {
+void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind, const Actor *actor) {
     while (bytes) {
         u32 at = u32(address & 15), n = std::min(bytes, 16 - at);
         Shadow &s = page_of(*w.launch, address);
-        touch(s, u32(address & ((1u << PAGE_SHIFT) - 1)) >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_GLOBAL, address & ~15ull, false);
+        touch(s, u32(address & ((1u << PAGE_SHIFT) - 1)) >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_GLOBAL, address & ~15ull, false, actor);
         address += n;
         bytes -= n;
     }
@@ -289,16 +297,16 @@ void sync_warp(Warp &w, u32 mask) {
         w.epoch++;
         return;
     }
-    sync_parties({{&w, mask, true}});
+    sync_parties({party(w, mask, true)});
 }
 
-void sync_parties(const std::vector<Party> &parties) {
+Party party(Warp &w, u32 mask, bool learns) { return {&w, mask, learns, w.epoch++}; }
+
+// What the parties know together.
+Known sum_of(const std::vector<Party> &parties) {
     Launch &L = *parties[0].warp->launch;
-    if (!L.races.on()) return;
     Known sum = Known::make();
-    sum->at.assign(L.threads, 0);
-    sum->least.assign(L.warps, 0);
-    sum->foreign.reset();
+    clear(L, *sum);
     u32 all = 0;
     for (const Party &p : parties) all += u32(__builtin_popcount(p.mask));
     const Knowledge *before = nullptr;
@@ -306,21 +314,28 @@ void sync_parties(const std::vector<Party> &parties) {
         for (u32 t = p.mask; t; t &= t - 1) {
             const Known &k = p.warp->clocks->known[first(t)];
             if (&*k != before) {
-                if (all < L.threads)
-                    for (size_t j = 0; j < sum->at.size(); j++) sum->at[j] = std::max(sum->at[j], k->at[j]);
+                // If all threads are here, each knows itself best; only what is known of copies has to be gathered.
+                for (size_t j = all < L.threads ? 0 : L.warps * 32; j < sum->at.size(); j++) sum->at[j] = std::max(sum->at[j], k->at[j]);
                 sum->foreign = join_foreign(sum->foreign, k->foreign);
                 before = &*k;
             }
         }
     }
     for (const Party &p : parties)
-        for (u32 t = p.mask; t; t &= t - 1) sum->at[p.warp->thread(first(t))] = p.warp->epoch + 1;
-    for (u32 n = 0; n < L.warps; n++) refresh_least(*sum, n);
-    for (const Party &p : parties) {
-        p.warp->epoch++;
+        for (u32 t = p.mask; t; t &= t - 1) {
+            u32 &entry = sum->at[p.warp->thread(first(t))];
+            entry = std::max(entry, p.epoch + 1);
+        }
+    for (u32 n = 0; n <= L.warps; n++) refresh_least(*sum, n);
+    return sum;
+}
+
+void sync_parties(const std::vector<Party> &parties) {
+    if (!parties[0].warp->launch->races.on()) return;
+    Known sum = sum_of(parties);
+    for (const Party &p : parties)
         if (p.learns)
             for (u32 t = p.mask; t; t &= t - 1) p.warp->clocks->known[first(t)] = sum;
-    }
 }
 
 namespace {
@@ -336,11 +351,10 @@ void publish(SyncVar &v, u32 block, const Known &k) {
     if (k->foreign)
         for (auto &[other, known] : *k->foreign) join_entry(v.by_block, other, known);
 }
-void take(Warp &w, u32 lane, const SyncVar &v) {
-    Knowledge &mine = own(w, lane);
+void take_into(Knowledge &mine, u32 own_block, const SyncVar &v) {
     std::shared_ptr<std::unordered_map<u32, Known>> foreign;
     for (auto &[block, k] : v.by_block) {
-        if (block == w.block->linear) {
+        if (block == own_block) {
             join(mine, *k);
         } else {
             if (!foreign) foreign = mine.foreign ? std::make_shared<std::unordered_map<u32, Known>>(*mine.foreign) : std::make_shared<std::unordered_map<u32, Known>>();
@@ -349,6 +363,7 @@ void take(Warp &w, u32 lane, const SyncVar &v) {
     }
     if (foreign) mine.foreign = foreign;
 }
+void take(Warp &w, u32 lane, const SyncVar &v) { take_into(own(w, lane), w.block->linear, v); }
 bool in_scope(const SyncVar &v, Warp &w, bool cta) {
     if (!v.cta && !cta) return true;
     for (auto &[block, k] : v.by_block)
@@ -399,8 +414,36 @@ void fence_lanes(Warp &w, u32 mask, bool cta) {
     }
     w.epoch++;
 }
+void leave(SyncVar &v, u32 block, const Known &k) { publish(v, block, k); }
 void tell(Warp &w, u32 lane, SyncVar &v) {
     publish(v, w.block->linear, snapshot(w, lane, w.clocks->known[lane], w.epoch));
     w.epoch++;
 }
-void learn(Warp &w, u32 lane, const SyncVar &v) { take(w, lane, v); }
+void learn(Warp &w, u32 mask, const SyncVar &v) {
+    Known *known = w.clocks->known;
+    while (mask) {  // lanes of one knowledge stay so
+        u32 same = 0;
+        Known old = known[first(mask)];
+        for (u32 t = mask; t; t &= t - 1) same |= u32(known[first(t)] == old) << first(t);
+        Known fresh = copy(*old);
+        take_into(*fresh, w.block->linear, v);
+        for (u32 t = same; t; t &= t - 1) known[first(t)] = fresh;
+        mask &= ~same;
+    }
+}
+
+Actor new_actor(Block &b) {
+    u32 n = b.actors++;
+    return {b.launch->warps, 1u << (n & 31), n / 32 + 1};
+}
+void land(SyncVar &v, Block &b, const Actor &a) {
+    Known k = Known::make();
+    clear(*b.launch, *k);
+    k->at[a.warp * 32 + first(a.lanes)] = a.epoch + 1;
+    join_entry(v.by_block, b.linear, k);
+}
+void learn_actor(Warp &w, u32 lane, Block &b, const Actor &a) {
+    SyncVar v;
+    land(v, b, a);
+    learn(w, 1u << lane, v);
+}

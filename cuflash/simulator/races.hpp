@@ -94,15 +94,25 @@ struct RaceState {  // of a launch
 };
 
 void races_start(Block &b);  // nobody knows anything
-void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind);
-void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind);
+// Asynchronous copies act as threads of a warp of their own, whose number is one more than the block's last.
+struct Actor {
+    u32 warp, lanes, epoch;
+};
+void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind, const Actor *actor = nullptr);
+void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind, const Actor *actor = nullptr);
+Actor new_actor(Block &b);
+void land(SyncVar &v, Block &b, const Actor &a);                 // whoever learns from v knows what the copy did
+void learn_actor(Warp &w, u32 lane, Block &b, const Actor &a);
 void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes);  // a copy in flight has been waited for
 void sync_warp(Warp &w, u32 mask);
 struct Party {
     Warp *warp;
     u32 mask;
     bool learns;  // bar.arrive only tells
+    u32 epoch;    // when it arrived
 };
+Party party(Warp &w, u32 mask, bool learns);
+Known sum_of(const std::vector<Party> &parties);
 void sync_parties(const std::vector<Party> &parties);
 void release_at(Warp &w, u32 lane, u64 key, bool cta);
 void acquire_at(Warp &w, u32 lane, u64 key, bool cta);
@@ -110,5 +120,6 @@ void relaxed_write(Warp &w, u32 lane, u64 key, bool exchange);  // publishes wha
 void relaxed_read(Warp &w, u32 lane, u64 key);
 void fence_lanes(Warp &w, u32 mask, bool cta);
 // Tells what the thread knows to a place of its own, and the other way round: mbarriers.
+void leave(SyncVar &v, u32 block, const Known &k);
 void tell(Warp &w, u32 lane, SyncVar &v);
-void learn(Warp &w, u32 lane, const SyncVar &v);
+void learn(Warp &w, u32 mask, const SyncVar &v);

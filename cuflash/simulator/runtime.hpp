@@ -193,6 +193,7 @@ struct Warp {
     std::vector<Group> groups;
     std::deque<CopyOp> copies;
     u32 committed[32];
+    u64 cluster_phase[32];  // generation of the cluster barrier at which a lane arrived
     u32 epoch = 1;    // counts the synchronisations of the warp's lanes
     u32 bulk_committed[32];
     std::unique_ptr<WarpClocks> clocks;  // for race detection
