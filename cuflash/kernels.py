@@ -58,6 +58,8 @@ def _inlined(file: str, seen: set[str]) -> str:
         include = re.match(r'\s*#include "(.+)"', line)
         if include:
             lines += [_inlined(include[1], seen), f'#line {number + 1} "{file}"']
+        elif line.lstrip().startswith("#endif"):  # the group before may have been skipped with its #line
+            lines += [line, f'#line {number + 1} "{file}"']
         else:
             lines.append("" if line.strip() == "#pragma once" else line)
     return "\n".join(lines)
