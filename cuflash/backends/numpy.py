@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 
 _GEMM_KEYS = 32  # keys of one product
 _BLOCK_ELEMENTS = 2**18  # of a block of keys: 1 MiB of float32
-_ROWS = 32  # packed query rows that are computed together (more only where one query has more heads)
+_ROWS = 32  # packed query rows that are computed together
 _SCORES = 2**22  # scores that a thread holds at a time: 16 MiB
 _THREAD_ELEMENTS = 2**22  # cache elements below which threads do not pay
 _LARGEST, _TINY = np.finfo(np.float32).max, np.finfo(np.float32).tiny
@@ -59,7 +59,9 @@ def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | N
     keys = sum(seqlen_k[b] for b in rows)
     heads = problem.num_heads_kv
     workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
-    step = heads if len(rows) >= 2 * workers else -(-heads * len(rows) // (2 * workers)) if workers > 1 else heads
+    # Where sequences are few, their KV heads are shared out too: two tasks per thread.
+    parts = -(-2 * workers // max(1, len(rows))) if workers > 1 else 1
+    step = -(-heads // parts)
     tasks = [
         partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
         for b in rows
@@ -89,40 +91,44 @@ def _attend(
     problem: Problem, operands: Operands, b: int, leftpad: int, seqlen_k: int, seqlen_q: int, head: int, end_head: int
 ) -> None:
     """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
-    group = problem.group
+    group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
+    q_heads = slice(head * group, end_head * group)
     if operands.lengths.cu_seqlens_q is None:
         q, out, lse = operands.q[b], operands.out[b], operands.softmax_lse[b]
     else:
         first = int(operands.lengths.cu_seqlens_q[b])
         queries = slice(first, first + seqlen_q)
         q, out, lse = operands.q[queries], operands.out[queries], operands.softmax_lse[:, queries]
-    step = max(1, _ROWS // group)
-    for i in range(0, seqlen_q, step):
-        end_i = min(i + step, seqlen_q)
-        n = end_i - i
-        position = i + seqlen_k - seqlen_q
-        begin, first_end = _visible(problem, position, seqlen_k)
-        last_begin, end = _visible(problem, position + n - 1, seqlen_k)
+
+    # (queries, heads of q, d) -> (KV heads, rows, d); packed rows: query position major, head of the group minor.
+    packed = _queries(problem, operands, q[:, q_heads], b)
+    packed = packed.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
+    packed_out = np.empty((heads, rows, problem.headdim_v), np.float32)
+    packed_lse = np.empty((heads, rows), np.float32)
+    sinks = None
+    if operands.sinks is not None:
+        sinks = np.tile(operands.sinks[q_heads].reshape(heads, group), seqlen_q)  # (KV heads, rows)
+
+    offset = seqlen_k - seqlen_q  # of a query's position
+    for r in range(0, rows, _ROWS):
+        end_r = min(r + _ROWS, rows)
+        begin, first_end = _visible(problem, offset + r // group, seqlen_k)
+        last_begin, end = _visible(problem, offset + (end_r - 1) // group, seqlen_k)
         end = max(begin, end)
         hidden = None
         if last_begin > begin or first_end < end:
-            hidden = _hidden(problem, np.arange(position, position + n)[:, None], np.arange(begin, end))
-        heads_step = max(1, _SCORES // (n * group * max(1, end - begin)))
-        for h in range(head, end_head, heads_step):
-            end_h = min(h + heads_step, end_head)
-            q_heads = slice(h * group, end_h * group)
-            # (queries, heads of q, d) -> (KV heads, rows, d), rows query position major
-            part = _queries(problem, operands, q[i:end_i, q_heads], b, i)
-            part = part.reshape(n, end_h - h, group, -1).swapaxes(0, 1).reshape(end_h - h, n * group, -1)
-            sinks = None
-            if operands.sinks is not None:  # (KV heads, rows)
-                sinks = np.tile(operands.sinks[q_heads].reshape(-1, group), n)
-            keys = _Keys(problem, operands, b, leftpad + begin, leftpad + end, h, end_h)
-            part_out, part_lse = _attend_rows(problem, operands, part, keys, hidden, sinks)
-            part_out = part_out.reshape(end_h - h, n, group, -1).swapaxes(0, 1)
-            out[i:end_i, q_heads] = part_out.reshape(n, (end_h - h) * group, -1)
-            part_lse = part_lse.reshape(end_h - h, n, group).swapaxes(1, 2)
-            lse[q_heads, i:end_i] = part_lse.reshape((end_h - h) * group, n)
+            hidden = _hidden(problem, offset + np.arange(r, end_r) // group, np.arange(begin, end))
+        step = max(1, _SCORES // ((end_r - r) * max(1, end - begin)))
+        for h in range(0, heads, step):
+            part = slice(h, min(h + step, heads)), slice(r, end_r)
+            keys = _Keys(problem, operands, b, leftpad + begin, leftpad + end, head + h, head + part[0].stop)
+            packed_out[part], packed_lse[part] = _attend_rows(
+                problem, operands, packed[part], keys, hidden, None if sinks is None else sinks[part]
+            )
+
+    packed_out = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1)
+    out[:, q_heads] = packed_out.reshape(seqlen_q, heads * group, -1)
+    lse[q_heads] = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
 
 
 def _visible(problem: Problem, position: int, seqlen_k: int) -> tuple[int, int]:
@@ -145,9 +151,10 @@ def _visible(problem: Problem, position: int, seqlen_k: int) -> tuple[int, int]:
 
 
 def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (queries, keys) what rows at ``position`` (queries, 1) do not see of ``keys``."""
+    """Return (rows, keys): what rows at ``position`` do not see of ``keys``."""
     left, right = problem.window
     chunk = problem.attention_chunk
+    position = position[:, None]
     hidden = np.zeros((len(position), len(keys)), np.bool_)
     if left >= 0:
         hidden |= keys < position - left
@@ -158,13 +165,13 @@ def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int6
     return hidden
 
 
-def _queries(problem: Problem, operands: Operands, q: Array, b: int, i: int) -> Floats:
-    """Return queries i, i + 1, .. of a sequence (n, heads, d) in float32: rotated, times softmax_scale."""
+def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
+    """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale, over the softcap."""
     scale = np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
     x = _to_float32(q)
     if operands.rotary_cos is not None:
         base = _rotary_base(operands, b)
-        positions = base + np.arange(i, i + len(q)) if operands.rotary_moves else np.full(len(q), base)
+        positions = base + np.arange(len(q)) if operands.rotary_moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
         x = _to_float32(_rotate(operands, x, positions).astype(q.dtype))
     return x * scale
@@ -185,7 +192,7 @@ def _attend_rows(
         operands: What the call works on.
         q: (KV heads, rows, d), scaled.
         keys: The keys that at least one row sees.
-        hidden: (queries, keys) what a query does not see of them, or None.
+        hidden: (rows, keys) what a row does not see of them, or None.
         sinks: (KV heads, rows) or None.
 
     Returns:
@@ -199,8 +206,7 @@ def _attend_rows(
         np.tanh(scores, out=scores)
         scores *= np.float32(operands.softcap)
     if hidden is not None:
-        by_query = scores.reshape(heads, len(hidden), rows // len(hidden), len(keys))
-        np.copyto(by_query, -np.inf, where=hidden[None, :, None, :])
+        np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN
     if sinks is not None:
         np.maximum(top, sinks, out=top)
