@@ -120,6 +120,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("PADDED_HEAD_DIM", tiling.headdim),
             ("PADDED_HEAD_DIM_V", tiling.headdim_v),
             ("ROWS", tiling.rows),
+            ("TILE_KEYS", tiling.tile_keys),
             ("WARPS", tiling.warps),
             ("STAGES", tiling.stages),
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),

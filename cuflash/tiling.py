@@ -1,6 +1,6 @@
 """The one table of tile sizes: how a problem is cut for a device.
 
-A tile is 16 keys of one warp; a block of ``warps`` warps reads ``16 * warps`` keys at a time. Each warp keeps a ring of
+A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring of
 ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of them are
 in flight. Why these numbers are good is counted by ``python -m cuflash bench resources``.
 """
@@ -15,7 +15,7 @@ from .dtypes import numpy_dtype
 from .problem import Problem
 
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
-TILE_KEYS = 16
+TILE_KEYS = 16  # cuts of a plan lie at multiples of it; keys of an MMA
 MAX_BLOCKS_PER_SM = 2
 _RESERVED_SHARED = 1024  # the system's share of every resident block
 
@@ -28,6 +28,7 @@ class Tiling:
         headdim: Padded head dim of queries and keys.
         headdim_v: Padded head dim of values.
         rows: Packed query rows of a row block: 8, 16 or 32.
+        tile_keys: Keys of a warp's tile: 16 or 32.
         row_blocks: Row blocks of one (sequence, KV head).
         warps: Warps of a block.
         stages: Half-stages of a warp's ring, odd.
@@ -38,6 +39,7 @@ class Tiling:
     headdim: int
     headdim_v: int
     rows: int
+    tile_keys: int
     row_blocks: int
     warps: int
     stages: int
@@ -70,23 +72,29 @@ def tiling(problem: Problem, device: Device) -> Tiling:
     rows = next(size for size in (8, 16, 32) if size >= min(problem.rows, most_rows))
     row_blocks = max(1, -(-problem.rows // rows))
     itemsize = numpy_dtype(problem.kv_dtype).itemsize
-    slot = TILE_KEYS * max(d, dv) * itemsize
+    row_bytes = max(d, dv) * itemsize
     query = rows * d * numpy_dtype(problem.qkv_dtype).itemsize
 
-    # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge.
+    # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
+    # tiles of 32 keys, where registers allow; two blocks per multiprocessor, so that one computes while the other waits.
+    shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1)]
+    is_long = problem.qkv_dtype != "float32" and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
+    if is_long:
+        shapes = [(32, 4, 2), (32, 2, 2), *shapes]
+    # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge. With split_size the
+    # warps of a block must not depend on the batch: they divide the keys of a split among them.
     items = problem.batch_size * problem.num_heads_kv * row_blocks
-    shapes = [(4, 2), (2, 2), (4, 1), (2, 1)]
-    # With split_size the warps of a block must not depend on the batch: they divide the keys of a split among them.
     if items <= device.num_sm and problem.split_size is None:
-        shapes.insert(0, (8, 1))
-    for warps, blocks_per_sm in shapes:
+        shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
+    for tile_keys, warps, blocks_per_sm in shapes:
         room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
+        slot = tile_keys * row_bytes
         fixed = query + _block_state_bytes(warps, rows)
         stages = (room - fixed) // (warps * slot)
         stages = min(7, stages - 1 + stages % 2)
         if stages >= 3:
             shared = warps * stages * slot + fixed
-            return Tiling(d, dv, rows, row_blocks, warps, stages, blocks_per_sm, shared)
+            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared)
     raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
 
 

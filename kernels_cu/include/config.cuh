@@ -14,7 +14,8 @@ constexpr bool kHasSoftcap = HAS_SOFTCAP;
 constexpr bool kHasChunk = HAS_CHUNK;          // attention_chunk
 
 constexpr int kThreads = kWarps * 32;
-constexpr int kTileKeys = 16;                  // keys of one warp's tile
+constexpr int kTileKeys = TILE_KEYS;           // keys of one warp's tile: 16 or 32
+constexpr int kKeyGroups = kTileKeys / 16;     // MMA row blocks of 16 keys
 constexpr int kRowGroups = kRows / 8;          // MMA column blocks of 8 query rows
 constexpr int kKeyBytes = kPaddedHeadDim * Element::kBytes;     // of a key row in shared memory
 constexpr int kValueBytes = kPaddedHeadDimV * Element::kBytes;  // of a value row

@@ -12,6 +12,7 @@ class FmaMath {
 
     using Keys = Swizzle<kKeyBytes>;
     using Values = Swizzle<kValueBytes>;
+    static_assert(kKeyGroups == 1, "16 keys a tile");
     static_assert(Keys::kPeriod == 8 && Values::kPeriod == 8, "a float32 row is whole lines");
 
 public:
@@ -31,7 +32,8 @@ public:
         }
     }
 
-    __device__ __forceinline__ void scores(u32 slot, Scores& s) const {
+    __device__ __forceinline__ void scores(u32 slot, Scores& scores) const {
+        float (&s)[kRowGroups][4] = scores[0];
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
@@ -71,7 +73,7 @@ public:
                 for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
                     for (int row = 0; row < 2; ++row) {
-                        weight[g][row] = __shfl_sync(kFullWarp, weights[g][half * 2 + row], key * 4 + lane_ % 4);
+                        weight[g][row] = __shfl_sync(kFullWarp, weights[0][g][half * 2 + row], key * 4 + lane_ % 4);
                     }
                 }
 #pragma unroll

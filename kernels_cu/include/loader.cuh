@@ -5,7 +5,7 @@
 #include "segment.cuh"
 
 class Loader {
-    // How 16 rows are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
+    // How the rows of a tile are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
     template <int kRowBytes>
     struct Copy {
         using Rows = Swizzle<kRowBytes>;
@@ -37,7 +37,7 @@ public:
 
     // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot) {
-        // Where the row begins that this lane looked up (row lane % 16 of the tile), in 16-byte units.
+        // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
         const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
         value_units_ = page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_;
         has_values_ = has_tile_;

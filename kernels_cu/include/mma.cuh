@@ -52,22 +52,30 @@ public:
     // S^T = K Q^T of the tile in the slot.
     __device__ __forceinline__ void scores(u32 slot, Scores& s) const {
 #pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
+        for (int k = 0; k < kKeyGroups; ++k) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[g][i] = 0.0f;
+            for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) s[k][g][i] = 0.0f;
+            }
         }
         u32 query[kRowGroups][4];
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-            u32 a[4];
-            ldmatrix_x4(a, step_address<Keys>(slot + key_lane_, step));
+            if constexpr (!kQueryInRegisters) {
 #pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) {
-                if constexpr (kQueryInRegisters) {
-                    T::mma(s[g], a, queries_[g][step * 2], queries_[g][step * 2 + 1]);
-                } else {
+                for (int g = 0; g < kRowGroups; ++g) {
                     if (step % 2 == 0) load_query(g, step, query[g]);
-                    T::mma(s[g], a, query[g][step % 2 * 2], query[g][step % 2 * 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < kKeyGroups; ++k) {
+                u32 a[4];
+                ldmatrix_x4(a, step_address<Keys>(slot + key_lane_, step) + k * 16 * kKeyBytes);
+#pragma unroll
+                for (int g = 0; g < kRowGroups; ++g) {
+                    const u32* b = kQueryInRegisters ? &queries_[g][step * 2] : &query[g][step % 2 * 2];
+                    T::mma(s[k][g], a, b[0], b[1]);
                 }
             }
         }
@@ -75,18 +83,21 @@ public:
 
     // O^T += V^T P^T of the tile in the slot.
     __device__ __forceinline__ void accumulate(u32 slot, const Scores& weights) {
-        u32 b[kRowGroups][2];
 #pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-            b[g][0] = movmatrix_trans(T::pack(weights[g][0], weights[g][1]));
-            b[g][1] = movmatrix_trans(T::pack(weights[g][2], weights[g][3]));
-        }
+        for (int k = 0; k < kKeyGroups; ++k) {
+            u32 b[kRowGroups][2];
 #pragma unroll
-        for (int t = 0; t < kColumns; ++t) {
-            u32 a[4];
-            ldmatrix_x4_trans(a, step_address<Values>(slot + value_lane_, t));
+            for (int g = 0; g < kRowGroups; ++g) {
+                b[g][0] = movmatrix_trans(T::pack(weights[k][g][0], weights[k][g][1]));
+                b[g][1] = movmatrix_trans(T::pack(weights[k][g][2], weights[k][g][3]));
+            }
 #pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) T::mma(output_[g][t], a, b[g][0], b[g][1]);
+            for (int t = 0; t < kColumns; ++t) {
+                u32 a[4];
+                ldmatrix_x4_trans(a, step_address<Values>(slot + value_lane_, t) + k * 16 * kValueBytes);
+#pragma unroll
+                for (int g = 0; g < kRowGroups; ++g) T::mma(output_[g][t], a, b[g][0], b[g][1]);
+            }
         }
     }
 

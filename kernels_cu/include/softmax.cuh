@@ -1,6 +1,6 @@
 // Online softmax over keys, transposed: keys are the rows of the score fragment, packed query rows its columns.
 //
-// Fragment of one row group (8 query rows), S^T[16 keys x 8 rows]: lane l holds in
+// Fragment of a key group (16 keys) and a row group (8 query rows), S^T[16 keys x 8 rows]: lane l holds in
 //   s[0], s[1]: key l / 4,     rows 2 (l % 4) and 2 (l % 4) + 1
 //   s[2], s[3]: key l / 4 + 8, the same rows
 // so the eight lanes with equal l % 4 share two rows.
@@ -10,16 +10,19 @@
 #include "config.cuh"
 #include "segment.cuh"
 
-using Scores = float[kRowGroups][4];
+using Scores = float[kKeyGroups][kRowGroups][4];
 
 // cap * tanh(x) = cap - 2 cap / (e^2x + 1): tanh.approx is too coarse for the LSE. Capped scores are in log2 units.
 __device__ __forceinline__ void cap_scores(const DecodeParams& p, Scores& s) {
 #pragma unroll
-    for (int g = 0; g < kRowGroups; ++g) {
+    for (int k = 0; k < kKeyGroups; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float e = exp2_approx(s[g][i] * p.tanh_scale);
-            s[g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
+        for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float e = exp2_approx(s[k][g][i] * p.tanh_scale);
+                s[k][g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
+            }
         }
     }
 }
@@ -36,9 +39,9 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
             const int begin = first_visible(mask_of(p), keys, queries, query);
             const int end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, query));
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int key = first_key + lane / 4 + half * 8;
-                if (key < begin || key >= end) s[g][half * 2 + column] = -infinity();
+            for (int eighth = 0; eighth < kTileKeys / 8; ++eighth) {
+                const int key = first_key + lane / 4 + eighth * 8;
+                if (key < begin || key >= end) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
             }
         }
     }
@@ -68,8 +71,8 @@ public:
         bool exceeds = false;
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
-            exceeds |= fmaxf(s[g][0], s[g][2]) > threshold_[g][0];
-            exceeds |= fmaxf(s[g][1], s[g][3]) > threshold_[g][1];
+            exceeds |= lane_maximum(s, g, 0) > threshold_[g][0];
+            exceeds |= lane_maximum(s, g, 1) > threshold_[g][1];
         }
         if (__any_sync(kFullWarp, exceeds)) {
             float alpha[kRowGroups][2];
@@ -77,7 +80,7 @@ public:
             for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
                 for (int column = 0; column < 2; ++column) {
-                    float top = fmaxf(s[g][column], s[g][column + 2]);
+                    float top = lane_maximum(s, g, column);
 #pragma unroll
                     for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, lanes));
                     // Each row moves for its own sake alone: its result must not depend on the rows beside it.
@@ -92,11 +95,14 @@ public:
             math.rescale(alpha);
         }
 #pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
+        for (int k = 0; k < kKeyGroups; ++k) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[g][i] = exp2_approx(fmaf(s[g][i], scale_, -offset_[g][i % 2]));
-                sum_[g][i % 2] += s[g][i];
+            for (int g = 0; g < kRowGroups; ++g) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[k][g][i] = exp2_approx(fmaf(s[k][g][i], scale_, -offset_[g][i % 2]));
+                    sum_[g][i % 2] += s[k][g][i];
+                }
             }
         }
     }
@@ -113,6 +119,14 @@ public:
     }
 
 private:
+    // The largest score of a row among this lane's keys.
+    static __device__ __forceinline__ float lane_maximum(const Scores& s, int g, int column) {
+        float top = fmaxf(s[0][g][column], s[0][g][column + 2]);
+#pragma unroll
+        for (int k = 1; k < kKeyGroups; ++k) top = fmaxf(top, fmaxf(s[k][g][column], s[k][g][column + 2]));
+        return top;
+    }
+
     float scale_, slack_;
     float threshold_[kRowGroups][2];  // score above which the maximum moves
     float offset_[kRowGroups][2];     // maximum * scale
