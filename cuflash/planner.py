@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
-MIN_SHARE = 64  # keys per block below which more blocks do not pay
+MIN_SHARE = 64  # keys per block below which cutting items further does not pay
 _INT32_MAX = 2**31 - 1
 
 Ints = NDArray[np.int64]
@@ -144,7 +144,7 @@ def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: In
     shortest, longest = int(keys.min()), int(keys.max())
     overhead = item_overhead(items, all_keys, shortest == longest)
     total = all_keys + items * overhead
-    blocks = min(max(1, -(-total // MIN_SHARE)), num_blocks)
+    blocks = min(max(items, -(-total // MIN_SHARE)), num_blocks)
     if shortest == longest:
         # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full.
         aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)

@@ -32,27 +32,27 @@ struct PlanParams {
     int slice_units;      // so many units
 };
 
-constexpr unsigned ALL_LANES = 0xffffffff;
-constexpr int WARP = 32;
-constexpr int TILE_KEYS = 16;  // cuts lie at multiples of a warp's tile
-constexpr int MIN_SHARE = 64;  // keys per block below which more blocks do not pay
+constexpr unsigned kFullWarp = 0xffffffff;
+constexpr int kWarpSize = 32;
+constexpr int kTileKeys = 16;  // cuts lie at multiples of a warp's tile
+constexpr int kMinShare = 64;  // keys per block below which cutting items further does not pay
 
 template <typename T>
 __device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
-    for (int step = 1; step < WARP; step *= 2) {
-        T other = __shfl_up_sync(ALL_LANES, value, step);
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        T other = __shfl_up_sync(kFullWarp, value, step);
         if (lane >= step) value += other;
     }
     return value;
 }
 
 __device__ int warp_min(int value) {
-    for (int step = 1; step < WARP; step *= 2) value = min(value, __shfl_xor_sync(ALL_LANES, value, step));
+    for (int step = 1; step < kWarpSize; step *= 2) value = min(value, __shfl_xor_sync(kFullWarp, value, step));
     return value;
 }
 
 __device__ int warp_max(int value) {
-    for (int step = 1; step < WARP; step *= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, step));
+    for (int step = 1; step < kWarpSize; step *= 2) value = max(value, __shfl_xor_sync(kFullWarp, value, step));
     return value;
 }
 
@@ -71,14 +71,14 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int2* cuts = reinterpret_cast<int2*>(before + blockDim.x + 1);  // (num_blocks,) item and key
     unsigned* starts = reinterpret_cast<unsigned*>(cuts + p.num_blocks);  // a bit for each cut: the first one of its item?
     __shared__ KeyRange slice_range[1024];                                // of the slice's last unit
-    __shared__ long long warp_keys[WARP];
-    __shared__ int warp_shortest[WARP], warp_longest[WARP], warp_cuts[WARP];
+    __shared__ long long warp_keys[kWarpSize];
+    __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize];
     const int thread = threadIdx.x, threads = blockDim.x;
-    const int lane = thread & (WARP - 1), warp = thread / WARP, warps = threads / WARP;
+    const int lane = thread & (kWarpSize - 1), warp = thread / kWarpSize, warps = threads / kWarpSize;
     const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
     const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
     const int parts = 1 << p.slice_shift;
-    int* planned = p.plan + PLAN_CUTS + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
+    int* planned = p.plan + kPlanCuts + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
 
     // Pass 1: the keys of a slice, and the lengths as planned.
     int s = min((thread >> p.slice_shift) * p.slice_sequences, p.batch_size);
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long keys_through = inclusive_scan(slice_keys, lane);  // of this slice and those before it in the warp
     shortest = warp_min(shortest);
     longest = warp_max(longest);
-    if (lane == WARP - 1) {
+    if (lane == kWarpSize - 1) {
         warp_keys[warp] = keys_through;
         warp_shortest[warp] = shortest;
         warp_longest[warp] = longest;
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long warps_through = inclusive_scan(lane < warps ? warp_keys[lane] : 0ll, lane);
     shortest = warp_min(lane < warps ? warp_shortest[lane] : 2147483647);
     longest = warp_max(lane < warps ? warp_longest[lane] : 0);
-    const long long head_keys = __shfl_sync(ALL_LANES, warps_through, WARP - 1);  // keys that one KV head reads
-    const long long warps_before = warp ? __shfl_sync(ALL_LANES, warps_through, warp - 1) : 0;
+    const long long head_keys = __shfl_sync(kFullWarp, warps_through, kWarpSize - 1);  // keys that one KV head reads
+    const long long warps_before = warp ? __shfl_sync(kFullWarp, warps_through, warp - 1) : 0;
     const long long all_keys = head_keys * p.num_heads_kv;
     const bool uniform = shortest >= longest;  // also without any unit
 
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
 
     const long long total = all_keys + (long long)items * overhead;
-    int blocks = units ? (int)min((long long)p.num_blocks, max(1ll, (total + MIN_SHARE - 1) / MIN_SHARE)) : 0;
+    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (total + kMinShare - 1) / kMinShare));
     long long share = 0, slack = 0;
     int rest = 0;
     if (blocks) {
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const int keys = range.end - range.begin;
         const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
         unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
-        const unsigned grain = p.split_size ? p.split_size : TILE_KEYS;
+        const unsigned grain = p.split_size ? p.split_size : kTileKeys;
         key = (key + grain / 2) / grain * grain;
         if (x <= slack) key = range.begin;
         else if (cost - x <= slack) key = range.end;
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             // Items that equal shares would cut into more parts: equal parts instead.
             if ((cost - 1) * blocks > (most - 1) * total) {
                 const long long part = (2 * most * x + cost) / (2 * cost);
-                key = (unsigned)((range.begin + keys * part / most + TILE_KEYS / 2) / TILE_KEYS * TILE_KEYS);
+                key = (unsigned)((range.begin + keys * part / most + kTileKeys / 2) / kTileKeys * kTileKeys);
                 if (part == 0) key = range.begin;
                 if (part == most) key = range.end;
             }
@@ -231,46 +231,46 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const int2 cut = b < blocks ? cuts[b] : make_int2(items, 0);
         const int2 previous = 0 < b && b < blocks ? cuts[b - 1] : make_int2(-1, 0);
         const bool kept = cut.x < items && (cut.x != previous.x || cut.y != previous.y);
-        const unsigned kept_lanes = __ballot_sync(ALL_LANES, kept);
+        const unsigned kept_lanes = __ballot_sync(kFullWarp, kept);
         if (lane == 0) warp_cuts[warp] = __popc(kept_lanes);
         __syncthreads();
         const int through = inclusive_scan(lane < warps ? warp_cuts[lane] : 0, lane);
         int place = used + __popc(kept_lanes & ((1u << lane) - 1));
-        if (warp) place += __shfl_sync(ALL_LANES, through, warp - 1);
-        used += __shfl_sync(ALL_LANES, through, WARP - 1);
+        if (warp) place += __shfl_sync(kFullWarp, through, warp - 1);
+        used += __shfl_sync(kFullWarp, through, kWarpSize - 1);
         if (kept) cuts[place] = cut;
         __syncthreads();
     }
 
     // Where the cuts of an item begin.
-    const int words = (used + WARP - 1) / WARP;
+    const int words = (used + kWarpSize - 1) / kWarpSize;
     #pragma unroll 1
     for (int w = warp; w < words; w += warps) {
-        const int u = w * WARP + lane;
+        const int u = w * kWarpSize + lane;
         const bool first = u < used && (cuts[u].y == 0 || cuts[u].x != cuts[u - 1].x);
-        const unsigned first_lanes = __ballot_sync(ALL_LANES, first);
+        const unsigned first_lanes = __ballot_sync(kFullWarp, first);
         if (lane == 0) starts[w] = first_lanes;
     }
     __syncthreads();
 
     // The plan, with the blocks that hold a part of each item that is cut.
-    if (thread < PLAN_CUTS) p.plan[thread] = thread == 0 ? used : 0;
-    Cut* planned_cuts = reinterpret_cast<Cut*>(p.plan + PLAN_CUTS);
+    if (thread < kPlanCuts) p.plan[thread] = thread == 0 ? used : 0;
+    Cut* planned_cuts = reinterpret_cast<Cut*>(p.plan + kPlanCuts);
     #pragma unroll 1
     for (int u = thread; u < p.num_cuts; u += threads) {
         Cut cut = {items, 0, used, used};
         if (u < used) {
             cut = {cuts[u].x, cuts[u].y, u, u};
             if (cut.key > 0) {
-                int w = u / WARP;
-                const unsigned through = ALL_LANES >> (WARP - 1 - lane);  // this lane and those before it
+                int w = u / kWarpSize;
+                const unsigned through = kFullWarp >> (kWarpSize - 1 - lane);  // this lane and those before it
                 unsigned here = starts[w] & through, next = starts[w] & ~through;
                 while (here == 0) here = starts[--w];
-                cut.first_block = w * WARP + WARP - 1 - __clz(here);
+                cut.first_block = w * kWarpSize + kWarpSize - 1 - __clz(here);
                 if (cuts[cut.first_block].y > 0) cut.first_block -= 1;  // the item begins in the block before
-                w = u / WARP;
+                w = u / kWarpSize;
                 while (next == 0 && ++w < words) next = starts[w];
-                cut.last_block = (next ? w * WARP + __ffs(next) - 1 : used) - 1;
+                cut.last_block = (next ? w * kWarpSize + __ffs(next) - 1 : used) - 1;
             }
         }
         planned_cuts[u] = cut;

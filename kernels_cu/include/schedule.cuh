@@ -30,9 +30,9 @@ struct __align__(16) Cut {
 
 // A plan is int32: [0] blocks with work, [1..7] 0, then the cuts (one more than the GPU's largest grid; those after the last
 // block repeat the end), then leftpad, seqlen_k, seqlen_q: 3 rows of batch_size.
-constexpr int PLAN_CUTS = 8;
+constexpr int kPlanCuts = 8;
 
-__device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinterpret_cast<const Cut*>(plan + PLAN_CUTS); }
+__device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinterpret_cast<const Cut*>(plan + kPlanCuts); }
 
 // The lengths of sequence s. Arrays that may be null are absent arguments.
 __device__ __forceinline__ Sequence sequence_lengths(
