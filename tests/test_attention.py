@@ -109,6 +109,17 @@ def test_pairs(case: Case, backend: Backend) -> None:
     check(case, make_inputs(case), backend)
 
 
+def test_pairs_are_all_there() -> None:
+    """What test_pairs leaves out cannot be: rotary embedding without new keys, or of more elements than there are."""
+    choices = list(all_pairs(FEATURES, _is_valid))
+    for (a, xs), (b, ys) in itertools.combinations(FEATURES.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            if not any(choice[a] == x and choice[b] == y for choice in choices):
+                assert (a, b) in {("append", "rotary"), ("headdim", "rotary")}
+                rest = {"append": "one", "headdim": (64, 64)}
+                assert not _is_valid(rest | {a: x, b: y}), f"{a}={x} never meets {b}={y}"
+
+
 def _grid() -> dict[str, list[Case]]:
     """The full product of the axes that select or shape kernels, by (dtype, head dim)."""
     cases: dict[str, list[Case]] = {}
