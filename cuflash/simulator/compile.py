@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-__all__ = ["CompileError", "CompilerNotFound", "cache_dir", "compile_ptx", "find_compiler", "load_machine"]
+__all__ = ["CompileError", "CompilerNotFound", "cache_dir", "compile_ptx", "digest", "find_compiler", "load_machine", "store"]
 
 _HERE = Path(__file__).parent
 _SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "ops.cpp")
@@ -46,7 +46,7 @@ def cache_dir() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuflash"
 
 
-def _store(path: Path, data: bytes) -> None:
+def store(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, whoever else does the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -55,7 +55,8 @@ def _store(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """A name made of contents."""
     h = hashlib.sha256()
     for p in parts:
         h.update(p if isinstance(p, bytes) else repr(p).encode())
@@ -92,7 +93,7 @@ def find_compiler() -> tuple[str, ...]:
         if found and _works([found]):
             return (found,)
     try:
-        import ziglang  # noqa: F401
+        import ziglang  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         raise CompilerNotFound(
             "the simulator needs a C++ compiler to build its machine once: install g++ or clang++, set CXX, or `pip install ziglang`"
@@ -125,7 +126,7 @@ def load_machine() -> ctypes.CDLL:
     flags = _flags(compiler)
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     sources = {p.name: p.read_bytes() for p in sorted(_HERE.glob("*.[ch]pp"))}
-    key = _digest(sources, flags, compiler, version, _processor(), platform.machine())
+    key = digest(sources, flags, compiler, version, _processor(), platform.machine())
     target = cache_dir() / f"machine-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def load_machine() -> ctypes.CDLL:
                 list(threads.map(build, zip(reversed(_SOURCES), reversed(objects))))
             library = Path(folder) / "machine.so"
             _run([*compiler, "-shared", *objects, "-o", str(library)])
-            _store(target, library.read_bytes())
+            store(target, library.read_bytes())
     return ctypes.CDLL(str(target))
 
 
@@ -190,7 +191,7 @@ def _message(name: str, arch: str, options: Sequence[str], log: str) -> str:
     return f"NVRTC cannot compile {name} for {arch} with {' '.join(options)}:\n" + "\n".join(errors[:12])
 
 
-def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu", headers: Optional[dict[str, str]] = None) -> str:
+def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu", headers: dict[str, str] | None = None) -> str:
     """Compiles CUDA C++ to PTX, with the options that CuPy's RawModule would use and line numbers.
 
     Args:
@@ -219,7 +220,7 @@ def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", nam
     version = _nvrtc_version()
     path = None
     if not any(o.startswith(("-I", "--include-path")) for o in given):  # files that are included from disk are not in the key
-        path = cache_dir() / f"ptx-{_digest(code, full, name, version, sorted(headers.items()))}.ptx"
+        path = cache_dir() / f"ptx-{digest(code, full, name, version, sorted(headers.items()))}.ptx"
         try:
             return path.read_text()
         except OSError:
@@ -250,5 +251,5 @@ def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", nam
         ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
         ptx = ptx.rstrip("\0")
     if path is not None:
-        _store(path, ptx.encode())
+        store(path, ptx.encode())
     return str(ptx)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Union
 
 import numpy as np
 
@@ -32,6 +31,7 @@ GENERIC, GLOBAL, SHARED, LOCAL, PARAM, CONST = range(6)
 SPACES = {"global": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "shared::cluster": SHARED, "local": LOCAL, "param": PARAM,
           "param::entry": PARAM, "param::func": PARAM, "const": CONST}  # fmt: skip
 SHARED_BASE, LOCAL_BASE, PARAM_BASE = 1 << 56, 2 << 56, 4 << 56
+_VARIABLE = 0x5EED << 48
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 _SPECIAL = {"%laneid": 12, "%warpid": 13, "%nwarpid": 14, "%smid": 15, "%nsmid": 16, "%lanemask_eq": 17, "%lanemask_lt": 18, "%lanemask_le": 19,
@@ -61,15 +61,15 @@ class Emitted:
 
     name: str
     outs: dict[int, Reg] = field(default_factory=dict)
-    ins: dict[int, Union[Reg, tuple[int, int]]] = field(default_factory=dict)  # a tuple is a constant: (bytes, bits)
+    ins: dict[int, Reg | tuple[int, int]] = field(default_factory=dict)  # a tuple is a constant: (bytes, bits)
     imm: int = 0
-    target: Union[int, str] = 0
-    guard: Optional[Reg] = None
+    target: int | str = 0
+    guard: Reg | None = None
     guard_not: bool = False
     ctl: int = SIMPLE
     abcd: tuple[int, int, int, int] = (0, 0, 0, 0)
     flags: int = 0
-    source: Optional[Instr] = None
+    source: Instr | None = None
     cls: str = "other"
 
 
@@ -88,7 +88,7 @@ class Program:
     shared_symbols: list[tuple[str, int, int]]
     local_size: int
     tables: np.ndarray
-    locs: list[Optional[Loc]]
+    locs: list[Loc | None]
     texts: list[str]
     ptx_lines: list[int]
     classes: list[str]
@@ -96,6 +96,7 @@ class Program:
     max_threads: int = 0
     cluster: tuple[int, int, int] = (0, 0, 0)
     dynamic_offset: int = 0
+    variables: dict[int, tuple[str, int]] = field(default_factory=dict)  # row of `constants`: variable and offset whose address it is
 
 
 def _align(value: int, to: int) -> int:
@@ -103,16 +104,16 @@ def _align(value: int, to: int) -> int:
 
 
 class _Decoder:
-    def __init__(self, module: Module, function: Function, addresses: Mapping[str, int]) -> None:
+    def __init__(self, module: Module, function: Function) -> None:
         self.module = module
         self.fn = function
-        self.addresses = addresses
+        self.variables: dict[int, tuple[str, int]] = {}
         self.out: list[Emitted] = []
         self.labels: dict[str, int] = {}
         self.now: Instr = Instr(("none",), [])
-        self.tables: list[Union[int, str]] = []
+        self.tables: list[int | str] = []
         self.place()
-        self.carry: Optional[Reg] = None
+        self.carry: Reg | None = None
 
     def place(self) -> None:
         """Gives parameters, shared and local variables their addresses."""
@@ -162,8 +163,8 @@ class _Decoder:
         self.fn.regs.append(reg)
         return reg
 
-    def emit(self, name: str, outs: Optional[dict[int, Reg]] = None, ins: Optional[dict[int, Union[Reg, tuple[int, int]]]] = None, *, imm: int = 0,
-             target: Union[int, str] = 0, ctl: int = SIMPLE, abcd: Sequence[int] = (), flags: int = 0, cls: str = "", guarded: bool = True) -> None:  # fmt: skip
+    def emit(self, name: str, outs: dict[int, Reg] | None = None, ins: dict[int, Reg | tuple[int, int]] | None = None, *, imm: int = 0,
+             target: int | str = 0, ctl: int = SIMPLE, abcd: Sequence[int] = (), flags: int = 0, cls: str = "", guarded: bool = True) -> None:  # fmt: skip
         a, b, c, d = (*abcd, 0, 0, 0, 0)[:4]
         self.out.append(Emitted(name, outs or {}, ins or {}, imm, target, self.now.guard if guarded else None, self.now.guard_not, ctl, (a, b, c, d),
                                 flags, self.now, cls))  # fmt: skip
@@ -187,7 +188,7 @@ class _Decoder:
             raise self.unknown("a fraction as an integer operand")
         return imm.value & ((1 << 8 * max(width, 4)) - 1)
 
-    def value(self, arg: Operand, kind: str) -> Union[Reg, tuple[int, int]]:
+    def value(self, arg: Operand, kind: str) -> Reg | tuple[int, int]:
         """An operand that is read: a register or a constant of the width of the type `kind`."""
         lane = 8 if WIDTHS.get(kind, 4) == 8 else 4
         if isinstance(arg, Reg):
@@ -211,7 +212,10 @@ class _Decoder:
                 return reg
             return (lane, self.address_of(arg.text))
         if isinstance(arg, Mem) and isinstance(arg.base, Name):
-            return (lane, self.address_of(arg.base.text) + arg.offset)
+            at = self.address_of(arg.base.text)
+            if at in self.variables:
+                self.variables[at + arg.offset] = (arg.base.text, arg.offset)
+            return (lane, at + arg.offset)
         raise self.unknown(f"operand {arg}")
 
     def special(self, reg: Reg, name: str) -> None:
@@ -220,11 +224,15 @@ class _Decoder:
     def address_of(self, name: str) -> int:
         if name in self.offsets:
             return self.offsets[name][1]
-        if name in self.addresses:
-            return self.addresses[name]
+        symbol = self.module.symbols.get(name)
+        if symbol is not None and symbol.space in ("global", "const"):
+            # The address is known only when the module is loaded; until then a number stands for it that nothing else uses.
+            number = _VARIABLE | list(self.module.symbols).index(name) << 32
+            self.variables[number] = (name, 0)
+            return number
         raise self.unknown(f"{name} has no address")
 
-    def pred(self, arg: Operand) -> tuple[Union[Reg, tuple[int, int]], bool]:
+    def pred(self, arg: Operand) -> tuple[Reg | tuple[int, int], bool]:
         """A predicate operand and whether it is inverted."""
         if isinstance(arg, Not):
             return arg.reg, True
@@ -243,7 +251,7 @@ class _Decoder:
     def sink(arg: Operand) -> bool:
         return isinstance(arg, Name) and arg.text == "_"
 
-    def address(self, arg: Operand, space: int) -> tuple[Optional[Reg], int, int]:
+    def address(self, arg: Operand, space: int) -> tuple[Reg | None, int, int]:
         """`[base + offset]`: the register, its bytes, the offset."""
         if not isinstance(arg, Mem):
             raise self.unknown(f"{arg} is no address")
@@ -251,7 +259,12 @@ class _Decoder:
             return arg.base, 8 if arg.base.width == 8 else 4, arg.offset
         if isinstance(arg.base, Imm):
             return None, 8, int(arg.base.value) + arg.offset
-        return None, 8, self.address_of(arg.base.text) + arg.offset
+        at = self.address_of(arg.base.text)
+        if at in self.variables:  # only constants are filled in when the module is loaded, so the address goes through a register
+            reg = self.temp(8)
+            self.emit("mov.u64", {0: reg}, {1: (8, at)})
+            return reg, 8, arg.offset
+        return None, 8, at + arg.offset
 
     def count(self, *allowed: int) -> list[Operand]:
         if len(self.now.args) not in allowed:
@@ -306,7 +319,7 @@ class _Decoder:
         """The type of an operation that does not care for signs."""
         return {"b": "u", "s": "u", "u": "u"}[type_[0]] + type_[1:]
 
-    def nary(self, name: str, type_: str, n: int, types: Optional[Sequence[str]] = None, flags: int = 0, abcd: Sequence[int] = (), cls: str = "") -> None:
+    def nary(self, name: str, type_: str, n: int, types: Sequence[str] | None = None, flags: int = 0, abcd: Sequence[int] = (), cls: str = "") -> None:
         args = self.count(n + 1)
         kinds = types or [type_] * n
         dst = self.dest(args[0])
@@ -391,7 +404,7 @@ class _Decoder:
         self.no_more(rest)
         if type_ == "pred":
             a = self.now.args
-            ins: dict[int, Union[Reg, tuple[int, int]]] = {}
+            ins: dict[int, Reg | tuple[int, int]] = {}
             for k, arg in enumerate(a[1:]):
                 reg, inverted = self.pred(arg)
                 if inverted:
@@ -481,7 +494,7 @@ class _Decoder:
         a = self.count(4 if boolean else 3)
         targets = a[0].items if isinstance(a[0], Vec) else (a[0],)
         outs = {k: self.dest(t, True) for k, t in enumerate(targets) if not self.sink(t)}
-        ins: dict[int, Union[Reg, tuple[int, int]]] = {2: self.value(a[1], type_), 3: self.value(a[2], type_)}
+        ins: dict[int, Reg | tuple[int, int]] = {2: self.value(a[1], type_), 3: self.value(a[2], type_)}
         if boolean:
             ins[4], inverted = self.pred(a[3])
             flags |= NOT_C if inverted else 0
@@ -497,7 +510,7 @@ class _Decoder:
         if len(rest) != 1:
             raise self.unknown()
         a = self.count(4 if boolean else 3)
-        ins: dict[int, Union[Reg, tuple[int, int]]] = {2: self.value(a[1], type_), 3: self.value(a[2], type_)}
+        ins: dict[int, Reg | tuple[int, int]] = {2: self.value(a[1], type_), 3: self.value(a[2], type_)}
         if boolean:
             ins[4], inverted = self.pred(a[3])
             flags |= NOT_C if inverted else 0
@@ -774,7 +787,7 @@ class _Decoder:
                 raise self.unknown("copies of 4, 8 or 16 bytes only")
             dst, dw, doff = self.address(args[0], SHARED)
             src, sw, soff = self.address(args[1], GLOBAL)
-            ins: dict[int, Union[Reg, tuple[int, int]]] = {}
+            ins: dict[int, Reg | tuple[int, int]] = {}
             if dst:
                 ins[0] = dst
             if src:
@@ -817,7 +830,7 @@ class _Decoder:
             raise self.unknown()
         dst, dw, doff = self.address(a[0], GENERIC)
         src, sw, soff = self.address(a[1], GENERIC)
-        ins: dict[int, Union[Reg, tuple[int, int]]] = {2: self.value(a[2], "u32")}
+        ins: dict[int, Reg | tuple[int, int]] = {2: self.value(a[2], "u32")}
         if dst:
             ins[0] = dst
         if src:
@@ -863,7 +876,7 @@ class _Decoder:
         if op == "pending_count":
             return self.emit("mbarrier.pending_count", {0: self.dest(a[0])}, cls="mbarrier")
         outs: dict[int, Reg] = {}
-        ins: dict[int, Union[Reg, tuple[int, int]]] = {}
+        ins: dict[int, Reg | tuple[int, int]] = {}
         drop = op.startswith("arrive_drop")
         if op in ("test_wait", "try_wait"):
             outs[0] = self.dest(a.pop(0), True)
@@ -927,7 +940,7 @@ class _Decoder:
         if len(items) != n or "b16" not in mods or "m8n8" not in mods:
             raise self.unknown()
         base, width, offset = self.address(mem, space)
-        ins: dict[int, Union[Reg, tuple[int, int]]] = {12: base} if base else {}
+        ins: dict[int, Reg | tuple[int, int]] = {12: base} if base else {}
         outs: dict[int, Reg] = {}
         if store:
             ins.update({k: self.value(x, "b32") for k, x in enumerate(items)})
@@ -1127,7 +1140,8 @@ class _Decoder:
         return Program(self.fn.name, code, [e.name for e in self.out], table, slots, self.params, self.params_size, self.static_shared,
                        self.shared_symbols, self.local_size, tables, [s.loc if s else None for s in sources], [s.text if s else "" for s in sources],
                        [s.ptx_line if s else 0 for s in sources], [e.cls for e in self.out], dict(self.module.files), threads,
-                       (cluster[0], cluster[1], cluster[2]), self.dynamic_offset)  # fmt: skip
+                       (cluster[0], cluster[1], cluster[2]), self.dynamic_offset,
+                       {row: self.variables[value] for row, (width, value) in enumerate(constants) if width == 8 and value in self.variables})  # fmt: skip
 
 
 _D = _Decoder
@@ -1147,14 +1161,13 @@ _TABLE.update(
 _CLASSES = {"cvt": "convert", "mov": "move", "selp": "int", "setp": "int", "cvta": "move", "prmt": "int", "copysign": "fp32"}
 
 
-def decode(module: Module, name: str, op_index: Mapping[str, int], addresses: Mapping[str, int]) -> Program:
+def decode(module: Module, name: str, op_index: Mapping[str, int]) -> Program:
     """Decodes one kernel of a module.
 
     Args:
         module: a parsed PTX module.
         name: the entry's name.
         op_index: the machine's handlers by name.
-        addresses: where the module's global and constant variables lie.
 
     Returns:
         The program.
@@ -1163,6 +1176,6 @@ def decode(module: Module, name: str, op_index: Mapping[str, int], addresses: Ma
         UnsupportedInstruction: for an instruction that the machine does not know.
     """
     function = module.functions[name]
-    decoder = _Decoder(module, function, addresses)
+    decoder = _Decoder(module, function)
     decoder.decode()
     return decoder.program(op_index)

@@ -8,14 +8,14 @@ import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 
-from . import ptx as ptx_module
 from .compile import compile_ptx, load_machine
-from .counters import Counters, PC_COUNT, REGION_COUNT
-from .decode import INS, Program, UnsupportedInstruction, decode
+from .counters import PC_COUNT, REGION_COUNT, Counters
+from .decode import INS, Program
+from .image import load_image
 from .report import Finding, SimulationError, describe
 
 __all__ = ["Checks", "Kernel", "Launch", "SimModule", "record", "replace_ptx"]
@@ -79,12 +79,12 @@ class Settings:
     """What `record` sets for the launches within it."""
 
     checks: Checks = Checks.cheap()
-    seed: Optional[int] = None
+    seed: int | None = None
     cp_async: str = "late"
     jitter: int = 0
     time_limit: float = 60.0
     window: int = 1
-    launches: Optional[list[Launch]] = None
+    launches: list[Launch] | None = None
 
 
 _settings: contextvars.ContextVar[Settings] = contextvars.ContextVar("cuflash_simulator_settings", default=Settings())
@@ -92,8 +92,8 @@ _replaced: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("c
 
 
 @contextlib.contextmanager
-def record(checks: Optional[Checks] = None, seed: Optional[int] = None, cp_async: str = "late", jitter: int = 0, time_limit: float = 60.0,
-           window: Optional[int] = None) -> Iterator[list[Launch]]:  # fmt: skip
+def record(checks: Checks | None = None, seed: int | None = None, cp_async: str = "late", jitter: int = 0, time_limit: float = 60.0,
+           window: int | None = None) -> Iterator[list[Launch]]:  # fmt: skip
     """Records the launches of this thread and sets how they run.
 
     Args:
@@ -158,8 +158,8 @@ _REGION = np.dtype([("lo", "u8"), ("hi", "u8"), ("origin", "u8"), ("id", "u4"), 
 
 
 @lru_cache(maxsize=None)
-def _machine() -> tuple[ctypes.CDLL, dict[str, int]]:
-    """The machine and its handlers' numbers."""
+def _machine() -> tuple[ctypes.CDLL, tuple[str, ...]]:
+    """The machine and the names of its handlers."""
     library = load_machine()
     library.sim_op_count.restype = ctypes.c_uint64
     library.sim_op_name.restype = ctypes.c_char_p
@@ -171,14 +171,18 @@ def _machine() -> tuple[ctypes.CDLL, dict[str, int]]:
     expected = INS.itemsize | ctypes.sizeof(_LaunchArgs) << 16 | ctypes.sizeof(RawFinding) << 32
     if sizes != expected:
         raise RuntimeError(f"the machine's structures differ from launch.py's: {sizes:#x}, {expected:#x}")
-    names = {library.sim_op_name(k).decode(): k for k in range(library.sim_op_count())}
-    return library, names
+    return library, tuple(library.sim_op_name(k).decode() for k in range(library.sim_op_count()))
 
 
-def _triple(value: Union[int, Sequence[int]]) -> tuple[int, int, int]:
+def _triple(value: int | Sequence[int]) -> tuple[int, int, int]:
     values = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
     x, y, z = (*(int(v) for v in values), 1, 1)[:3]
     return x, y, z
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where an array's first element lies."""
+    return int(array.__array_interface__["data"][0])
 
 
 @dataclass
@@ -202,8 +206,7 @@ def _memory(name: str, array: np.ndarray, readonly: bool) -> _Memory:
 
 def _span(array: np.ndarray) -> tuple[int, int]:
     """The bytes from the first to the last element of a view."""
-    start = array.__array_interface__["data"][0]
-    lo = hi = start
+    lo = hi = address_of(array)
     for n, stride in zip(array.shape, array.strides):
         if stride < 0:
             lo += (n - 1) * stride
@@ -225,29 +228,27 @@ class SimModule:
     """
 
     def __init__(self, code: str = "", options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu",
-                 headers: Optional[dict[str, str]] = None, *, ptx: Optional[str] = None) -> None:  # fmt: skip
+                 headers: dict[str, str] | None = None, *, ptx: str | None = None) -> None:  # fmt: skip
         self.name = name
         self.arch = arch
         self.ptx = ptx if ptx is not None else compile_ptx(code, options, arch, name, headers)
-        self._module = ptx_module.parse(self.ptx)
+        self.image = load_image(self.ptx, _machine()[1], cached=ptx is None)
         self._variables: dict[str, np.ndarray] = {}
         self._kernels: dict[str, Kernel] = {}
         self._place_variables()
 
     def _place_variables(self) -> None:
-        for sym in self._module.symbols.values():
-            if sym.space not in ("global", "const"):
-                continue
+        for sym in self.image.symbols.values():
             raw = np.zeros(sym.size + 256, np.uint8)
-            start = -raw.__array_interface__["data"][0] % 256
+            start = -address_of(raw) % 256
             view = raw[start : start + sym.size]
             if sym.init:
                 view[:] = np.frombuffer(sym.init, np.uint8)
             self._variables[sym.name] = view
-        for sym in self._module.symbols.values():
+        for sym in self.image.symbols.values():
             for offset, target in sym.relocations:
-                address = self._variables[target].__array_interface__["data"][0]
-                self._variables[sym.name][offset : offset + 8] = np.frombuffer(int(address).to_bytes(8, "little"), np.uint8)
+                address = address_of(self._variables[target])
+                self._variables[sym.name][offset : offset + 8] = np.frombuffer(address.to_bytes(8, "little"), np.uint8)
 
     def get_global(self, name: str) -> np.ndarray:
         """The bytes of a `__device__` or `__constant__` variable."""
@@ -256,10 +257,9 @@ class SimModule:
     def get_function(self, name: str) -> Kernel:
         """A kernel by its extern "C" name."""
         if name not in self._kernels:
-            function = self._module.functions.get(name)
-            if function is None or not function.entry:
-                known = ", ".join(n for n, f in self._module.functions.items() if f.entry)
-                raise KeyError(f"{self.name} has no kernel {name!r}; it has {known or 'none'}")
+            known = [*self.image.programs, *self.image.errors]
+            if name not in known:
+                raise KeyError(f"{self.name} has no kernel {name!r}; it has {', '.join(known) or 'none'}")
             self._kernels[name] = Kernel(self, name)
         return self._kernels[name]
 
@@ -270,10 +270,10 @@ class Kernel:
     def __init__(self, module: SimModule, name: str) -> None:
         self.module = module
         self.name = name
-        addresses = {k: v.__array_interface__["data"][0] for k, v in module._variables.items()}
-        self.program: Program = decode(module._module, name, _machine()[1], addresses)
-        ops = _machine()[1]
-        assert all(n in ops for n in self.program.names)
+        self.program: Program = module.image.program(name)
+        self._constants = self.program.constants.copy()
+        for row, (variable, offset) in self.program.variables.items():
+            self._constants[row, 2] = address_of(module._variables[variable]) + offset
         self._replacements: dict[str, Kernel] = {}
 
     def _replacement(self) -> Kernel:
@@ -298,7 +298,7 @@ class Kernel:
                     raise TypeError(f"argument {k} of {self.name} is an array, the parameter has {size} bytes")
                 if arg.size:
                     memory.append(_memory(f"argument {k}", arg, False))
-                data = int(arg.__array_interface__["data"][0]).to_bytes(8, "little")
+                data = address_of(arg).to_bytes(8, "little")
             elif arg is None:
                 data = bytes(8)
             elif isinstance(arg, np.ndarray):
@@ -319,8 +319,8 @@ class Kernel:
             keep.append(arg)
         return bytes(packed), memory, keep
 
-    def __call__(self, grid: Union[int, Sequence[int]], block: Union[int, Sequence[int]], args: Sequence[Any], *, shared_mem: int = 0,
-                 cluster: Union[None, int, Sequence[int]] = None, arrays: Optional[Mapping[str, Optional[np.ndarray]]] = None,
+    def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[Any], *, shared_mem: int = 0,
+                 cluster: None | int | Sequence[int] = None, arrays: Mapping[str, np.ndarray | None] | None = None,
                  readonly: Collection[str] = ()) -> Launch:  # fmt: skip
         """Runs the kernel.
 
@@ -343,7 +343,7 @@ class Kernel:
         return kernel._launch(_triple(grid), _triple(block), args, shared_mem, cluster, dict(arrays or {}), readonly)
 
     def _launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence[Any], shared_mem: int,
-                cluster: Union[None, int, Sequence[int]], arrays: dict[str, Optional[np.ndarray]], readonly: Collection[str]) -> Launch:  # fmt: skip
+                cluster: None | int | Sequence[int], arrays: dict[str, np.ndarray | None], readonly: Collection[str]) -> Launch:  # fmt: skip
         import time
 
         settings = _settings.get()
@@ -363,7 +363,7 @@ class Kernel:
         memory = named + [m for m in memory if not any(n.lo <= m.lo and m.hi <= n.hi for n in named)]
         for name, view in self.module._variables.items():
             if view.size:
-                constant = self.module._module.symbols[name].space == "const"
+                constant = self.module.image.symbols[name].space == "const"
                 memory.append(_memory(name, view, constant))
         regions = _regions(memory)
         count = len(program.code)
@@ -372,17 +372,14 @@ class Kernel:
         params = np.frombuffer(packed + bytes(16), np.uint8).copy()
         raw = RawFinding()
         output = np.zeros(1 << 16, np.uint8)
-        code, constants, tables = program.code, program.constants, program.tables
-
-        def pointer(a: np.ndarray) -> int:
-            return int(a.__array_interface__["data"][0])
+        code, constants, tables = program.code, self._constants, program.tables
 
         request = _LaunchArgs(
-            pointer(code), count, grid, block, dims, program.static_shared, shared_mem, program.local_size, program.slots,
-            pointer(constants) if len(constants) else 0, len(constants), pointer(params), program.params_size, pointer(regions), len(regions),
-            pointer(region_counts), pointer(pc_counts), settings.checks.bits(), int(settings.seed is not None), settings.jitter,
+            address_of(code), count, grid, block, dims, program.static_shared, shared_mem, program.local_size, program.slots,
+            address_of(constants) if len(constants) else 0, len(constants), address_of(params), program.params_size, address_of(regions), len(regions),
+            address_of(region_counts), address_of(pc_counts), settings.checks.bits(), int(settings.seed is not None), settings.jitter,
             {"late": 0, "early": 1, "random": 2}[settings.cp_async], (settings.seed or 0) & 0xFFFFFFFFFFFFFFFF, settings.time_limit,
-            ctypes.addressof(raw), pointer(output), output.size, 0, pointer(tables) if len(tables) else 0, settings.window, 132,
+            ctypes.addressof(raw), address_of(output), output.size, 0, address_of(tables) if len(tables) else 0, settings.window, 132,
         )  # fmt: skip
         start = time.perf_counter()
         failed = _machine()[0].sim_launch(ctypes.byref(request)) if min(grid) > 0 else 0
@@ -422,6 +419,3 @@ def _regions(memory: Sequence[_Memory]) -> np.ndarray:
         out[k] = (lo, hi, origin, owner, readonly)
     return out[: len(rows)] if rows else out[:0]
 
-
-# Kept for users who catch them from here.
-_ = UnsupportedInstruction

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Union
 
 __all__ = ["Function", "Imm", "Instr", "Loc", "Mem", "Module", "Name", "PtxError", "Reg", "Symbol", "Vec", "parse"]
 
@@ -27,7 +27,7 @@ class Loc:
 
     file: int
     line: int
-    inlined_at: Optional[Loc] = None
+    inlined_at: Loc | None = None
 
 
 @dataclass(eq=False)
@@ -43,8 +43,8 @@ class Reg:
 class Imm:
     """A literal: an int, or a float with the bits it was written with."""
 
-    value: Union[int, float]
-    bits: Optional[int] = None
+    value: int | float
+    bits: int | None = None
     width: int = 0  # 4 for 0f..., 8 for 0d..., 0 for integers and decimal fractions
 
 
@@ -66,7 +66,7 @@ class Vec:
 class Mem:
     """`[base + offset]`; further addresses, as in `[a], [b]`, are operands of their own."""
 
-    base: Union[Reg, Name, Imm]
+    base: Reg | Name | Imm
     offset: int = 0
 
 
@@ -86,10 +86,10 @@ class Instr:
 
     op: tuple[str, ...]
     args: list[Operand]
-    guard: Optional[Reg] = None
+    guard: Reg | None = None
     guard_not: bool = False
     ptx_line: int = 0
-    loc: Optional[Loc] = None
+    loc: Loc | None = None
     text: str = ""
 
 
@@ -101,7 +101,7 @@ class Symbol:
     space: str
     align: int
     size: int  # bytes; 0 for extern arrays of unknown length
-    init: Optional[bytes] = None
+    init: bytes | None = None
     relocations: tuple[tuple[int, str], ...] = ()
     type: str = "b8"
 
@@ -116,7 +116,7 @@ class Function:
     returns: list[Symbol] = field(default_factory=list)
     symbols: dict[str, Symbol] = field(default_factory=dict)
     regs: list[Reg] = field(default_factory=list)
-    code: list[Union[Instr, Name]] = field(default_factory=list)  # a Name is a label
+    code: list[Instr | Name] = field(default_factory=list)  # a Name is a label
     branch_tables: dict[str, list[str]] = field(default_factory=dict)
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ptx_line: int = 0
@@ -179,7 +179,7 @@ class _Scope:
 
     def __init__(self) -> None:
         self.ranges: dict[str, tuple[int, int]] = {}
-        self.names: dict[str, Union[Reg, Name]] = {}
+        self.names: dict[str, Reg | Name] = {}
 
 
 class _Parser:
@@ -190,7 +190,7 @@ class _Parser:
         self.counted_pos = 0
         self.counted_line = 1
         self.module = Module({}, {}, {}, set())
-        self.loc: Optional[Loc] = None
+        self.loc: Loc | None = None
         self.imm_cache: dict[str, Operand] = {}
 
     # -- positions and errors
@@ -202,7 +202,7 @@ class _Parser:
         self.counted_pos = pos
         return self.counted_line
 
-    def fail(self, what: str, pos: Optional[int] = None) -> PtxError:
+    def fail(self, what: str, pos: int | None = None) -> PtxError:
         pos = self.pos if pos is None else pos
         snippet = self.text[pos : pos + 100].split("\n")[0]
         return PtxError(f"PTX line {self.line(pos)}: {what}: {snippet!r}")
@@ -444,7 +444,7 @@ class _Parser:
         fn.regs.append(reg)
         return reg
 
-    def lookup(self, fn: Function, scopes: list[_Scope], name: str) -> Union[Reg, Name]:
+    def lookup(self, fn: Function, scopes: list[_Scope], name: str) -> Reg | Name:
         for scope in reversed(scopes):
             found = scope.names.get(name)
             if found is not None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .ptx import Function, Reg
 
@@ -24,7 +26,7 @@ def _lane(reg: Reg) -> int:
 
 
 def allocate(
-    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[Union[int, str]]
+    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[int | str]
 ) -> tuple[dict[Reg, int], dict[tuple[int, int], tuple[int, int]], int]:
     """Places registers and constants.
 
@@ -60,7 +62,7 @@ def allocate(
 
 
 def _intervals(
-    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[Union[int, str]]
+    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[int | str]
 ) -> list[tuple[int, int, Reg]]:
     """For each register the first and the last instruction between which it must keep its place."""
     uses: list[list[Reg]] = []
@@ -113,31 +115,27 @@ def _intervals(
             if out != live_out[k] or new != live_in[k]:
                 live_out[k], live_in[k] = out, new
                 changed = True
-    first: dict[int, int] = {}
-    last_at: dict[int, int] = {}
-
-    def touch(i: int, pc: int) -> None:
-        if i not in first or pc < first[i]:
-            first[i] = pc
-        if i not in last_at or pc > last_at[i]:
-            last_at[i] = pc
-
-    def bits(mask: int) -> list[int]:
-        out = []
-        while mask:
-            low = mask & -mask
-            out.append(low.bit_length() - 1)
-            mask ^= low
-        return out
-
-    by_index = {}
+    n_regs = len(function.regs)
+    first = np.full(n_regs, n, np.int64)
+    last_at = np.full(n_regs, -1, np.int64)
+    by_index: dict[int, Reg] = {}
     for pc, e in enumerate(code):
         for r in [*uses[pc], *e.outs.values()]:
-            by_index[r.index] = r
-            touch(r.index, pc)
+            i = r.index
+            by_index[i] = r
+            if pc < first[i]:
+                first[i] = pc
+            if pc > last_at[i]:
+                last_at[i] = pc
+    size = n_regs // 8 + 1
+
+    def members(mask: int) -> np.ndarray:
+        return np.unpackbits(np.frombuffer(mask.to_bytes(size, "little"), np.uint8), bitorder="little")[:n_regs].astype(bool)
+
     for k, (s, stop) in enumerate(zip(starts, ends)):
-        for i in bits(live_in[k]):
-            touch(i, s)
-        for i in bits(live_out[k]):
-            touch(i, stop - 1)
-    return [(first[i], last_at[i], r) for i, r in by_index.items()]
+        inside, outside = members(live_in[k]), members(live_out[k])
+        np.minimum(first, s, out=first, where=inside)
+        np.maximum(last_at, s, out=last_at, where=inside)
+        np.minimum(first, stop - 1, out=first, where=outside)
+        np.maximum(last_at, stop - 1, out=last_at, where=outside)
+    return [(int(first[i]), int(last_at[i]), r) for i, r in by_index.items()]

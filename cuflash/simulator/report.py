@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .decode import Program
@@ -65,9 +65,9 @@ class Finding:
     thread: tuple[int, int, int]
     address: str
     message: str
-    other_line: Optional[int]
-    other_block: Optional[tuple[int, int, int]]
-    other_thread: Optional[tuple[int, int, int]]
+    other_line: int | None
+    other_block: tuple[int, int, int] | None
+    other_thread: tuple[int, int, int] | None
     instruction: str
     text: str
 
@@ -92,7 +92,7 @@ def _index(linear: int, shape: Sequence[int]) -> tuple[int, int, int]:
     return linear % shape[0], linear // shape[0] % shape[1], linear // (shape[0] * shape[1])
 
 
-def _place(program: Program, loc: Optional[Loc], module: str) -> tuple[str, int, str]:
+def _place(program: Program, loc: Loc | None, module: str) -> tuple[str, int, str]:
     if loc is None:
         return module, 0, f"{module} (no line)"
     name = PurePosixPath(program.files.get(loc.file, module)).name
