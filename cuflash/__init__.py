@@ -1,7 +1,7 @@
 """cuflash: decode attention for CuPy.
 
-A scheduler plans one decode step once (:func:`get_scheduler_metadata`); every layer of the model then runs one kernel on
-that plan (:func:`flash_attn_with_kvcache`).
+A scheduler plans one decode step once (:func:`get_scheduler_metadata`); every layer of the model then runs one kernel
+on that plan (:func:`flash_attn_with_kvcache`).
 """
 
 from .attention import flash_attn_with_kvcache, merge_attn_states

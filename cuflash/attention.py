@@ -417,7 +417,8 @@ def _check_caches(problem: Problem, q: NativeArray, k_cache: NativeArray, v_cach
                 f"{name} must begin at a multiple of 16 bytes and have strides that are non-negative multiples of 16 "
                 f"bytes (a cache is never copied), got strides {cache.strides}"
             )
-        if sum((size - 1) * stride for size, stride in zip(cache.shape, cache.strides, strict=True)) >= _MAX_CACHE_BYTES:
+        span = sum((size - 1) * stride for size, stride in zip(cache.shape, cache.strides, strict=True))
+        if span >= _MAX_CACHE_BYTES:
             raise ValueError(f"{name} must span less than 64 GiB, got shape {cache.shape}")
 
 
@@ -475,8 +476,8 @@ def _check_rotary(
     rotary_dim = 2 * cos.shape[1]
     if rotary_dim > problem.headdim or rotary_dim % 16:
         raise ValueError(
-            f"rotary_cos must have rotary_dim / 2 columns, rotary_dim a multiple of 16 up to headdim={problem.headdim}, "
-            f"got {cos.shape[1]} columns"
+            f"rotary_cos must have rotary_dim / 2 columns, rotary_dim a multiple of 16 up to "
+            f"headdim={problem.headdim}, got {cos.shape[1]} columns"
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
         if array.dtype != q.dtype:
@@ -613,7 +614,9 @@ def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:
     parts = [import_array(f"{name}[{i}]", array) for i, array in enumerate(arrays)]
     for i, part in enumerate(parts):
         if part.dtype != parts[0].dtype or is_on_device(part) != is_on_device(parts[0]):
-            raise ValueError(f"{name}[{i}] must have the dtype and memory of {name}[0] ({parts[0].dtype}), got {part.dtype}")
+            raise ValueError(
+                f"{name}[{i}] must have the dtype and memory of {name}[0] ({parts[0].dtype}), got {part.dtype}"
+            )
         _expect_shape(f"{name}[{i}]", part, parts[0].shape)
     stacked = empty((len(parts), *parts[0].shape), parts[0].dtype, parts[0])
     for i, part in enumerate(parts):

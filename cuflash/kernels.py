@@ -1,7 +1,7 @@
 """Kernels: from a problem to a compiled variant, its parameters and its launch.
 
-Everything here is the same for a GPU and for the simulator. What differs is the :class:`Machine`: where memory comes from,
-and who compiles and launches.
+Everything here is the same for a GPU and for the simulator. What differs is the :class:`Machine`: where memory comes
+from, and who compiles and launches.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def decode(machine: Machine, problem: Problem, operands: Operands, metadata: Sch
 def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArray) -> NativeArray:
     """Write the new keys and values into the cache; return the queries, rotated if the call rotates."""
     k, v = _aligned(machine, operands.k), _aligned(machine, operands.v)
-    rotates = operands.rotary_cos is not None
+    cos = operands.rotary_cos
+    rotates = cos is not None
     q_rotated = machine.empty(q.shape, q.dtype) if rotates else None
     lengths = operands.lengths
     arrays = {
@@ -267,7 +268,7 @@ def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArra
         "v": v,
         "k_cache": operands.k_cache,
         "v_cache": operands.v_cache,
-        "rotary_cos": operands.rotary_cos,
+        "rotary_cos": cos,
         "rotary_sin": operands.rotary_sin,
         "cache_seqlens": lengths.cache_seqlens,
         "rotary_seqlens": operands.rotary_seqlens,
@@ -301,8 +302,8 @@ def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArra
     params["num_heads_q"], params["num_heads_kv"] = problem.num_heads_q, problem.num_heads_kv
     params["headdim"], params["headdim_v"] = problem.headdim, problem.headdim_v
     params["page_size"] = page_size
-    if rotates:
-        params["rotary_dim"] = 2 * operands.rotary_cos.shape[1]
+    if cos is not None:
+        params["rotary_dim"] = 2 * cos.shape[1]
     params["rotary_interleaved"] = operands.rotary_interleaved
     params["rotary_moves"] = operands.rotary_moves
     rows = query_tokens * problem.num_heads_q + 2 * new_tokens * problem.num_heads_kv
@@ -356,8 +357,10 @@ def _set_row_strides(params: np.ndarray, name: str, array: NativeArray, ragged: 
 
 def _aligned(machine: Machine, q: NativeArray) -> NativeArray:
     """Return queries or new keys whose rows begin at multiples of 16 bytes; a copy where the caller's do not."""
-    if machine.address(q) % 16 == 0 and all(stride % 16 == 0 for stride in q.strides[:-1]) and (
-        q.strides[-1] == q.itemsize
+    if (
+        machine.address(q) % 16 == 0
+        and all(stride % 16 == 0 for stride in q.strides[:-1])
+        and (q.strides[-1] == q.itemsize)
     ):
         return q
     copy = machine.empty(q.shape, q.dtype)

@@ -1,8 +1,8 @@
 """The one table of tile sizes: how a problem is cut for a device.
 
-A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring of
-``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of them are
-in flight. Why these numbers are good is counted by ``python -m cuflash bench resources``.
+A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring
+of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of them
+are in flight. Why these numbers are good is counted by ``python -m cuflash bench resources``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def tiling(problem: Problem, device: Device) -> Tiling:
     query = rows * d * numpy_dtype(problem.qkv_dtype).itemsize
 
     # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
-    # tiles of 32 keys, where registers allow; two blocks per multiprocessor, so that one computes while the other waits.
+    # tiles of 32 keys, where registers allow; of two blocks per multiprocessor one computes while the other waits.
     shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1)]
     is_long = problem.qkv_dtype != "float32" and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
     if is_long:
