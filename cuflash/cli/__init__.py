@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(parsed.run(parsed))
     except (TypeError, ValueError, NotImplementedError) as error:
         parsed.fail(str(error))  # exits with code 2
+    except (ImportError, RuntimeError) as error:  # a compiler, library or driver is missing or broken
+        print(f"\nerror: {error}\npython -m cuflash info says what is missing", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # python -m cuflash schedule | head
