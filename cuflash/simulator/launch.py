@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from .compile import compile_ptx, load_machine
+from .compile import compile_ptx, digest, load_machine
 from .counters import PC_COUNT, REGION_COUNT, Counters
 from .decode import INS, Program
 from .image import load_image
@@ -87,8 +87,12 @@ class Settings:
     launches: list[Launch] | None = None
 
 
-_settings: contextvars.ContextVar[Settings] = contextvars.ContextVar("cuflash_simulator_settings", default=Settings())
-_replaced: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("cuflash_simulator_replaced", default={})
+_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("cuflash_simulator_settings", default=None)
+_replaced: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("cuflash_simulator_replaced", default=None)
+_mutation: contextvars.ContextVar[tuple[str, Callable[[np.ndarray], np.ndarray]] | None] = contextvars.ContextVar(
+    "cuflash_simulator_mutation", default=None
+)
+_watching: contextvars.ContextVar[list[Kernel] | None] = contextvars.ContextVar("cuflash_simulator_watching", default=None)
 
 
 @contextlib.contextmanager
@@ -121,11 +125,32 @@ def record(checks: Checks | None = None, seed: int | None = None, cp_async: str 
 @contextlib.contextmanager
 def replace_ptx(kernel: str, text: str) -> Iterator[None]:
     """Runs other PTX wherever a kernel of this name is launched: for mutation tests."""
-    token = _replaced.set({**_replaced.get(), kernel: text})
+    token = _replaced.set({**(_replaced.get() or {}), kernel: text})
     try:
         yield
     finally:
         _replaced.reset(token)
+
+
+@contextlib.contextmanager
+def mutated(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
+    """Changes the instructions of the kernel with this key wherever it is launched."""
+    token = _mutation.set((key, change))
+    try:
+        yield
+    finally:
+        _mutation.reset(token)
+
+
+@contextlib.contextmanager
+def watch_kernels() -> Iterator[list[Kernel]]:
+    """Yields a list to which every kernel that is launched is added."""
+    seen: list[Kernel] = []
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
 
 
 class _LaunchArgs(ctypes.Structure):
@@ -274,10 +299,16 @@ class Kernel:
         self._constants = self.program.constants.copy()
         for row, (variable, offset) in self.program.variables.items():
             self._constants[row, 2] = address_of(module._variables[variable]) + offset
+        self.key = digest(module.ptx, name)
         self._replacements: dict[str, Kernel] = {}
 
+    @staticmethod
+    def handlers() -> tuple[str, ...]:
+        """The names of the machine's handlers; `op` of an instruction is an index into them."""
+        return _machine()[1]
+
     def _replacement(self) -> Kernel:
-        text = _replaced.get().get(self.name)
+        text = (_replaced.get() or {}).get(self.name)
         if text is None:
             return self
         if text not in self._replacements:
@@ -346,7 +377,7 @@ class Kernel:
                 cluster: None | int | Sequence[int], arrays: dict[str, np.ndarray | None], readonly: Collection[str]) -> Launch:  # fmt: skip
         import time
 
-        settings = _settings.get()
+        settings = _settings.get() or Settings()
         program = self.program
         dims = _triple(cluster) if cluster is not None else program.cluster if program.cluster[0] else (1, 1, 1)
         threads = block[0] * block[1] * block[2]
@@ -372,7 +403,11 @@ class Kernel:
         params = np.frombuffer(packed + bytes(16), np.uint8).copy()
         raw = RawFinding()
         output = np.zeros(1 << 16, np.uint8)
-        code, constants, tables = program.code, self._constants, program.tables
+        mutation, watching = _mutation.get(), _watching.get()
+        if watching is not None:
+            watching.append(self)
+        code = mutation[1](program.code) if mutation is not None and mutation[0] == self.key else program.code
+        constants, tables = self._constants, program.tables
 
         request = _LaunchArgs(
             address_of(code), count, grid, block, dims, program.static_shared, shared_mem, program.local_size, program.slots,

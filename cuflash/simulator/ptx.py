@@ -159,6 +159,8 @@ def _integer(text: str) -> int:
 
 def _split(text: str) -> list[str]:
     """Splits at commas outside of brackets."""
+    if "{" not in text and "(" not in text:  # an address has no commas
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         if c in "{[(":

@@ -1,0 +1,293 @@
+"""Mutation tests of kernels: change one PTX instruction at a time and see whether a set of problems notices.
+
+A mutant that no problem kills says what the problems do not test: a boundary that no input sits on, a barrier whose absence no order shows. Mutants cost
+no compilation, they are patches of the decoded program.
+
+    python -m cuflash.simulator.mutate tests/mutation_problems.py:problems --kernel decode --sample 200
+
+The problems are a function that returns pairs of a name and a callable; the callable runs one problem and raises if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from .decode import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
+from .launch import Kernel, mutated, record, watch_kernels
+
+__all__ = ["Mutant", "Report", "mutants", "survey"]
+
+Problems = Sequence[tuple[str, Callable[[], Any]]]
+
+_COMPARE = ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
+_OTHER_COMPARE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 7, 7: 6, 8: 9, 9: 8, 10: 11, 11: 10}
+_OTHER_NAME = {"add": "sub", "sub": "add", "min": "max", "max": "min", "and": "or", "or": "and"}
+_DROPPED = {
+    "cp.async.wait_group": "wait", "cp.async.wait_all": "wait", "cp.async.bulk.wait_group": "wait", "cp.async.commit_group": "commit",
+    "cp.async.bulk.commit_group": "commit", "fence": "fence", "st": "store", "cp.async": "copy", "atom": "atomic",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed instruction.
+
+    Attributes:
+        kernel: the kernel's name.
+        key: identity of the PTX it belongs to.
+        pc: the instruction's number.
+        kind: such as "drop a barrier".
+        file: source file.
+        line: source line.
+        instruction: the PTX instruction before the change.
+        patch: the fields of the instruction that change.
+    """
+
+    kernel: str
+    key: str
+    pc: int
+    kind: str
+    file: str
+    line: int
+    instruction: str
+    patch: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.kind}: {self.instruction}"
+
+    def apply(self, code: np.ndarray) -> np.ndarray:
+        """The program's instructions with the change."""
+        changed = code.copy()
+        for name, value in self.patch:
+            if name[1:].isdigit():
+                changed[self.pc]["o"][int(name[1:])] = value
+            else:
+                changed[self.pc][name] = value
+        return changed
+
+
+def _changes(program: Program, pc: int, numbers: dict[str, int], offsets: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    row, name = program.code[pc], program.names[pc]
+    ctl = int(row["ctl"])
+    drop = {"op": numbers["nop"], "ctl": SIMPLE}
+    stem, _, rest = name.partition(".")
+    if ctl == BARRIER:
+        yield "drop a barrier", drop
+    elif name == "bar.warp.sync":
+        yield "drop a warp barrier", drop
+    elif name.startswith("mma."):
+        yield "drop an mma", drop
+    elif name in _DROPPED and program.classes[pc] not in ("st.local", "ld.param"):
+        yield f"drop a {_DROPPED[name]}", drop
+        if name == "cp.async.wait_group":
+            yield "wait for one group less", {"imm": int(row["imm"]) + 1}
+    elif stem in ("setp", "set") and int(row["a"]) in _OTHER_COMPARE:
+        other = _OTHER_COMPARE[int(row["a"])]
+        yield f"{_COMPARE[int(row['a'])]} -> {_COMPARE[other]}", {"a": other}
+    elif stem in _OTHER_NAME and f"{_OTHER_NAME[stem]}.{rest}" in numbers:
+        yield f"{stem} -> {_OTHER_NAME[stem]}", {"op": numbers[f"{_OTHER_NAME[stem]}.{rest}"]}
+    elif name == "shfl":
+        mode = int(row["a"])
+        if mode < 2:
+            yield "shuffle the other way", {"a": 1 - mode}
+        else:
+            others = [slot for slot in offsets if slot != int(row["o"][3])]
+            yield "shuffle from another lane", {"o3": others[0]} if others and mode == 2 else {"a": 5 - mode}
+    elif name == "vote" and int(row["a"]) < 2:
+        yield "all -> any" if int(row["a"]) == 0 else "any -> all", {"a": 1 - int(row["a"])}
+    elif name == "ldmatrix":
+        yield "transpose an ldmatrix or not", {"b": 1 - int(row["b"])}
+    elif name == "selp.b32" or name == "selp.b64":
+        yield "swap a selection", {"o1": int(row["o"][2]), "o2": int(row["o"][1])}
+    if int(row["guard"]) != NONE and ctl != LABEL:
+        if ctl == BRANCH:
+            yield "invert a branch", {"guard_not": 1 - int(row["guard_not"])}
+        elif ctl in (SIMPLE, MEET, MEET_ALL, BARRIER):
+            yield "drop a predicate", {"guard": NONE}
+    if int(row["flags"]) & NOT_C:
+        yield "drop a not", {"flags": int(row["flags"]) & ~NOT_C}
+
+
+def mutants(kernel: Kernel) -> list[Mutant]:
+    """All mutants of a kernel, in the order of its instructions."""
+    program = kernel.program
+    numbers = {name: k for k, name in enumerate(kernel.handlers())}
+    constants = {int(slot): int(value) for slot, _, value in program.constants}
+    offsets = sorted({int(program.code[pc]["o"][3]) for pc, n in enumerate(program.names) if n == "shfl"} & set(constants))
+    out = []
+    for pc in range(len(program.code)):
+        loc = program.locs[pc]
+        for kind, patch in _changes(program, pc, numbers, offsets):
+            file = PurePosixPath(program.files.get(loc.file, "?")).name if loc else "?"
+            out.append(Mutant(program.name, kernel.key, pc, kind, file, loc.line if loc else 0, program.texts[pc], tuple(patch.items())))
+    return out
+
+
+@dataclass
+class Report:
+    """What became of the mutants.
+
+    Attributes:
+        killed: each with the problem that killed it and how.
+        survivors: those that no problem killed.
+        seconds: time of the survey.
+    """
+
+    killed: list[tuple[Mutant, str, str]] = field(default_factory=list)
+    survivors: list[Mutant] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The share of the mutants that were killed."""
+        total = len(self.killed) + len(self.survivors)
+        return len(self.killed) / total if total else 1.0
+
+    def __str__(self) -> str:
+        total = len(self.killed) + len(self.survivors)
+        lines = [f"{len(self.killed)} of {total} mutants killed ({100 * self.share:.1f} %) in {self.seconds:.0f} s"]
+        how: dict[str, int] = {}
+        for _, _, reason in self.killed:
+            how[reason] = how.get(reason, 0) + 1
+        lines += [f"  {n:5d} by {reason}" for reason, n in sorted(how.items(), key=lambda t: -t[1])]
+        lines += ["alive:"] if self.survivors else []
+        lines += [f"  {m.kernel}  {m}" for m in sorted(self.survivors, key=lambda m: (m.kernel, m.file, m.line, m.pc))]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _settings(number: int, time_limit: float) -> Iterator[None]:
+    """Every problem runs in random order; copies come early in every other one."""
+    with record(seed=number, cp_async=("late", "early")[number % 2], time_limit=time_limit):
+        yield
+
+
+def _try(mutant: Mutant, problems: Problems, users: Sequence[int], seconds: Sequence[float]) -> tuple[str, str] | None:
+    for k in users:
+        name, problem = problems[k]
+        try:
+            with _settings(k, max(5.0, 20 * seconds[k])), mutated(mutant.key, mutant.apply):
+                problem()
+        except AssertionError:
+            return name, "wrong values"
+        except Exception as error:  # noqa: BLE001  whatever the mutant broke, it was noticed
+            finding = getattr(error, "finding", None)
+            return name, f"check {finding.check}" if finding is not None else type(error).__name__
+    return None
+
+
+_state: dict[str, Any] = {}
+
+
+def _work(index: int) -> tuple[int, tuple[str, str] | None]:
+    mutant = _state["mutants"][index]
+    return index, _try(mutant, _state["problems"], _state["users"][mutant.key], _state["seconds"])
+
+
+def survey(problems: Problems, kernel: str = ".*", sample: int | None = None, seed: int = 0, jobs: int = 1,
+           progress: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+    """Finds the mutants of the kernels that the problems launch, and which of them live.
+
+    Args:
+        problems: pairs of a name and a callable that raises if a result is wrong.
+        kernel: regular expression of the kernels' names.
+        sample: how many mutants to try, at random; all of them if None.
+        seed: of the sample.
+        jobs: processes.
+        progress: called with a line of text now and then.
+
+    Returns:
+        The report.
+    """
+    start = time.perf_counter()
+    users: dict[str, list[int]] = {}
+    kernels: dict[str, Kernel] = {}
+    seconds = []
+    for k, (name, problem) in enumerate(problems):
+        begun = time.perf_counter()
+        with _settings(k, 600.0), watch_kernels() as seen:
+            problem()
+        seconds.append(time.perf_counter() - begun)
+        for one in seen:
+            if re.fullmatch(kernel, one.name):
+                kernels[one.key] = one
+                users.setdefault(one.key, [])
+                if k not in users[one.key]:
+                    users[one.key].append(k)
+        if progress:
+            progress(f"{name}: {seconds[-1]:.2f} s, {', '.join(sorted({s.name for s in seen}))}")
+    for key in users:
+        users[key].sort(key=lambda k: seconds[k])
+    everyone = [m for one in kernels.values() for m in mutants(one)]
+    if sample is not None and sample < len(everyone):
+        everyone = random.Random(seed).sample(everyone, sample)
+    report = Report()
+    _state.update(mutants=everyone, problems=problems, users=users, seconds=seconds)
+    done = 0
+    with contextlib.ExitStack() as stack:
+        results: Iterable[tuple[int, tuple[str, str] | None]]
+        if jobs > 1:
+            import multiprocessing
+
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")))
+            results = pool.map(_work, range(len(everyone)), chunksize=4)
+        else:
+            results = map(_work, range(len(everyone)))
+        for index, killed in results:
+            if killed is None:
+                report.survivors.append(everyone[index])
+            else:
+                report.killed.append((everyone[index], *killed))
+            done += 1
+            if progress and done % 50 == 0:
+                progress(f"{done} of {len(everyone)}, {len(report.survivors)} alive")
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _load(target: str) -> Problems:
+    where, _, name = target.partition(":")
+    if where.endswith(".py"):
+        path = Path(where).resolve()
+        sys.path.insert(0, str(path.parent))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    return list(getattr(module, name or "problems")())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m cuflash.simulator.mutate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("problems", help="module:function or file.py:function that returns (name, callable) pairs")
+    parser.add_argument("--kernel", default=".*", help="regular expression of kernel names")
+    parser.add_argument("--sample", type=int, help="number of mutants to try, at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--at-least", type=float, default=0.0, help="exit with 1 if a smaller share is killed")
+    options = parser.parse_args(argv)
+    report = survey(_load(options.problems), options.kernel, options.sample, options.seed, options.jobs, lambda line: print(line, flush=True))
+    print(report)
+    return int(report.share < options.at_least)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
