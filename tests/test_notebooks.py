@@ -100,6 +100,7 @@ def test_runs(path: Path) -> None:
     executed = code_cells(execute(path))
     for old, new in zip(committed, executed):
         what = f"cell {new.execution_count}: {new.source[:60]!r}"
+        assert not [output for output in new.outputs if output.output_type == "error"], what
         assert not [output.text for output in new.outputs if output.get("name") == "stderr"], what
         assert not [output for output in new.outputs if "Warning" in output.get("text", "")], what
         assert bool(old.outputs) == bool(new.outputs), f"{what}: committed without its outputs"
