@@ -191,7 +191,7 @@ struct Engine {
     bool gathered(Warp &w, const Ins &i, u32 m, u32 &ready) {
         if (i.ctl == MEET_ALL) {
             if (w.live != FULL) report(w, K_DIVERGENT_WARP, first(m), 0, "a warp operation needs 32 live lanes; %d are alive", __builtin_popcount(w.live));
-            ready = m;
+            ready = m == FULL ? m : 0;
             return m == FULL;
         }
         const u32 *masks = w.reg<u32>(i.o[15]);
@@ -511,26 +511,37 @@ struct Engine {
     }
 
     void stuck(std::vector<std::unique_ptr<Cluster>> &resident) {
-        Warp *who = nullptr;
-        Group *where = nullptr;
+        struct Stuck {
+            Warp *warp;
+            Group *group;
+        };
+        std::vector<Stuck> all;
         std::map<u32, u32> waiting;
         for (auto &c : resident)
             for (auto &b : c->blocks)
                 for (Warp &w : b->warps)
                     for (Group &g : w.groups) {
                         waiting[g.pc] += u32(__builtin_popcount(g.mask));
-                        bool better = !who || (where->state != WAIT_MEET && g.state == WAIT_MEET);
-                        if (better) {
-                            who = &w;
-                            where = &g;
-                        }
+                        all.push_back({&w, &g});
                     }
-        if (!who) return;
-        who->pc = where->pc;
-        Finding &f = finding_at(*who, where->state == WAIT_MEET ? (L.code[where->pc].ctl == BARRIER ? K_DIVERGENT_BARRIER : K_DIVERGENT_WARP)
-                                      : where->state == WAIT_BARRIER && waiting.size() > 1 ? K_DIVERGENT_BARRIER : K_DEADLOCK,
-                                first(where->mask), 0);
-        std::string text = "no thread can go on; waiting threads by instruction:";
+        if (all.empty()) return;
+        auto rank = [](const Stuck &x) { return std::make_pair(x.group->state != WAIT_MEET, x.group->pc); };
+        Stuck worst = *std::min_element(all.begin(), all.end(), [&](const Stuck &x, const Stuck &y) { return rank(x) < rank(y); });
+        Warp &w = *worst.warp;
+        Group &g = *worst.group;
+        w.pc = g.pc;
+        u32 kind = g.state == WAIT_MEET ? (L.code[g.pc].ctl == BARRIER ? K_DIVERGENT_BARRIER : K_DIVERGENT_WARP)
+                   : g.state == WAIT_BARRIER && waiting.size() > 1 ? K_DIVERGENT_BARRIER : K_DEADLOCK;
+        Finding &f = finding_at(w, kind, first(g.mask), 0);
+        for (const Stuck &x : all)
+            if (x.group->pc != g.pc && !f.has_other) {
+                f.has_other = 1;
+                f.other_write = 2;  // it waits
+                f.other_pc = x.group->pc;
+                f.other_block = x.warp->block->linear;
+                f.other_thread = x.warp->thread(first(x.group->mask));
+            }
+        std::string text = "no thread can go on; they wait:";
         for (auto &[pc, n] : waiting) text += " " + std::to_string(n) + "@" + std::to_string(pc);
         snprintf(f.text, sizeof f.text, "%s", text.c_str());
         throw Stop();

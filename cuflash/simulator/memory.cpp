@@ -615,7 +615,14 @@ void stmatrix(Warp &w, const Ins &i, u32 m) {
 // -- fences, printf, assert, trap
 
 void fence(Warp &w, const Ins &i, u32 m) { fence_lanes(w, m, i.flags & CTA_SCOPE); }
-void warp_sync(Warp &w, const Ins &, u32 m) { sync_warp(w, m); }
+void warp_sync(Warp &w, const Ins &i, u32 m) {
+    const u32 *masks = w.reg<u32>(i.o[15]);
+    while (m) {  // lanes of different masks do not wait for each other
+        u32 same = m & masks[first(m)];
+        sync_warp(w, same);
+        m &= ~same;
+    }
+}
 
 u64 param64(Warp &w, u32 lane, u64 offset) {
     u64 v;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -108,7 +109,13 @@ def _shared_name(program: Program, offset: int) -> str:
     for name, start, _ in program.shared_symbols:
         if start <= offset and (best is None or start >= best[1]):
             best = (name, start)
-    return f"shared {best[0]} + {offset - best[1]}" if best else f"shared + {offset}"
+    return f"shared {_variable(best[0])} + {offset - best[1]}" if best else f"shared + {offset}"
+
+
+def _variable(mangled: str) -> str:
+    """The name in the source of a variable that is static in a function: _ZZ6kernelE4tile is tile."""
+    local = re.match(r"_ZZ.*E(\d+)(\w+)$", mangled)
+    return local.group(2)[: int(local.group(1))] if local else mangled
 
 
 def _global_name(regions: Sequence[tuple[str, int, int]], address: int) -> str:
@@ -127,7 +134,14 @@ def _global_name(regions: Sequence[tuple[str, int, int]], address: int) -> str:
 def describe(raw: Any, program: Program, module: str, grid: Sequence[int], block: Sequence[int], regions: Sequence[tuple[str, int, int]]) -> Finding:
     """Turns what the machine wrote down into a finding."""
     check, space, hint = _KINDS[raw.kind]
-    file, line, place = _place(program, program.locs[raw.pc], module)
+
+    def loc_of(pc: int) -> Loc | None:  # a label has no line, but what follows it has
+        return next((loc for loc in program.locs[pc : pc + 4] if loc is not None), None)
+
+    def waiting(match: re.Match[str]) -> str:
+        return f"{match.group(1)} at {_place(program, loc_of(int(match.group(2))), module)[2]};"
+
+    file, line, place = _place(program, loc_of(raw.pc), module)
     address = ""
     if space == "any":
         instruction = program.texts[raw.pc]
@@ -139,15 +153,15 @@ def describe(raw: Any, program: Program, module: str, grid: Sequence[int], block
     elif space == "local":
         address = f"local + {raw.address}"
     where, thread = _index(raw.block, grid), _index(raw.thread, block)
-    message = raw.text.decode(errors="replace")
+    message = re.sub(r"(\d+)@(\d+)", waiting, raw.text.decode(errors="replace")).rstrip(";")
     other_line = other_block = other_thread = None
     lines = [f"{check}: {message}", f"  kernel      {program.name}", f"  source      {place}", f"  block       {where}, thread {thread}"]
     if address:
         lines.append(f"  address     {address}")
     if raw.has_other:
-        _, other_line, other_place = _place(program, program.locs[raw.other_pc], module)
+        _, other_line, other_place = _place(program, loc_of(raw.other_pc), module)
         other_block, other_thread = _index(raw.other_block, grid), _index(raw.other_thread, block)
-        lines.append(f"  other       {'write' if raw.other_write else 'read'} at {other_place}, block {other_block}, thread {other_thread}")
+        lines.append(f"  other       {('read', 'write', 'waits')[raw.other_write]} at {other_place}, block {other_block}, thread {other_thread}")
     lines.append(f"  instruction {program.texts[raw.pc]}")
     if hint:
         lines.append(f"  look at     {hint}")
