@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 # Work that takes a few seconds: sequences, their median length, layers, rounds of timing.
-_SIZES = {"cuda": (64, 1024, 8, 20), "numpy": (16, 512, 4, 5), "sim": (4, 300, 2, 0)}
+_SIZES = {"cuda": (64, 2048, 4, 20), "numpy": (16, 512, 4, 5), "sim": (4, 300, 2, 0)}
 _DTYPES = {"cuda": "bfloat16", "numpy": "float32", "sim": "bfloat16"}
+_MAX_RANDOM_PAGES = 4096  # caches of more pages repeat them: random numbers take longest
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 
@@ -144,24 +145,24 @@ def _make_step(
     backend: str,
     progress: Progress,
 ) -> Step:
-    """Make random queries and caches: the pages of a layer are those of the first one in another order."""
+    """Make random queries and caches: all layers have the same pages, each in an order of its own."""
     to_backend: Callable[[Any], Any] = np.asarray
     if backend == "cuda":
         import cupy
 
         to_backend = cupy.asarray
-    num_pages = -(-seqlens // page_size)
-    page_table = np.full((len(seqlens), num_pages.max()), -1, np.int32)
-    page_table[np.arange(num_pages.max()) < num_pages[:, None]] = rng.permutation(num_pages.sum())
+    used = -(-seqlens // page_size)
+    num_pages = int(used.sum())
+    page_table = np.full((len(seqlens), used.max()), -1, np.int32)
+    page_table[np.arange(used.max()) < used[:, None]] = rng.permutation(num_pages)
+    progress("making random pages")
+    some = min(num_pages, _MAX_RANDOM_PAGES)
+    pages = rng.standard_normal((2, some, page_size, num_heads[1], headdim), np.float32).astype(dtype)
     layers: list[tuple[Any, Any, Any]] = []
-    base = None
     for index in range(num_layers):
         progress(f"making the cache of layer {index + 1} of {num_layers}")
-        if base is None:
-            shape = (2, num_pages.sum(), page_size, num_heads[1], headdim)
-            base = rng.standard_normal(shape, np.float32).astype(dtype)
         q = rng.standard_normal((len(seqlens), 1, num_heads[0], headdim), np.float32).astype(dtype)
-        k_cache, v_cache = np.roll(base, index, 1)
+        k_cache, v_cache = pages[:, rng.permutation(num_pages) % some]
         layers.append((to_backend(q), to_backend(k_cache), to_backend(v_cache)))
     return Step(to_backend(seqlens), to_backend(page_table), layers)
 
