@@ -59,7 +59,7 @@ def test_as_a_module(tmp_path):
 
     done = run(*DEMO)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "within the rounding" in done.stdout
+    assert "'s rounding" in done.stdout
     done = run("bogus")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "invalid choice: 'bogus'" in done.stderr
@@ -79,7 +79,7 @@ def test_demo(capsys):
     assert "planned once, run by 2 layers" in out
     for name in ("backend", "sequences", "efficiency", "shares", "error", "one plan", "no plan"):
         assert re.search(rf"^  {name} ", out, re.MULTILINE), name
-    assert "within the rounding of float32" in out
+    assert "within float32's rounding" in out
     assert max(map(len, out.splitlines())) <= 100
 
 
@@ -87,7 +87,7 @@ def test_demo(capsys):
 def test_demo_options(capsys, dtype):
     options = ("--heads", "6/3", "--headdim", "40", "--page-size", "7", "--dtype", dtype, "--seed", "3")
     out = call(capsys, *DEMO, *options, "--backend", "numpy")
-    assert f"6 query, 3 KV, dim 40, {dtype}" in out and f"within the rounding of {dtype}" in out
+    assert f"6 query, 3 KV, dim 40, {dtype}" in out and f"within {dtype}'s rounding" in out
 
 
 def test_demo_is_the_default(capsys):
@@ -97,7 +97,7 @@ def test_demo_is_the_default(capsys):
 def test_demo_on_the_simulator(capsys):
     pytest.importorskip("cuda.bindings", reason='pip install "cuflash[sim]"')
     out = call(capsys, "--backend", "sim", "--batch", "2", "--seqlen", "30", "--layers", "1")
-    assert "simulated on the CPU for 4 SMs" in out and "within the rounding of bfloat16" in out
+    assert "simulated on the CPU for 4 SMs" in out and "within bfloat16's rounding" in out
 
 
 def test_demo_sees_wrong_results(capsys, monkeypatch):
