@@ -80,7 +80,7 @@ def test_demo(capsys):
     for name in ("backend", "sequences", "efficiency", "shares", "error", "one plan", "no plan"):
         assert re.search(rf"^  {name} ", out, re.MULTILINE), name
     assert "within float32's rounding" in out
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
