@@ -18,6 +18,22 @@ from .ptx import PtxError
 from .report import Finding, SimulationError
 
 __all__ = [
-    "ArrayCount", "Checks", "CompileError", "CompilerNotFound", "Counters", "Finding", "Kernel", "Launch", "LineCount", "PtxError", "SimModule",
-    "SimulationError", "UnsupportedInstruction", "cache_dir", "compile_ptx", "find_compiler", "record", "replace_ptx",
-]  # fmt: skip
+    "ArrayCount",
+    "Checks",
+    "CompileError",
+    "CompilerNotFound",
+    "Counters",
+    "Finding",
+    "Kernel",
+    "Launch",
+    "LineCount",
+    "PtxError",
+    "SimModule",
+    "SimulationError",
+    "UnsupportedInstruction",
+    "cache_dir",
+    "compile_ptx",
+    "find_compiler",
+    "record",
+    "replace_ptx",
+]

@@ -17,7 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CompileError", "CompilerNotFound", "cache_dir", "compile_ptx", "digest", "find_compiler", "load_machine", "store"]
+__all__ = [
+    "CompileError",
+    "CompilerNotFound",
+    "cache_dir",
+    "compile_ptx",
+    "digest",
+    "find_compiler",
+    "load_machine",
+    "store",
+]
 
 _HERE = Path(__file__).parent
 _SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "ops.cpp")
@@ -102,7 +111,16 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def _flags(compiler: Sequence[str]) -> list[str]:
-    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-ftree-vectorize", "-fvisibility=hidden"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ftree-vectorize",
+        "-fvisibility=hidden",
+    ]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-march=native")
     return flags
@@ -191,7 +209,13 @@ def _message(name: str, arch: str, options: Sequence[str], log: str) -> str:
     return f"NVRTC cannot compile {name} for {arch} with {' '.join(options)}:\n" + "\n".join(errors[:12])
 
 
-def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu", headers: dict[str, str] | None = None) -> str:
+def compile_ptx(
+    code: str,
+    options: Sequence[str] = (),
+    arch: str = "sm_90",
+    name: str = "kernel.cu",
+    headers: dict[str, str] | None = None,
+) -> str:
     """Compiles CUDA C++ to PTX, with the options that CuPy's RawModule would use and line numbers.
 
     Args:
@@ -219,7 +243,9 @@ def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", nam
     headers = headers or {}
     version = _nvrtc_version()
     path = None
-    if not any(o.startswith(("-I", "--include-path")) for o in given):  # files that are included from disk are not in the key
+    if not any(
+        o.startswith(("-I", "--include-path")) for o in given
+    ):  # files that are included from disk are not in the key
         path = cache_dir() / f"ptx-{digest(code, full, name, version, sorted(headers.items()))}.ptx"
         try:
             return path.read_text()
@@ -228,8 +254,15 @@ def compile_ptx(code: str, options: Sequence[str] = (), arch: str = "sm_90", nam
     kind, nvrtc = _nvrtc()
     if kind == "bindings":
         encoded = [o.encode() for o in full]
-        program = _checked(nvrtc.nvrtcCreateProgram(code.encode(), name.encode(), len(headers), [v.encode() for v in headers.values()],
-                                                    [k.encode() for k in headers]))  # fmt: skip
+        program = _checked(
+            nvrtc.nvrtcCreateProgram(
+                code.encode(),
+                name.encode(),
+                len(headers),
+                [v.encode() for v in headers.values()],
+                [k.encode() for k in headers],
+            )
+        )
         status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ArrayCount", "Counters", "LineCount"]
 
-PC_COUNT = np.dtype([(n, "u8") for n in ("executed", "lanes", "shared_ideal", "shared_real", "sectors", "sectors_ideal", "bytes")])
-REGION_COUNT = np.dtype([(n, "u8") for n in ("read_bytes", "read_sectors", "read_ideal", "write_bytes", "write_sectors", "write_ideal")])
+PC_COUNT = np.dtype(
+    [(n, "u8") for n in ("executed", "lanes", "shared_ideal", "shared_real", "sectors", "sectors_ideal", "bytes")]
+)
+REGION_COUNT = np.dtype(
+    [(n, "u8") for n in ("read_bytes", "read_sectors", "read_ideal", "write_bytes", "write_sectors", "write_ideal")]
+)
 
 
 @dataclass(frozen=True)

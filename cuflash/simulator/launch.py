@@ -54,8 +54,17 @@ class Checks:
 
     def bits(self) -> int:
         """The flags of runtime.hpp."""
-        values = (self.bounds, self.misalignment, self.uninitialised, self.in_flight, self.never_waited, self.shared_races, self.global_races,
-                  self.barriers, self.counters)  # fmt: skip
+        values = (
+            self.bounds,
+            self.misalignment,
+            self.uninitialised,
+            self.in_flight,
+            self.never_waited,
+            self.shared_races,
+            self.global_races,
+            self.barriers,
+            self.counters,
+        )
         return sum(1 << k for k, v in enumerate(values) if v)
 
 
@@ -88,16 +97,26 @@ class Settings:
 
 
 _settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("cuflash_simulator_settings", default=None)
-_replaced: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("cuflash_simulator_replaced", default=None)
+_replaced: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
+    "cuflash_simulator_replaced", default=None
+)
 _mutation: contextvars.ContextVar[tuple[str, Callable[[np.ndarray], np.ndarray]] | None] = contextvars.ContextVar(
     "cuflash_simulator_mutation", default=None
 )
-_watching: contextvars.ContextVar[list[Kernel] | None] = contextvars.ContextVar("cuflash_simulator_watching", default=None)
+_watching: contextvars.ContextVar[list[Kernel] | None] = contextvars.ContextVar(
+    "cuflash_simulator_watching", default=None
+)
 
 
 @contextlib.contextmanager
-def record(checks: Checks | None = None, seed: int | None = None, cp_async: str = "late", jitter: int = 0, time_limit: float = 60.0,
-           window: int | None = None) -> Iterator[list[Launch]]:  # fmt: skip
+def record(
+    checks: Checks | None = None,
+    seed: int | None = None,
+    cp_async: str = "late",
+    jitter: int = 0,
+    time_limit: float = 60.0,
+    window: int | None = None,
+) -> Iterator[list[Launch]]:
     """Records the launches of this thread and sets how they run.
 
     Args:
@@ -114,7 +133,9 @@ def record(checks: Checks | None = None, seed: int | None = None, cp_async: str 
     if cp_async not in ("early", "late", "random"):
         raise ValueError(f"cp_async must be 'early', 'late' or 'random', not {cp_async!r}")
     launches: list[Launch] = []
-    settings = Settings(checks or Checks(), seed, cp_async, jitter, time_limit, window or (1 if seed is None else 3), launches)
+    settings = Settings(
+        checks or Checks(), seed, cp_async, jitter, time_limit, window or (1 if seed is None else 3), launches
+    )
     token = _settings.set(settings)
     try:
         yield launches
@@ -157,26 +178,58 @@ class _LaunchArgs(ctypes.Structure):
     """LaunchArgs of machine.hpp."""
 
     _fields_ = [
-        ("code", ctypes.c_void_p), ("instructions", ctypes.c_uint64), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3),
-        ("cluster", ctypes.c_uint32 * 3), ("static_shared", ctypes.c_uint32), ("dynamic_shared", ctypes.c_uint32), ("local_size", ctypes.c_uint32),
-        ("slots", ctypes.c_uint32), ("constants", ctypes.c_void_p), ("constant_count", ctypes.c_uint64), ("params", ctypes.c_void_p),
-        ("params_size", ctypes.c_uint64), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_uint64), ("region_counts", ctypes.c_void_p),
-        ("pc_counts", ctypes.c_void_p), ("checks", ctypes.c_uint32), ("random", ctypes.c_uint32), ("jitter", ctypes.c_uint32),
-        ("cp_async", ctypes.c_uint32), ("seed", ctypes.c_uint64), ("time_limit", ctypes.c_double), ("finding", ctypes.c_void_p),
-        ("output", ctypes.c_void_p), ("output_size", ctypes.c_uint64), ("output_used", ctypes.c_uint64), ("tables", ctypes.c_void_p),
-        ("window", ctypes.c_uint32), ("multiprocessors", ctypes.c_uint32),
-    ]  # fmt: skip
+        ("code", ctypes.c_void_p),
+        ("instructions", ctypes.c_uint64),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("static_shared", ctypes.c_uint32),
+        ("dynamic_shared", ctypes.c_uint32),
+        ("local_size", ctypes.c_uint32),
+        ("slots", ctypes.c_uint32),
+        ("constants", ctypes.c_void_p),
+        ("constant_count", ctypes.c_uint64),
+        ("params", ctypes.c_void_p),
+        ("params_size", ctypes.c_uint64),
+        ("regions", ctypes.c_void_p),
+        ("region_count", ctypes.c_uint64),
+        ("region_counts", ctypes.c_void_p),
+        ("pc_counts", ctypes.c_void_p),
+        ("checks", ctypes.c_uint32),
+        ("random", ctypes.c_uint32),
+        ("jitter", ctypes.c_uint32),
+        ("cp_async", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("time_limit", ctypes.c_double),
+        ("finding", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("output_size", ctypes.c_uint64),
+        ("output_used", ctypes.c_uint64),
+        ("tables", ctypes.c_void_p),
+        ("window", ctypes.c_uint32),
+        ("multiprocessors", ctypes.c_uint32),
+    ]
 
 
 class RawFinding(ctypes.Structure):
     """Finding of runtime.hpp."""
 
     _fields_ = [
-        ("kind", ctypes.c_uint32), ("pc", ctypes.c_uint32), ("block", ctypes.c_uint32), ("thread", ctypes.c_uint32), ("address", ctypes.c_uint64),
-        ("size", ctypes.c_uint32), ("other_pc", ctypes.c_uint32), ("other_block", ctypes.c_uint32), ("other_thread", ctypes.c_uint32),
-        ("write", ctypes.c_uint32), ("other_write", ctypes.c_uint32), ("has_other", ctypes.c_uint32), ("pad", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("pc", ctypes.c_uint32),
+        ("block", ctypes.c_uint32),
+        ("thread", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("size", ctypes.c_uint32),
+        ("other_pc", ctypes.c_uint32),
+        ("other_block", ctypes.c_uint32),
+        ("other_thread", ctypes.c_uint32),
+        ("write", ctypes.c_uint32),
+        ("other_write", ctypes.c_uint32),
+        ("has_other", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
         ("text", ctypes.c_char * 512),
-    ]  # fmt: skip
+    ]
 
 
 _REGION = np.dtype([("lo", "u8"), ("hi", "u8"), ("origin", "u8"), ("id", "u4"), ("readonly", "u4")])
@@ -252,8 +305,16 @@ class SimModule:
         ptx: PTX to run instead of compiling `code`.
     """
 
-    def __init__(self, code: str = "", options: Sequence[str] = (), arch: str = "sm_90", name: str = "kernel.cu",
-                 headers: dict[str, str] | None = None, *, ptx: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        code: str = "",
+        options: Sequence[str] = (),
+        arch: str = "sm_90",
+        name: str = "kernel.cu",
+        headers: dict[str, str] | None = None,
+        *,
+        ptx: str | None = None,
+    ) -> None:
         self.name = name
         self.arch = arch
         self.ptx = ptx if ptx is not None else compile_ptx(code, options, arch, name, headers)
@@ -313,7 +374,9 @@ class Kernel:
             return self
         if text not in self._replacements:
             self._replacements.clear()
-            self._replacements[text] = SimModule(name=self.module.name, arch=self.module.arch, ptx=text).get_function(self.name)
+            self._replacements[text] = SimModule(name=self.module.name, arch=self.module.arch, ptx=text).get_function(
+                self.name
+            )
         return self._replacements[text]
 
     def _pack(self, args: Sequence[Any]) -> tuple[bytes, list[_Memory], list[Any]]:
@@ -343,16 +406,26 @@ class Kernel:
             elif isinstance(arg, float):
                 data = np.array(arg, np.float64 if size == 8 else np.float32).tobytes()
             else:
-                raise TypeError(f"argument {k} of {self.name} is a {type(arg).__name__}; arrays, NumPy scalars and structured arrays are taken")
+                raise TypeError(
+                    f"argument {k} of {self.name} is a {type(arg).__name__}; arrays, NumPy scalars and structured arrays are taken"
+                )
             if len(data) != size:
                 raise TypeError(f"argument {k} of {self.name} has {len(data)} bytes, the parameter has {size}")
             packed[offset : offset + size] = data
             keep.append(arg)
         return bytes(packed), memory, keep
 
-    def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[Any], *, shared_mem: int = 0,
-                 cluster: None | int | Sequence[int] = None, arrays: Mapping[str, np.ndarray | None] | None = None,
-                 readonly: Collection[str] = ()) -> Launch:  # fmt: skip
+    def __call__(
+        self,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any],
+        *,
+        shared_mem: int = 0,
+        cluster: None | int | Sequence[int] = None,
+        arrays: Mapping[str, np.ndarray | None] | None = None,
+        readonly: Collection[str] = (),
+    ) -> Launch:
         """Runs the kernel.
 
         Args:
@@ -373,8 +446,16 @@ class Kernel:
         kernel = self._replacement()
         return kernel._launch(_triple(grid), _triple(block), args, shared_mem, cluster, dict(arrays or {}), readonly)
 
-    def _launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence[Any], shared_mem: int,
-                cluster: None | int | Sequence[int], arrays: dict[str, np.ndarray | None], readonly: Collection[str]) -> Launch:  # fmt: skip
+    def _launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        args: Sequence[Any],
+        shared_mem: int,
+        cluster: None | int | Sequence[int],
+        arrays: dict[str, np.ndarray | None],
+        readonly: Collection[str],
+    ) -> Launch:
         import time
 
         settings = _settings.get() or Settings()
@@ -384,11 +465,15 @@ class Kernel:
         if not 1 <= threads <= 1024:
             raise ValueError(f"a block of {threads} threads; 1 to 1024 are possible")
         if program.max_threads and threads > program.max_threads:
-            raise ValueError(f"a block of {threads} threads; {self.name} was compiled for at most {program.max_threads} (__launch_bounds__)")
+            raise ValueError(
+                f"a block of {threads} threads; {self.name} was compiled for at most {program.max_threads} (__launch_bounds__)"
+            )
         if any(g % c for g, c in zip(grid, dims)):
             raise ValueError(f"the grid {grid} is no multiple of the cluster {dims}")
         if program.static_shared + shared_mem > _SIZE_LIMIT:
-            raise ValueError(f"{program.static_shared + shared_mem} bytes of shared memory; a block has at most {_SIZE_LIMIT}")
+            raise ValueError(
+                f"{program.static_shared + shared_mem} bytes of shared memory; a block has at most {_SIZE_LIMIT}"
+            )
         packed, memory, keep = self._pack(args)
         named = [_memory(name, a, name in readonly) for name, a in arrays.items() if a is not None and a.size]
         memory = named + [m for m in memory if not any(n.lo <= m.lo and m.hi <= n.hi for n in named)]
@@ -410,12 +495,37 @@ class Kernel:
         constants, tables = self._constants, program.tables
 
         request = _LaunchArgs(
-            address_of(code), count, grid, block, dims, program.static_shared, shared_mem, program.local_size, program.slots,
-            address_of(constants) if len(constants) else 0, len(constants), address_of(params), program.params_size, address_of(regions), len(regions),
-            address_of(region_counts), address_of(pc_counts), settings.checks.bits(), int(settings.seed is not None), settings.jitter,
-            {"late": 0, "early": 1, "random": 2}[settings.cp_async], (settings.seed or 0) & 0xFFFFFFFFFFFFFFFF, settings.time_limit,
-            ctypes.addressof(raw), address_of(output), output.size, 0, address_of(tables) if len(tables) else 0, settings.window, 132,
-        )  # fmt: skip
+            address_of(code),
+            count,
+            grid,
+            block,
+            dims,
+            program.static_shared,
+            shared_mem,
+            program.local_size,
+            program.slots,
+            address_of(constants) if len(constants) else 0,
+            len(constants),
+            address_of(params),
+            program.params_size,
+            address_of(regions),
+            len(regions),
+            address_of(region_counts),
+            address_of(pc_counts),
+            settings.checks.bits(),
+            int(settings.seed is not None),
+            settings.jitter,
+            {"late": 0, "early": 1, "random": 2}[settings.cp_async],
+            (settings.seed or 0) & 0xFFFFFFFFFFFFFFFF,
+            settings.time_limit,
+            ctypes.addressof(raw),
+            address_of(output),
+            output.size,
+            0,
+            address_of(tables) if len(tables) else 0,
+            settings.window,
+            132,
+        )
         start = time.perf_counter()
         failed = _machine()[0].sim_launch(ctypes.byref(request)) if min(grid) > 0 else 0
         seconds = time.perf_counter() - start
@@ -453,4 +563,3 @@ def _regions(memory: Sequence[_Memory]) -> np.ndarray:
         lo, hi, owner, origin, readonly = row
         out[k] = (lo, hi, origin, owner, readonly)
     return out[: len(rows)] if rows else out[:0]
-

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .decode import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
+from .decoder import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
 from .launch import Kernel, mutated, record, watch_kernels
 
 __all__ = ["Mutant", "Report", "mutants", "survey"]
@@ -37,9 +37,16 @@ _COMPARE = ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu
 _OTHER_COMPARE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 7, 7: 6, 8: 9, 9: 8, 10: 11, 11: 10}
 _OTHER_NAME = {"add": "sub", "sub": "add", "min": "max", "max": "min", "and": "or", "or": "and"}
 _DROPPED = {
-    "cp.async.wait_group": "wait", "cp.async.wait_all": "wait", "cp.async.bulk.wait_group": "wait", "cp.async.commit_group": "commit",
-    "cp.async.bulk.commit_group": "commit", "fence": "fence", "st": "store", "cp.async": "copy", "atom": "atomic",
-}  # fmt: skip
+    "cp.async.wait_group": "wait",
+    "cp.async.wait_all": "wait",
+    "cp.async.bulk.wait_group": "wait",
+    "cp.async.commit_group": "commit",
+    "cp.async.bulk.commit_group": "commit",
+    "fence": "fence",
+    "st": "store",
+    "cp.async": "copy",
+    "atom": "atomic",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Mutant:
         return changed
 
 
-def _changes(program: Program, pc: int, numbers: dict[str, int], offsets: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(
+    program: Program, pc: int, numbers: dict[str, int], offsets: list[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     row, name = program.code[pc], program.names[pc]
     ctl = int(row["ctl"])
     drop = {"op": numbers["nop"], "ctl": SIMPLE}
@@ -127,13 +136,26 @@ def mutants(kernel: Kernel) -> list[Mutant]:
     program = kernel.program
     numbers = {name: k for k, name in enumerate(kernel.handlers())}
     constants = {int(slot): int(value) for slot, _, value in program.constants}
-    offsets = sorted({int(program.code[pc]["o"][3]) for pc, n in enumerate(program.names) if n == "shfl"} & set(constants))
+    offsets = sorted(
+        {int(program.code[pc]["o"][3]) for pc, n in enumerate(program.names) if n == "shfl"} & set(constants)
+    )
     out = []
     for pc in range(len(program.code)):
         loc = program.locs[pc]
         for kind, patch in _changes(program, pc, numbers, offsets):
             file = PurePosixPath(program.files.get(loc.file, "?")).name if loc else "?"
-            out.append(Mutant(program.name, kernel.key, pc, kind, file, loc.line if loc else 0, program.texts[pc], tuple(patch.items())))
+            out.append(
+                Mutant(
+                    program.name,
+                    kernel.key,
+                    pc,
+                    kind,
+                    file,
+                    loc.line if loc else 0,
+                    program.texts[pc],
+                    tuple(patch.items()),
+                )
+            )
     return out
 
 
@@ -184,7 +206,7 @@ def _try(mutant: Mutant, problems: Problems, users: Sequence[int], seconds: Sequ
                 problem()
         except AssertionError:
             return name, "wrong values"
-        except Exception as error:  # noqa: BLE001  whatever the mutant broke, it was noticed
+        except Exception as error:
             finding = getattr(error, "finding", None)
             return name, f"check {finding.check}" if finding is not None else type(error).__name__
     return None
@@ -198,8 +220,14 @@ def _work(index: int) -> tuple[int, tuple[str, str] | None]:
     return index, _try(mutant, _state["problems"], _state["users"][mutant.key], _state["seconds"])
 
 
-def survey(problems: Problems, kernel: str = ".*", sample: int | None = None, seed: int = 0, jobs: int = 1,
-           progress: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+def survey(
+    problems: Problems,
+    kernel: str = ".*",
+    sample: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
     """Finds the mutants of the kernels that the problems launch, and which of them live.
 
     Args:
@@ -276,7 +304,9 @@ def _load(target: str) -> Problems:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m cuflash.simulator.mutate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cuflash.simulator.mutate", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("problems", help="module:function or file.py:function that returns (name, callable) pairs")
     parser.add_argument("--kernel", default=".*", help="regular expression of kernel names")
     parser.add_argument("--sample", type=int, help="number of mutants to try, at random (default: all)")
@@ -284,7 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit with 1 if a smaller share is killed")
     options = parser.parse_args(argv)
-    report = survey(_load(options.problems), options.kernel, options.sample, options.seed, options.jobs, lambda line: print(line, flush=True))
+    report = survey(
+        _load(options.problems),
+        options.kernel,
+        options.sample,
+        options.seed,
+        options.jobs,
+        lambda line: print(line, flush=True),
+    )
     print(report)
     return int(report.share < options.at_least)
 

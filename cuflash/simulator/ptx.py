@@ -13,8 +13,28 @@ from typing import Union
 
 __all__ = ["Function", "Imm", "Instr", "Loc", "Mem", "Module", "Name", "PtxError", "Reg", "Symbol", "Vec", "parse"]
 
-WIDTHS = {"pred": 0, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
-          "f16x2": 4, "bf16x2": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16}
+WIDTHS = {
+    "pred": 0,
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "b128": 16,
+}
 
 
 class PtxError(ValueError):
@@ -138,9 +158,7 @@ _LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+([^\n]*)")
 _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+\d+")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"[^\n]*')
-_VAR = re.compile(
-    r"(?:\.(?:extern|visible|weak|common)\s+)*\.(global|const|shared|local|param)\b\s*(.*)", re.S
-)
+_VAR = re.compile(r"(?:\.(?:extern|visible|weak|common)\s+)*\.(global|const|shared|local|param)\b\s*(.*)", re.S)
 _VARNAME = re.compile(r"([A-Za-z_$%][\w$]*)\s*((?:\[\s*\d*\s*\])*)\s*(?:=\s*(.*))?$", re.S)
 _INT = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 _ADDRESS = re.compile(r"([^+\-\s]+|-\d+)\s*(?:([+-])\s*(-?\w+))?$")
@@ -260,7 +278,9 @@ class _Parser:
         self.pos = m.end()
         inlined = _INLINED.search(m.group(3))
         outer = Loc(int(inlined.group(1)), int(inlined.group(2))) if inlined else None
-        if int(m.group(2)) > 0 or self.loc is None:  # line 0: the compiler has no line; the one before is the better guess
+        if (
+            int(m.group(2)) > 0 or self.loc is None
+        ):  # line 0: the compiler has no line; the one before is the better guess
             self.loc = Loc(int(m.group(1)), int(m.group(2)), outer)
 
     def variable(self, body: str) -> list[Symbol]:
@@ -301,8 +321,17 @@ class _Parser:
                 count *= int(dim) if dim else 0
             width = WIDTHS[type_]
             init, relocations = self.initial(name.group(3), type_, count * width) if name.group(3) else (None, ())
-            out.append(Symbol(name.group(1), space, align or width * vector, 0 if extern and not name.group(2) else count * width, init,
-                              relocations, type_))
+            out.append(
+                Symbol(
+                    name.group(1),
+                    space,
+                    align or width * vector,
+                    0 if extern and not name.group(2) else count * width,
+                    init,
+                    relocations,
+                    type_,
+                )
+            )
         return out
 
     def initial(self, text: str, type_: str, size: int) -> tuple[bytes, tuple[tuple[int, str], ...]]:
@@ -328,17 +357,25 @@ class _Parser:
 
     def function(self) -> None:
         start = self.pos
-        head_end = min(p for p in (self.text.find("{", self.pos), self.text.find(";", self.pos), len(self.text)) if p >= 0)
+        head_end = min(
+            p for p in (self.text.find("{", self.pos), self.text.find(";", self.pos), len(self.text)) if p >= 0
+        )
         head = self.text[self.pos : head_end]
         self.pos = head_end + 1
-        m = re.match(r"\s*(?:\.(?:visible|extern|weak|common)\s+)*\.(entry|func)\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*(?:\(([^)]*)\))?(.*)", head, re.S)
+        m = re.match(
+            r"\s*(?:\.(?:visible|extern|weak|common)\s+)*\.(entry|func)\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*(?:\(([^)]*)\))?(.*)",
+            head,
+            re.S,
+        )
         if not m:
             raise self.fail("a function head that cannot be read", start)
         kind, returns, name, params, directives = m.groups()
         if self.text[head_end : head_end + 1] == ";":
             self.module.declared.add(name)
             return
-        function = Function(name, kind == "entry", self.params(params or ""), self.params(returns or ""), ptx_line=self.line(start))
+        function = Function(
+            name, kind == "entry", self.params(params or ""), self.params(returns or ""), ptx_line=self.line(start)
+        )
         for key, values in re.findall(r"\.(\w+)([\d,\s]*)", directives):
             function.directives[key] = tuple(int(v) for v in re.findall(r"\d+", values))
         for sym in function.params + function.returns:

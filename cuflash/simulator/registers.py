@@ -14,7 +14,7 @@ import numpy as np
 from .ptx import Function, Reg
 
 if TYPE_CHECKING:
-    from .decode import Emitted
+    from .decoder import Emitted
 
 __all__ = ["allocate"]
 
@@ -130,7 +130,9 @@ def _intervals(
     size = n_regs // 8 + 1
 
     def members(mask: int) -> np.ndarray:
-        return np.unpackbits(np.frombuffer(mask.to_bytes(size, "little"), np.uint8), bitorder="little")[:n_regs].astype(bool)
+        return np.unpackbits(np.frombuffer(mask.to_bytes(size, "little"), np.uint8), bitorder="little")[:n_regs].astype(
+            bool
+        )
 
     for k, (s, stop) in enumerate(zip(starts, ends)):
         inside, outside = members(live_in[k]), members(live_out[k])

@@ -16,7 +16,11 @@ __all__ = ["Finding", "SimulationError", "describe"]
 
 # By number in runtime.hpp: the check's name, whether the address is in shared memory, and what to look at.
 _KINDS: dict[int, tuple[str, str, str]] = {
-    1: ("bounds", "global", "look at the index: is the last element one too far, is a mask missing, is the array named in `arrays`?"),
+    1: (
+        "bounds",
+        "global",
+        "look at the index: is the last element one too far, is a mask missing, is the array named in `arrays`?",
+    ),
     2: ("bounds", "shared", "look at the index and at the bytes of shared memory of the launch"),
     3: ("bounds", "local", "look at the index of the thread's own array or of the parameter"),
     4: ("misalignment", "any", "vector accesses need addresses that are multiples of their size"),
@@ -24,18 +28,26 @@ _KINDS: dict[int, tuple[str, str, str]] = {
     6: ("in_flight", "shared", "look at cp.async.wait_group: does it wait for the group that wrote these bytes?"),
     7: ("never_waited", "shared", "wait for all copies (cp.async.wait_all) before the kernel ends"),
     8: ("shared_race", "shared", "a barrier (__syncthreads, or __syncwarp within a warp) has to stand between the two"),
-    9: ("global_race", "global", "the writer has to release (fence and atomic after a block barrier) and the reader to acquire"),
+    9: (
+        "global_race",
+        "global",
+        "the writer has to release (fence and atomic after a block barrier) and the reader to acquire",
+    ),
     10: ("divergent_barrier", "none", "all threads of the block have to reach the same barrier"),
     11: ("divergent_warp", "none", "all lanes named by the mask have to be alive and to execute the same instruction"),
     12: ("deadlock", "none", "see which threads wait, and for what"),
-    13: ("deadlock", "none", "a loop that waits for something that never comes, or a launch that needs a longer time_limit"),
+    13: (
+        "deadlock",
+        "none",
+        "a loop that waits for something that never comes, or a launch that needs a longer time_limit",
+    ),
     14: ("assert", "none", ""),
     15: ("bounds", "global", "the array is read-only: not writeable in NumPy, or named in `readonly`"),
     16: ("mbarrier", "shared", "look at the barrier's initialisation and at its counts"),
     17: ("trap", "none", ""),
     18: ("internal", "none", "the simulator itself is at fault"),
     19: ("internal", "none", "calls nest too deeply"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,14 @@ def _global_name(regions: Sequence[tuple[str, int, int]], address: int) -> str:
     return f"{address:#x}"
 
 
-def describe(raw: Any, program: Program, module: str, grid: Sequence[int], block: Sequence[int], regions: Sequence[tuple[str, int, int]]) -> Finding:
+def describe(
+    raw: Any,
+    program: Program,
+    module: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    regions: Sequence[tuple[str, int, int]],
+) -> Finding:
     """Turns what the machine wrote down into a finding."""
     check, space, hint = _KINDS[raw.kind]
 
@@ -155,15 +174,35 @@ def describe(raw: Any, program: Program, module: str, grid: Sequence[int], block
     where, thread = _index(raw.block, grid), _index(raw.thread, block)
     message = re.sub(r"(\d+)@(\d+)", waiting, raw.text.decode(errors="replace")).rstrip(";")
     other_line = other_block = other_thread = None
-    lines = [f"{check}: {message}", f"  kernel      {program.name}", f"  source      {place}", f"  block       {where}, thread {thread}"]
+    lines = [
+        f"{check}: {message}",
+        f"  kernel      {program.name}",
+        f"  source      {place}",
+        f"  block       {where}, thread {thread}",
+    ]
     if address:
         lines.append(f"  address     {address}")
     if raw.has_other:
         _, other_line, other_place = _place(program, loc_of(raw.other_pc), module)
         other_block, other_thread = _index(raw.other_block, grid), _index(raw.other_thread, block)
-        lines.append(f"  other       {('read', 'write', 'waits')[raw.other_write]} at {other_place}, block {other_block}, thread {other_thread}")
+        lines.append(
+            f"  other       {('read', 'write', 'waits')[raw.other_write]} at {other_place}, block {other_block}, thread {other_thread}"
+        )
     lines.append(f"  instruction {program.texts[raw.pc]}")
     if hint:
         lines.append(f"  look at     {hint}")
-    return Finding(check, program.name, file, line, where, thread, address, message, other_line, other_block, other_thread,
-                   program.texts[raw.pc], "\n".join(lines))  # fmt: skip
+    return Finding(
+        check,
+        program.name,
+        file,
+        line,
+        where,
+        thread,
+        address,
+        message,
+        other_line,
+        other_block,
+        other_thread,
+        program.texts[raw.pc],
+        "\n".join(lines),
+    )
