@@ -114,7 +114,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
                 float lse;
                 const float factor = finish_row(p, at.head, merged, lse);
                 store_answer(p, at, vector, o, factor);
-                if (vector == 0) p.softmax_lse[at.lse] = lse;
+                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
             } else {
                 store_global(partial_output(p, slot) + row * kVectors + vector, o);
                 if (vector == 0) partial_states(p, slot)[row] = make_float2(merged.maximum, merged.sum);
@@ -189,7 +189,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             float lse;
             const float factor = finish_row(p, at.head, merged, lse);
             if (vector < kVectors) store_answer(p, at, vector, o, factor);
-            if (vector == 0) p.softmax_lse[at.lse] = lse;
+            if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
         }
     }
 }

@@ -6,7 +6,7 @@ struct DecodeParams {
     const void* k_cache;          // (pages, page_size, heads_kv, headdim); contiguous caches are pages of a whole row
     const void* v_cache;          // (pages, page_size, heads_kv, headdim_v)
     void* out;                    // (batch, seqlen_q, heads_q, headdim_v) or (total_q, heads_q, headdim_v)
-    float* softmax_lse;           // (batch, heads_q, seqlen_q) or (heads_q, total_q)
+    float* softmax_lse;           // (batch, heads_q, seqlen_q) or (heads_q, total_q), or null: nobody asks
     const float* sinks;           // (heads_q,) or null
     const int* cache_seqlens;     // (batch,)
     const int* cache_leftpad;     // (batch,) or null
