@@ -114,6 +114,11 @@ def is_on_device(native: NativeArray) -> bool:
     return not isinstance(native, np.ndarray)
 
 
+def is_device_type(kind: type) -> bool:
+    """Whether arrays of a type that has come in before are CuPy's own, which come in as they are."""
+    return _importers.get(kind) is _import_itself
+
+
 # ------------------------------------------------------------------------------------------------ kinds of arrays
 def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
     """Choose how arrays of the type of ``x`` come in."""

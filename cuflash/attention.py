@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backends
+from . import backends, repeat
 from .arrays import NativeArray, empty, export_array, import_array, import_index, is_on_device
 from .dtypes import dtype_name, numpy_dtype
 from .problem import Problem, boolean, first_difference, integer, make_problem, real
@@ -176,6 +176,24 @@ def flash_attn_with_kvcache(
         >>> out.shape
         (2, 1, 8, 64)
     """
+    signature = None
+    if isinstance(scheduler_metadata, SchedulerMetadata):
+        given = {
+            "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
+            "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens, "cache_seqlens": cache_seqlens,
+            "cache_leftpad": cache_leftpad, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new,
+            "cache_batch_idx": cache_batch_idx, "page_table": page_table, "sinks": sinks, "out": out,
+            "softmax_lse": softmax_lse,
+        }  # fmt: skip
+        options = (
+            qv, q_descale, k_descale, v_descale, max_seqlen_q, softmax_scale, causal, attention_chunk, softcap,
+            rotary_interleaved, num_splits, pack_gqa, sm_margin, return_softmax_lse, split_size, kv_dtype, layout,
+            scheduler_metadata.max_seqlen_k,
+        )  # fmt: skip
+        signature, call = repeat.find(scheduler_metadata.calls, tuple(given.values()), options, window_size)
+        if call is not None and _are_aligned(given):
+            return call(given, scheduler_metadata)
+
     for name, value in (("qv", qv), ("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
         if value is not None:
             raise NotImplementedError(f"{name} is not implemented yet")
@@ -273,7 +291,10 @@ def flash_attn_with_kvcache(
     metadata = scheduler_metadata
     if metadata is None and backend.USES_PLAN:
         metadata = make_metadata(problem, lengths, _longest(lengths, capacity, on_device, problem), pack_gqa)
-    backend.attend(problem, operands, metadata)
+    launches = backend.attend(problem, operands, metadata)
+    if scheduler_metadata is not None and launches is not None and _are_as_given(operands, given):
+        call = _Call(backend, launches, result, result_lse, return_softmax_lse)
+        repeat.remember(scheduler_metadata.calls, signature, call)
     answer = export_array(result, q) if out is None else out
     if not return_softmax_lse:
         return answer
@@ -327,6 +348,45 @@ def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     if ragged:
         out, lse = out[0], lse[0]
     return export_array(out, like), export_array(lse, like)
+
+
+# -------------------------------------------------------------------------------------------------------- repetition
+class _Call:
+    """A call that has been checked and prepared, for calls with the same signature."""
+
+    def __init__(
+        self, backend: Any, launches: Any, out: NativeArray, softmax_lse: NativeArray, return_softmax_lse: bool
+    ) -> None:
+        self._backend, self._launches = backend, launches
+        self._out, self._lse = (out.shape, out.dtype), softmax_lse.shape
+        self._return_lse = return_softmax_lse
+
+    def __call__(self, arrays: dict[str, Any], metadata: SchedulerMetadata) -> Any:
+        """Attend; the arrays are those of the caller, by the names of the arguments."""
+        out, lse = arrays["out"], arrays["softmax_lse"]
+        if out is None:
+            arrays["out"] = out = empty(*self._out, arrays["q"])
+        if lse is None and self._return_lse:
+            arrays["softmax_lse"] = lse = empty(self._lse, np.float32, out)
+        arrays["plan"] = metadata.array
+        self._backend.repeat(self._launches, arrays)
+        return (out, lse) if self._return_lse else out
+
+
+def _are_as_given(operands: Operands, given: dict[str, Any]) -> bool:
+    """Whether no argument had to be copied: a repeated call hands them on as they are."""
+    used = {**operands.__dict__, **operands.lengths.__dict__}
+    # Caches are views of what was given, and never copied; outputs were made if they were not given.
+    same = set(given) - {"k_cache", "v_cache", "out", "softmax_lse"}
+    return all(used[name] is given[name] for name in same)
+
+
+def _are_aligned(arrays: dict[str, Any]) -> bool:
+    """Whether what kernels read by 16 bytes begins where they can."""
+    bits = arrays["q"].data.ptr | arrays["k_cache"].data.ptr | arrays["v_cache"].data.ptr
+    if arrays["k"] is not None:
+        bits |= arrays["k"].data.ptr | arrays["v"].data.ptr
+    return bits % 16 == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

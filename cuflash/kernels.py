@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ from .tiling import MAX_BLOCKS_PER_SM, Tiling
 
 if TYPE_CHECKING:
     from .attention import Operands
-    from .scheduling import Lengths, SchedulerMetadata
+    from .scheduling import SchedulerMetadata
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "Float32"}
 _LOG2E = math.log2(math.e)
@@ -170,157 +172,195 @@ class Machine(Protocol):
         """Launch a kernel; ``arrays`` names all memory that it may touch."""
 
 
-def plan(
-    machine: Machine, problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray
-) -> None:
-    """Launch the planner: one block, whatever the batch."""
-    threads, shared_bytes, values = plan_launch(problem, tiling, num_blocks, array.size)
-    arrays = {"plan": array, **lengths.__dict__}
-    params = _params(machine, "plan.cu", "PlanParams", arrays)
-    for name, value in values.items():
-        params[name] = value
-    machine.launch(Variant("plan"), 1, threads, shared_bytes, params, arrays)
+class Launch:
+    """A launch that lacks nothing but the addresses of its arrays: all else that it passes follows from shapes."""
+
+    def __init__(
+        self, variant: Variant, struct: str, grid: int, threads: int, shared_bytes: int, values: Mapping[str, Any]
+    ) -> None:
+        """Fill in the parameters.
+
+        Args:
+            variant: The kernel.
+            struct: Name of its parameter struct, whose pointers come first.
+            grid: Blocks.
+            threads: Threads of a block.
+            shared_bytes: Dynamic shared memory of a block.
+            values: Fields of the struct that are not pointers; those that are missing are 0.
+        """
+        self._shape = variant, grid, threads, shared_bytes
+        self._dtype = struct_dtype(variant.file, struct)
+        params = np.zeros(1, self._dtype)
+        for name, value in values.items():
+            params[name] = value
+        self._template = params.tobytes()
+        self._pointers = [name for name in self._dtype.names or () if self._dtype[name] == np.uint64]
+        self._fill = Struct(f"{len(self._pointers)}Q").pack_into
+
+    def __call__(self, machine: Machine, arrays: Mapping[str, NativeArray | None]) -> None:
+        """Launch.
+
+        Args:
+            machine: Where.
+            arrays: The arrays by the names of their parameters; None is a null pointer.
+        """
+        mine = {name: arrays[name] for name in self._pointers}
+        address = machine.address
+        params = bytearray(self._template)  # a copy: other threads may launch at the same time
+        self._fill(params, 0, *[0 if array is None else address(array) for array in mine.values()])
+        machine.launch(*self._shape, np.frombuffer(params, self._dtype), mine)
 
 
-def decode(machine: Machine, problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
-    """Launch attention on a plan: one launch, or two where new keys are appended."""
-    q = _aligned(machine, operands.q)
-    if operands.k is not None:
-        q = append(machine, problem, operands, q)
-    if operands.out.size == 0:
-        return
-    tiling = metadata.tiling
-    items = problem.batch_size * problem.num_heads_kv * tiling.row_blocks
-    max_splits = -(-max(metadata.max_seqlen_k, 1) // problem.split_size) if problem.split_size else 0
-    slots = items * max_splits if problem.split_size else 2 * metadata.num_blocks
-    partials, counters = machine.workspace(
-        slots * tiling.rows * (tiling.headdim_v + 2), metadata.device.num_sm * MAX_BLOCKS_PER_SM
-    )
+class Attention:
+    """The launches of a call: attention on a plan, and before it the append if there are new keys.
 
-    lengths, k_cache, v_cache = operands.lengths, operands.k_cache, operands.v_cache
-    arrays = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "out": operands.out,
-        "softmax_lse": operands.softmax_lse,
-        "sinks": operands.sinks,
-        "cache_seqlens": lengths.cache_seqlens,
-        "cache_leftpad": lengths.cache_leftpad,
-        "cache_batch_idx": operands.cache_batch_idx,
-        "page_table": operands.page_table,
-        "cu_seqlens_q": lengths.cu_seqlens_q,
-        "cu_seqlens_k_new": lengths.cu_seqlens_k_new,
-        "plan": metadata.array,
-        "partials": partials,
-        "counters": counters,
+    They fit every call on this plan whose arrays have the same shapes, strides and dtypes.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
+        """Prepare the launches; of the operands only shapes, strides and numbers count."""
+        self._append = None if operands.k is None else _append_launch(problem, operands)
+        self._rotated = None if operands.rotary_cos is None else (operands.q.shape, operands.q.dtype)
+        self._decode = None
+        if operands.out.size:
+            tiling = metadata.tiling
+            slots, max_splits = 2 * metadata.num_blocks, 0
+            if problem.split_size:
+                max_splits = -(-max(metadata.max_seqlen_k, 1) // problem.split_size)
+                slots = problem.batch_size * problem.num_heads_kv * tiling.row_blocks * max_splits
+            partials = slots * tiling.rows * (tiling.headdim_v + 2)
+            self._workspace = partials, metadata.device.num_sm * MAX_BLOCKS_PER_SM
+            self._decode = _decode_launch(problem, operands, metadata, slots, max_splits)
+
+    def __call__(self, machine: Machine, arrays: dict[str, NativeArray | None]) -> None:
+        """Launch on the arrays of a call; see :func:`named`, whose result is changed."""
+        if self._append is not None:
+            arrays["q_rotated"] = machine.empty(*self._rotated) if self._rotated else None
+            self._append(machine, arrays)
+            if self._rotated:
+                arrays["q"] = arrays["q_rotated"]
+        if self._decode is not None:
+            arrays["partials"], arrays["counters"] = machine.workspace(*self._workspace)
+            self._decode(machine, arrays)
+
+
+def named(operands: Operands, metadata: SchedulerMetadata) -> dict[str, NativeArray | None]:
+    """Return the arrays of a call by the names of the parameters that take them."""
+    arrays = {**operands.__dict__, **operands.lengths.__dict__}
+    arrays["plan"] = metadata.array
+    return arrays
+
+
+def plan(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -> Launch:
+    """Return the launch of the planner: one block, whatever the batch."""
+    threads, shared_bytes, values = plan_launch(problem, tiling, num_blocks, words)
+    return Launch(Variant("plan"), "PlanParams", 1, threads, shared_bytes, values)
+
+
+def aligned(machine: Machine, operands: Operands) -> Operands:
+    """Return operands whose queries and new keys the kernels can read; copies of those that they cannot."""
+    copies = {}
+    for name in ("q", "k", "v"):
+        array = getattr(operands, name)
+        if array is not None:
+            copy = _aligned(machine, array)
+            if copy is not array:
+                copies[name] = copy
+    return replace(operands, **copies) if copies else operands
+
+
+def _decode_launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, slots: int, max_splits: int
+) -> Launch:
+    tiling, ragged = metadata.tiling, problem.cu_seqlens_q
+    q, lse, page_table = operands.q, operands.softmax_lse, operands.page_table
+    lse_strides = _strides(lse)
+    # Rotated queries are new memory.
+    q_strides = _strides(q) if operands.rotary_cos is None else _contiguous_strides(q.shape)
+    values: dict[str, Any] = {
+        **_row_strides("q", q_strides, ragged),
+        **_row_strides("out", _strides(operands.out), ragged),
+        "lse_head_stride": lse_strides[-2],
+        "lse_batch_stride": 0 if ragged else lse_strides[0],
+        "page_table_stride": 0 if page_table is None else _strides(page_table)[0],
+        "page_size": operands.k_cache.shape[1],
+        "max_seqlen_q": problem.max_seqlen_q,
+        "max_seqlen_k_new": problem.max_seqlen_k_new,
+        "num_heads_kv": problem.num_heads_kv,
+        "group": problem.group,
+        "row_blocks": tiling.row_blocks,
+        "window_left": problem.window[0],
+        "window_right": problem.window[1],
+        "attention_chunk": problem.attention_chunk,
+        "split_size": problem.split_size or 0,
+        "max_splits": max_splits,
+        "num_slots": slots,
     }
-    params = _params(machine, "decode.cu", "DecodeParams", arrays)
-    ragged = problem.cu_seqlens_q
-    _set_row_strides(params, "q", q, ragged)
-    _set_row_strides(params, "out", operands.out, ragged)
-    lse_strides = _strides(operands.softmax_lse)
-    params["lse_head_stride"] = lse_strides[-2]
-    params["lse_batch_stride"] = 0 if ragged else lse_strides[0]
-    if operands.page_table is not None:
-        params["page_table_stride"] = _strides(operands.page_table)[0]
-    for name, cache in (("k", k_cache), ("v", v_cache)):
+    for name, cache in (("k", operands.k_cache), ("v", operands.v_cache)):
         for axis, stride in zip(("page", "row", "head"), cache.strides, strict=False):
-            params[f"{name}_{axis}_stride"] = stride // 16
-    params["page_size"] = k_cache.shape[1]
-    for name, divisor in (("page_size", k_cache.shape[1]), ("group", problem.group)):
-        params[f"{name}_magic"], params[f"{name}_shift"] = _multiplier(divisor)
-    params["max_seqlen_q"] = problem.max_seqlen_q
-    params["max_seqlen_k_new"] = problem.max_seqlen_k_new
-    params["num_heads_kv"] = problem.num_heads_kv
-    params["group"] = problem.group
-    params["row_blocks"] = tiling.row_blocks
-    params["window_left"], params["window_right"] = problem.window
-    params["attention_chunk"] = problem.attention_chunk
-    params["split_size"] = problem.split_size or 0
-    params["max_splits"] = max_splits
-    params["num_slots"] = slots
+            values[f"{name}_{axis}_stride"] = stride // 16
+    for name, divisor in (("page_size", operands.k_cache.shape[1]), ("group", problem.group)):
+        values[f"{name}_magic"], values[f"{name}_shift"] = _multiplier(divisor)
     scale = operands.softmax_scale * _LOG2E
     if problem.has_softcap:
-        params["tanh_scale"] = 2 * scale / operands.softcap
-        params["score_cap"] = operands.softcap * _LOG2E
+        values["tanh_scale"] = 2 * scale / operands.softcap
+        values["score_cap"] = operands.softcap * _LOG2E
         scale = 1.0
     elif scale < 0:
-        params["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
+        values["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
     # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
-    params["score_scale"] = max(abs(scale), 1e-30)
-    params["score_slack"] = 8 / max(abs(scale), 1e-30)
+    values["score_scale"] = max(abs(scale), 1e-30)
+    values["score_slack"] = 8 / max(abs(scale), 1e-30)
     variant = decode_variant(problem, tiling)
-    machine.launch(variant, metadata.num_blocks, 32 * tiling.warps, tiling.shared_bytes, params, arrays)
+    return Launch(variant, "DecodeParams", metadata.num_blocks, 32 * tiling.warps, tiling.shared_bytes, values)
 
 
-def append(machine: Machine, problem: Problem, operands: Operands, q: NativeArray) -> NativeArray:
-    """Write the new keys and values into the cache; return the queries, rotated if the call rotates."""
-    k, v = _aligned(machine, operands.k), _aligned(machine, operands.v)
-    cos = operands.rotary_cos
-    rotates = cos is not None
-    q_rotated = machine.empty(q.shape, q.dtype) if rotates else None
-    lengths = operands.lengths
-    arrays = {
-        "q": q,
-        "q_rotated": q_rotated,
-        "k": k,
-        "v": v,
-        "k_cache": operands.k_cache,
-        "v_cache": operands.v_cache,
-        "rotary_cos": cos,
-        "rotary_sin": operands.rotary_sin,
-        "cache_seqlens": lengths.cache_seqlens,
-        "rotary_seqlens": operands.rotary_seqlens,
-        "cache_batch_idx": operands.cache_batch_idx,
-        "page_table": operands.page_table,
-        "cu_seqlens_q": lengths.cu_seqlens_q,
-        "cu_seqlens_k_new": lengths.cu_seqlens_k_new,
-    }
-    params = _params(machine, "append.cu", "AppendParams", arrays)
-    _set_row_strides(params, "q", q, problem.cu_seqlens_q)
-    for name, new in (("k", k), ("v", v)):
-        strides = _strides(new)
-        params[f"{name}_batch_stride"] = 0 if problem.cu_seqlens_k_new else strides[0]
-        params[f"{name}_token_stride"], params[f"{name}_new_head_stride"] = strides[-3], strides[-2]
-    for name, cache in (("k", operands.k_cache), ("v", operands.v_cache)):
-        for axis, stride in zip(("page", "row", "head"), _strides(cache), strict=False):
-            params[f"{name}_{axis}_stride"] = stride
-    page_size = operands.k_cache.shape[1]
-    if operands.page_table is not None:
-        params["page_table_stride"] = _strides(operands.page_table)[0]
-        params["capacity"] = min(operands.page_table.shape[1] * page_size, 2**31 - 1)
-    else:
-        params["capacity"] = page_size
-    query_tokens = math.prod(q.shape[:-2]) if rotates else 0
-    new_tokens = math.prod(k.shape[:-2])
-    params["batch_size"] = problem.batch_size
-    params["query_tokens"] = query_tokens
-    params["new_tokens"] = new_tokens
-    params["max_seqlen_q"] = problem.max_seqlen_q
-    params["max_seqlen_k_new"] = problem.max_seqlen_k_new
-    params["num_heads_q"], params["num_heads_kv"] = problem.num_heads_q, problem.num_heads_kv
-    params["headdim"], params["headdim_v"] = problem.headdim, problem.headdim_v
-    params["page_size"] = page_size
-    if cos is not None:
-        params["rotary_dim"] = 2 * cos.shape[1]
-    params["rotary_interleaved"] = operands.rotary_interleaved
-    params["rotary_moves"] = operands.rotary_moves
+def _append_launch(problem: Problem, operands: Operands) -> Launch | None:
+    """Return the launch that writes new keys and values into the cache, and rotates the queries if the call does."""
+    q, k_cache, page_table, cos = operands.q, operands.k_cache, operands.page_table, operands.rotary_cos
+    k: NativeArray = operands.k
+    query_tokens, new_tokens = 0 if cos is None else math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
     rows = query_tokens * problem.num_heads_q + 2 * new_tokens * problem.num_heads_kv
-    if rows:
-        machine.launch(append_variant(problem.qkv_dtype), -(-rows // _ROW_WARPS), 32 * _ROW_WARPS, 0, params, arrays)
-    return q_rotated if rotates else q
+    if not rows:
+        return None
+    page_size = k_cache.shape[1]
+    capacity = page_size if page_table is None else min(page_table.shape[1] * page_size, 2**31 - 1)
+    values: dict[str, Any] = {
+        **_row_strides("q", _strides(q), problem.cu_seqlens_q),
+        "page_table_stride": 0 if page_table is None else _strides(page_table)[0],
+        "capacity": capacity,
+        "batch_size": problem.batch_size,
+        "query_tokens": query_tokens,
+        "new_tokens": new_tokens,
+        "max_seqlen_q": problem.max_seqlen_q,
+        "max_seqlen_k_new": problem.max_seqlen_k_new,
+        "num_heads_q": problem.num_heads_q,
+        "num_heads_kv": problem.num_heads_kv,
+        "headdim": problem.headdim,
+        "headdim_v": problem.headdim_v,
+        "page_size": page_size,
+        "rotary_dim": 0 if cos is None else 2 * cos.shape[1],
+        "rotary_interleaved": operands.rotary_interleaved,
+        "rotary_moves": operands.rotary_moves,
+    }
+    for name, new, cache in (("k", k, k_cache), ("v", operands.v, operands.v_cache)):
+        strides = _strides(new)
+        values[f"{name}_batch_stride"] = 0 if problem.cu_seqlens_k_new else strides[0]
+        values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
+        for axis, stride in zip(("page", "row", "head"), _strides(cache), strict=False):
+            values[f"{name}_{axis}_stride"] = stride
+    grid = -(-rows // _ROW_WARPS)
+    return Launch(append_variant(problem.qkv_dtype), "AppendParams", grid, 32 * _ROW_WARPS, 0, values)
 
 
 def merge(machine: Machine, outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
     """Launch the merge of partial results: outs (states, batch, queries, heads, headdim), contiguous."""
     if out.size == 0:
         return
-    arrays = {"outs": outs, "lses": lses, "out": out, "lse": lse}
-    params = _params(machine, "merge.cu", "MergeParams", arrays)
-    params["states"], params["batch_size"], params["queries"], params["heads"], params["headdim"] = outs.shape
-    rows = math.prod(outs.shape[1:-1])
-    machine.launch(merge_variant(outs.dtype.name), -(-rows // _ROW_WARPS), 32 * _ROW_WARPS, 0, params, arrays)
+    values = dict(zip(("states", "batch_size", "queries", "heads", "headdim"), outs.shape, strict=True))
+    grid = -(-math.prod(outs.shape[1:-1]) // _ROW_WARPS)
+    launch = Launch(merge_variant(outs.dtype.name), "MergeParams", grid, 32 * _ROW_WARPS, 0, values)
+    launch(machine, {"outs": outs, "lses": lses, "out": out, "lse": lse})
 
 
 def _multiplier(divisor: int) -> tuple[int, int]:
@@ -332,27 +372,20 @@ def _multiplier(divisor: int) -> tuple[int, int]:
     return -(-(1 << (31 + shift)) // max(divisor, 1)), shift
 
 
-def _params(machine: Machine, file: str, struct: str, arrays: dict[str, NativeArray | None]) -> np.ndarray:
-    """Return a parameter struct, size 1, with the addresses of the arrays; absent arrays are null and dropped."""
-    params = np.zeros(1, struct_dtype(file, struct))
-    for name, array in list(arrays.items()):
-        if array is None:
-            del arrays[name]
-        else:
-            params[name] = machine.address(array)
-    return params
-
-
 def _strides(array: NativeArray) -> tuple[int, ...]:
     """Return strides in elements."""
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
-def _set_row_strides(params: np.ndarray, name: str, array: NativeArray, ragged: bool) -> None:
-    """Set the strides of queries or outputs: (batch, seqlen, heads, dim), or (total, heads, dim) if ragged."""
-    strides = _strides(array)
-    params[f"{name}_batch_stride"] = 0 if ragged else strides[0]
-    params[f"{name}_row_stride"], params[f"{name}_head_stride"] = strides[-3], strides[-2]
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides in elements of a new array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _row_strides(name: str, strides: tuple[int, ...], ragged: bool) -> dict[str, int]:
+    """Return the fields of the strides of queries or outputs: (batch, seqlen, heads, dim), or (total, heads, dim)."""
+    batch = 0 if ragged else strides[0]
+    return {f"{name}_batch_stride": batch, f"{name}_row_stride": strides[-3], f"{name}_head_stride": strides[-2]}
 
 
 def _aligned(machine: Machine, q: NativeArray) -> NativeArray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends
+from . import backends, repeat
 from .arrays import empty, import_index, is_on_device
 from .device import Device
 from .planner import plan_cuts, plan_sequences, plan_words, visible_keys
@@ -66,6 +67,7 @@ class SchedulerMetadata:
         max_seqlen_k: Upper bound of the key lengths as given; not binding.
         array: (words,) int32 in the memory of ``cache_seqlens``; its size depends on batch size and device alone.
         pack_gqa: As given. Query heads are always packed.
+        calls: Calls on this plan that need not be checked again; see ``repeat.py``.
 
     Example:
         >>> import cuflash, numpy as np
@@ -81,6 +83,10 @@ class SchedulerMetadata:
     max_seqlen_k: int
     array: NativeArray
     pack_gqa: bool | None = None
+    calls: repeat.Calls = field(default_factory=dict, init=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": {}}  # a copy remembers no calls: they hold functions
 
     def work(self) -> NDArray[Any]:
         """List what each block reads. On a GPU this copies the plan to the host.
@@ -264,6 +270,25 @@ def get_scheduler_metadata(
         >>> meta is cuflash.get_scheduler_metadata(3, 1, 4096, 32, 8, 128, lengths, page_size=16, causal=True, out=meta)
         True
     """
+    signature = None
+    if isinstance(out, SchedulerMetadata):
+        arrays = {
+            "cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k_new": cu_seqlens_k_new,
+        }  # fmt: skip
+        options = (
+            batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, qkv_dtype, headdim_v, page_size,
+            max_seqlen_k_new, causal, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin, split_size,
+            kv_dtype,
+        )  # fmt: skip
+        signature, call = repeat.find(out.calls, tuple(arrays.values()), options, window_size)
+        if call is not None:
+            backend, launches = call
+            out.max_seqlen_k = max_seqlen_k
+            arrays["plan"] = out.array
+            backend.repeat(launches, arrays)
+            return out
+
     problem = make_problem(
         batch_size,
         max_seqlen_q,
@@ -288,7 +313,9 @@ def get_scheduler_metadata(
     )
     max_seqlen_k = integer("max_seqlen_k", max_seqlen_k, 0)
     lengths = make_lengths(problem, cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad)
-    return make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out)
+    if signature is not None and any(getattr(lengths, name) is not array for name, array in arrays.items()):
+        signature = None  # one had to be copied
+    return make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out, signature)
 
 
 def make_metadata(
@@ -297,8 +324,17 @@ def make_metadata(
     max_seqlen_k: int,
     pack_gqa: bool | None = None,
     out: SchedulerMetadata | None = None,
+    signature: Hashable | None = None,
 ) -> SchedulerMetadata:
     """Plan ``problem`` for ``lengths`` on the backend that they belong to; the arguments are checked.
+
+    Args:
+        problem: The problem.
+        lengths: The lengths.
+        max_seqlen_k: Upper bound of the key lengths.
+        pack_gqa: As given.
+        out: A plan to refill.
+        signature: Under what ``out`` remembers the call, or None; see ``repeat.py``.
 
     Raises:
         TypeError: If ``out`` is not a plan.
@@ -322,7 +358,9 @@ def make_metadata(
     else:
         _check_out(out, problem, device, pack_gqa, is_on_device(lengths.cache_seqlens))
         out.max_seqlen_k = max_seqlen_k
-    backend.plan(problem, tiles, num_blocks, lengths, out.array)
+    launches = backend.plan(problem, tiles, num_blocks, lengths, out.array)
+    if launches is not None:
+        repeat.remember(out.calls, signature, (backend, launches))
     return out
 
 

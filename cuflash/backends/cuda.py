@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ..tiling import Tiling
 
 
+Launches = Callable[[kernels.Machine, dict[str, Any]], None]
+
+
 class CompileError(RuntimeError):
     """NVRTC refused a kernel variant."""
 
@@ -30,16 +34,34 @@ def device(array: NativeArray) -> Device:
     return _device(array.device.id)
 
 
-def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray) -> None:
-    """Fill a plan; see :func:`cuflash.get_scheduler_metadata`."""
-    with array.device:
-        kernels.plan(_machine, problem, tiling, num_blocks, lengths, array)
+def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray) -> Launches:
+    """Fill a plan; see :func:`cuflash.get_scheduler_metadata`. Returns what fills it again."""
+    launches = kernels.plan(problem, tiling, num_blocks, array.size)
+    repeat(launches, {"plan": array, **lengths.__dict__})
+    return launches
 
 
-def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
-    """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`."""
+def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> Launches | None:
+    """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`.
+
+    Returns:
+        What does it again for arrays of the same layout; None if an array had to be copied first.
+    """
     with operands.q.device:
-        kernels.decode(_machine, problem, operands, metadata)
+        readable = kernels.aligned(_machine, operands)
+        launches = kernels.Attention(problem, readable, metadata)
+        launches(_machine, kernels.named(readable, metadata))
+    return launches if readable is operands else None
+
+
+def repeat(launches: Launches, arrays: dict[str, Any]) -> None:
+    """Launch once more, on arrays by the names of their parameters."""
+    number = arrays["plan"].data.device_id
+    if number == cupy.cuda.runtime.getDevice():
+        launches(_machine, arrays)
+    else:
+        with cupy.cuda.Device(number):
+            launches(_machine, arrays)
 
 
 def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:

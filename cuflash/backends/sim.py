@@ -28,12 +28,13 @@ def device(array: NativeArray) -> Device:
 
 def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray) -> None:
     """Fill a plan; see :func:`cuflash.get_scheduler_metadata`."""
-    kernels.plan(_machine, problem, tiling, num_blocks, lengths, array)
+    kernels.plan(problem, tiling, num_blocks, array.size)(_machine, {"plan": array, **lengths.__dict__})
 
 
 def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
     """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`."""
-    kernels.decode(_machine, problem, operands, metadata)
+    operands = kernels.aligned(_machine, operands)
+    kernels.Attention(problem, operands, metadata)(_machine, kernels.named(operands, metadata))
 
 
 def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _INSTRUMENTS = {
+    "host": "microseconds of Python from a call to its launch (no GPU)",
     "cpu": "time of the NumPy backend beside torch on the CPU",
     "counters": "memory traffic, bank conflicts and instructions of the kernels on the simulator (no GPU)",
     "schedule": "how evenly plans share out the keys, beside FlashAttention-3 and FlashInfer",
