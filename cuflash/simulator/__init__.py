@@ -1,7 +1,8 @@
 """Runs CUDA kernels on a machine without a GPU, with the checks of a sanitizer and the counters of a profiler.
 
-The PTX that NVRTC makes from CUDA source is decoded to the instructions of a small machine (`engine.cpp`, `memory.cpp`, `ops.cpp`) that executes warps in
-lock step on the CPU: a register is an array of 32 lanes, lanes that diverge have program counters of their own.
+The PTX that NVRTC makes from CUDA source is decoded to the instructions of a small machine (`engine.cpp`,
+`memory.cpp`, `ops.cpp`) that executes warps in lock step on the CPU: a register is an array of 32 lanes, lanes that
+diverge have program counters of their own.
 
     mod = SimModule(source, arch="sm_90")
     kernel = mod.get_function("scale")

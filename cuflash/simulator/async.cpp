@@ -32,7 +32,9 @@ void complete(Launch &L, Mbarrier &b) {
 
 void arrive(Warp &w, u32 lane, const Place &p, u32 count, bool release, bool drop) {
     Mbarrier &b = barrier_at(w, lane, p);
-    if (s64(count) > b.pending) report(w, K_MBARRIER, lane, p.off, "%u arrivals at an mbarrier that waits for %lld", count, static_cast<long long>(b.pending));
+    if (s64(count) > b.pending)
+        report(w, K_MBARRIER, lane, p.off, "%u arrivals at an mbarrier that waits for %lld", count,
+               static_cast<long long>(b.pending));
     if (release && w.launch->races.on()) tell(w, lane, b.arriving);
     b.pending -= count;
     if (drop) b.expected -= count;
@@ -54,11 +56,14 @@ void perform(Pending &p) {
     p.warp->pc = p.pc;
     switch (p.what) {
         case Pending::TO_SHARED: {
-            const u8 *from = p.source_block ? p.source_block->shared + p.source : reinterpret_cast<const u8 *>(p.source);
+            const u8 *from =
+                p.source_block ? p.source_block->shared + p.source : reinterpret_cast<const u8 *>(p.source);
             memcpy(p.block->shared + p.destination, from, p.bytes);
             break;
         }
-        case Pending::TO_GLOBAL: memcpy(reinterpret_cast<void *>(p.destination), p.source_block->shared + p.source, p.bytes); break;
+        case Pending::TO_GLOBAL:
+            memcpy(reinterpret_cast<void *>(p.destination), p.source_block->shared + p.source, p.bytes);
+            break;
         case Pending::VALUE: memcpy(p.block->shared + p.destination, p.value, p.bytes); break;
         case Pending::ARRIVE: break;
     }
@@ -159,7 +164,9 @@ void wait(Warp &w, const Ins &i, u32 m) {  // o[0] predicate, o[1] state or pari
         if (!done()) {  // what is under way for this barrier may happen now
             auto &all = w.block->cluster->pending;
             for (size_t k = 0; k < all.size() && !done(); k++)
-                if (!all[k].done && all[k].what != Pending::TO_GLOBAL && all[k].barrier_block == p.block && all[k].barrier == p.off) perform(all[k]);
+                if (!all[k].done && all[k].what != Pending::TO_GLOBAL && all[k].barrier_block == p.block &&
+                    all[k].barrier == p.off)
+                    perform(all[k]);
         }
         if (done()) {
             yes |= 1u << l;
@@ -195,7 +202,9 @@ void copies_arrive(Warp &w, const Ins &i, u32 m) {  // cp.async.mbarrier.arrive;
 
 u32 bulk_bytes(Warp &w, const Ins &i, u32 l, u64 dst, u64 src) {
     u32 n = w.reg<u32>(i.o[2])[l];
-    if ((n & 15) || (dst & 15) || (src & 15)) report(w, K_MISALIGNED, l, (src & 15) ? src : dst, "a bulk copy of %u bytes; size and addresses have to be multiples of 16", n);
+    if ((n & 15) || (dst & 15) || (src & 15))
+        report(w, K_MISALIGNED, l, (src & 15) ? src : dst,
+               "a bulk copy of %u bytes; size and addresses have to be multiples of 16", n);
     return n;
 }
 void bulk_write(Warp &w, u32 l, const Place &to, u32 n, const Actor &actor) {
@@ -210,7 +219,8 @@ void bulk_to_shared(Warp &w, const Ins &i, u32 m) {  // c: source is GLOBAL or S
         u32 l = first(t);
         u64 dst = address_of(w, i, i.o[0], i.a, i.imm, l), src = address_of(w, i, i.o[1], i.b, s32(i.target), l);
         u32 n = bulk_bytes(w, i, l, dst, src);
-        Place to = shared_place(w, l, dst, n, true), bar = shared_place(w, l, address_of(w, i, i.o[3], i.d, 0, l), 8, true);
+        Place to = shared_place(w, l, dst, n, true),
+              bar = shared_place(w, l, address_of(w, i, i.o[3], i.d, 0, l), 8, true);
         Pending op{};
         op.what = Pending::TO_SHARED;
         op.actor = new_actor(*w.block);
@@ -287,7 +297,8 @@ void st_async(Warp &w, const Ins &i, u32 m) {
         u32 l = first(t), n = u32(i.a) * i.b;
         Place to = shared_place(w, l, address_of(w, i, i.o[12], i.d, i.imm, l), n, true);
         Place bar = shared_place(w, l, address_of(w, i, i.o[13], i.d, s32(i.target), l), 8, true);
-        if (to.off % n) report(w, K_MISALIGNED, l, to.off, "an access of %u bytes at an address that is no multiple of %u", n, n);
+        if (to.off % n)
+            report(w, K_MISALIGNED, l, to.off, "an access of %u bytes at an address that is no multiple of %u", n, n);
         barrier_at(w, l, bar);
         Pending op{};
         op.what = Pending::VALUE;
@@ -337,7 +348,8 @@ void check_block_exit(Block &b) {
         if (!ours || (p.done && p.what != Pending::TO_GLOBAL)) continue;
         if (b.launch->check(C_WAITED)) {
             p.warp->pc = p.pc;
-            report(*p.warp, K_NEVER_WAITED, p.lane, p.what == Pending::TO_GLOBAL ? p.source : p.destination, "the block exits without having waited for this copy");
+            report(*p.warp, K_NEVER_WAITED, p.lane, p.what == Pending::TO_GLOBAL ? p.source : p.destination,
+                   "the block exits without having waited for this copy");
         }
         if (!p.done) perform(p);
         p.bytes = 0;

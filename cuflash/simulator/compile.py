@@ -105,7 +105,8 @@ def find_compiler() -> tuple[str, ...]:
         import ziglang  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         raise CompilerNotFound(
-            "the simulator needs a C++ compiler to build its machine once: install g++ or clang++, set CXX, or `pip install ziglang`"
+            "the simulator needs a C++ compiler to build its machine once: install g++ or clang++, set CXX, "
+            "or `pip install ziglang`"
         ) from None
     return (sys.executable, "-m", "ziglang", "c++")
 
@@ -183,7 +184,8 @@ def _nvrtc() -> tuple[str, Any]:
         return "cupy", cupy_nvrtc
     except ImportError:
         raise CompilerNotFound(
-            "the simulator compiles kernels with NVRTC: `pip install cuda-bindings nvidia-cuda-nvrtc` (no GPU or driver is needed), or install CuPy"
+            "the simulator compiles kernels with NVRTC: `pip install cuda-bindings nvidia-cuda-nvrtc` "
+            "(no GPU or driver is needed), or install CuPy"
         ) from None
 
 

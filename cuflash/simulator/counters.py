@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,10 @@ REGION_COUNT = np.dtype(
 
 @dataclass(frozen=True)
 class ArrayCount:
-    """Global-memory traffic of one array. Bytes are those that lanes asked for; sectors have 32 bytes; ideal: the fewest that hold the bytes."""
+    """Global-memory traffic of one array.
+
+    Bytes are those that lanes asked for; sectors have 32 bytes; ideal is the fewest sectors that hold the bytes.
+    """
 
     read_bytes: int = 0
     read_sectors: int = 0
@@ -56,10 +59,10 @@ class Counters:
         shared_real: wavefronts with the conflicts that there were.
     """
 
-    def __init__(self, program: Program, pcs: np.ndarray, regions: Mapping[str, np.void]) -> None:
+    def __init__(self, program: Program, pcs: np.ndarray, regions: Mapping[str, Sequence[int]]) -> None:
         self._program = program
         self._pcs = pcs
-        self.arrays = {name: ArrayCount(*(int(v) for v in row)) for name, row in regions.items()}
+        self.arrays = {name: ArrayCount(*row) for name, row in regions.items()}
         classes: dict[str, int] = defaultdict(int)
         for name, n in zip(program.classes, pcs["executed"].tolist()):
             if n and name:
@@ -111,4 +114,5 @@ class Counters:
         return out
 
     def __repr__(self) -> str:
-        return f"Counters(instructions={self.instructions}, shared={self.shared_real}/{self.shared_ideal}, arrays={self.arrays})"
+        shared = f"{self.shared_real}/{self.shared_ideal}"
+        return f"Counters(instructions={self.instructions}, shared={shared}, arrays={self.arrays})"

@@ -1,7 +1,7 @@
-"""What decoding a kernel needs whatever its instructions are: operands, addresses, register places, the finished program.
+"""What decoding needs whatever the instruction is: operands, addresses, register places, the program.
 
-Each PTX instruction becomes one `Ins` of the machine (a handler, its operands as register slots, its parameters), now and
-then two. Whatever is not known raises `UnsupportedInstruction`.
+Each PTX instruction becomes one `Ins` of the machine (a handler, its operands as register slots, its parameters), now
+and then two. Whatever is not known raises `UnsupportedInstruction`.
 """
 
 from __future__ import annotations
@@ -242,12 +242,15 @@ class Decoder:
         self.local_size = _align(at, 16)
 
     def unknown(self, what: str = "") -> UnsupportedInstruction:
+        """The error for the instruction at hand."""
         text = f": {what}" if what else ""
         return UnsupportedInstruction(
-            f"{'.'.join(self.now.op)} is not an instruction that the simulator knows{text} (PTX line {self.now.ptx_line}: {self.now.text})"
+            f"{'.'.join(self.now.op)} is not an instruction that the simulator knows{text} "
+            f"(PTX line {self.now.ptx_line}: {self.now.text})"
         )
 
     def temp(self, width: int) -> Reg:
+        """A register that the kernel does not have."""
         reg = Reg(f"%temp{len(self.fn.regs)}", width, len(self.fn.regs))
         self.fn.regs.append(reg)
         return reg
@@ -266,6 +269,7 @@ class Decoder:
         cls: str = "",
         guarded: bool = True,
     ) -> None:
+        """Appends an instruction of the machine."""
         a, b, c, d = (*abcd, 0, 0, 0, 0)[:4]
         self.out.append(
             Emitted(
@@ -285,6 +289,7 @@ class Decoder:
         )
 
     def bits(self, imm: Imm, kind: str) -> int:
+        """The bits of a literal as a type."""
         width = WIDTHS.get(kind, 4)
         if kind in ("f32", "f64"):
             if imm.bits is not None:
@@ -334,14 +339,16 @@ class Decoder:
         raise self.unknown(f"operand {arg}")
 
     def special(self, reg: Reg, name: str) -> None:
+        """Reads a special register."""
         self.emit("special", {0: reg}, abcd=(SPECIAL[name], int(reg.width == 8)), cls="move")
 
     def address_of(self, name: str) -> int:
+        """The address of a variable within its space."""
         if name in self.offsets:
             return self.offsets[name][1]
         symbol = self.module.symbols.get(name)
         if symbol is not None and symbol.space in ("global", "const"):
-            # The address is known only when the module is loaded; until then a number stands for it that nothing else uses.
+            # The address is known only when the module is loaded; until then a number stands for it.
             number = _VARIABLE | list(self.module.symbols).index(name) << 32
             self.variables[number] = (name, 0)
             return number
@@ -358,12 +365,14 @@ class Decoder:
         raise self.unknown(f"{arg} is no predicate")
 
     def dest(self, arg: Operand, pred: bool = False) -> Reg:
+        """A register that is written."""
         if isinstance(arg, Reg) and (arg.width == 0) == pred:
             return arg
         raise self.unknown(f"{arg} cannot be written")
 
     @staticmethod
     def sink(arg: Operand) -> bool:
+        """Whether an operand is `_`, which drops the result."""
         return isinstance(arg, Name) and arg.text == "_"
 
     def address(self, arg: Operand, space: int) -> tuple[Reg | None, int, int]:
@@ -384,11 +393,13 @@ class Decoder:
         return None, 8, at + arg.offset
 
     def count(self, *allowed: int) -> list[Operand]:
+        """The operands, whose number must be one of those given."""
         if len(self.now.args) not in allowed:
             raise self.unknown(f"{len(self.now.args)} operands")
         return self.now.args
 
     def decode(self) -> None:
+        """Decodes the whole kernel."""
         for item in self.fn.code:
             if isinstance(item, Name):
                 self.labels[item.text] = len(self.out)
@@ -407,6 +418,7 @@ class Decoder:
         self.emit("nop", ctl=EXIT, cls="branch")
 
     def type_of(self, mods: Sequence[str]) -> tuple[str, list[str]]:
+        """The type, which comes last, and the other modifiers."""
         if not mods or mods[-1] not in TYPES:
             raise self.unknown("no type")
         return mods[-1], list(mods[:-1])
@@ -432,11 +444,13 @@ class Decoder:
         return flags
 
     def no_more(self, mods: Sequence[str]) -> None:
+        """Raises if a modifier is left over."""
         if mods:
             raise self.unknown(f"modifier .{mods[0]}")
 
     @staticmethod
     def cls_of(type_: str) -> str:
+        """The class that counters put arithmetic of a type into."""
         return "fp64" if type_ == "f64" else "fp16" if type_ in HALF else "fp32" if type_ == "f32" else "int"
 
     @staticmethod
@@ -454,6 +468,7 @@ class Decoder:
         abcd: Sequence[int] = (),
         cls: str = "",
     ) -> None:
+        """An operation of n operands and one result."""
         args = self.count(n + 1)
         kinds = types or [type_] * n
         dst = self.dest(args[0])
@@ -467,12 +482,13 @@ class Decoder:
         )
 
     def program(self, op_index: Mapping[str, int]) -> Program:
+        """The finished program."""
         slots_of, constants, slots = allocate(self.fn, self.out, self.labels, self.tables)
         code = np.zeros(len(self.out), INS)
         code["o"] = NONE
         code["guard"] = NONE
         rows = []
-        for pc, e in enumerate(self.out):
+        for e in self.out:
             if e.name not in op_index:
                 self.now = e.source or self.now
                 raise self.unknown(f"no handler {e.name}")

@@ -58,7 +58,8 @@ struct Engine {
         auto &g = w.groups;
         for (size_t i = 0; i < g.size(); i++)
             for (size_t j = i + 1; j < g.size();) {
-                bool joinable = (g[i].state == READY || g[i].state == WAIT_MEET) && (g[j].state == READY || g[j].state == WAIT_MEET);
+                bool joinable = (g[i].state == READY || g[i].state == WAIT_MEET) &&
+                                (g[j].state == READY || g[j].state == WAIT_MEET);
                 if (joinable && g[i].pc == g[j].pc && g[i].stack == g[j].stack) {
                     g[i].mask |= g[j].mask;
                     g[i].state = READY;
@@ -127,7 +128,8 @@ struct Engine {
                             if (g.state == WAIT_BARRIER) {
                                 w.pc = g.pc;
                                 report(w, K_DIVERGENT_BARRIER, first(g.mask), 0,
-                                       "%u of the block's %u threads have exited and never reach this barrier", b.threads - b.live, b.threads);
+                                       "%u of the block's %u threads have exited and never reach this barrier",
+                                       b.threads - b.live, b.threads);
                             }
                 }
                 expected = b.live;
@@ -168,7 +170,8 @@ struct Engine {
             bar.expected = expected;
             bar.pc = w.pc;
         } else if (L.check(C_BARRIERS) && bar.expected != expected) {
-            report(w, K_DIVERGENT_BARRIER, first(m), 0, "barrier %u is waited for with %u threads here and with %u elsewhere", id,
+            report(w, K_DIVERGENT_BARRIER, first(m), 0,
+                   "barrier %u is waited for with %u threads here and with %u elsewhere", id,
                    expected ? expected : b.threads, bar.expected ? bar.expected : b.threads);
         }
         if (L.races.on()) bar.parties.push_back(party(w, m, i.a != 1));
@@ -190,7 +193,9 @@ struct Engine {
     // May the lanes m of a group execute the warp operation now? `need` gets the lanes that have to be there.
     bool gathered(Warp &w, const Ins &i, u32 m, u32 &ready) {
         if (i.ctl == MEET_ALL) {
-            if (w.live != FULL) report(w, K_DIVERGENT_WARP, first(m), 0, "a warp operation needs 32 live lanes; %d are alive", __builtin_popcount(w.live));
+            if (w.live != FULL)
+                report(w, K_DIVERGENT_WARP, first(m), 0, "a warp operation needs 32 live lanes; %d are alive",
+                       __builtin_popcount(w.live));
             ready = m == FULL ? m : 0;
             return m == FULL;
         }
@@ -207,9 +212,12 @@ struct Engine {
             u32 l = first(rest), want = masks[l], have = 0;
             for (u32 t = m; t; t &= t - 1) have |= u32(masks[first(t)] == want) << first(t);
             rest &= ~have;
-            if (!((want >> l) & 1)) report(w, K_DIVERGENT_WARP, l, 0, "lane %u executes a warp operation whose mask %08x does not name it", l, want);
+            if (!((want >> l) & 1))
+                report(w, K_DIVERGENT_WARP, l, 0, "lane %u executes a warp operation whose mask %08x does not name it",
+                       l, want);
             if (want & ~w.live)
-                report(w, K_DIVERGENT_WARP, l, 0, "the mask %08x of a warp operation names lanes that have exited (%08x)", want, want & ~w.live);
+                report(w, K_DIVERGENT_WARP, l, 0,
+                       "the mask %08x of a warp operation names lanes that have exited (%08x)", want, want & ~w.live);
             if (have == want) ready |= have;
         }
         return ready == m;
@@ -280,7 +288,8 @@ struct Engine {
                     while (rest) {
                         u32 l = first(rest), same = 0;
                         for (u32 t = rest; t; t &= t - 1) same |= u32(which[first(t)] == which[l]) << first(t);
-                        if (which[l] >= u32(i.imm)) report(w, K_TRAP, l, 0, "brx.idx with index %u of %u", which[l], u32(i.imm));
+                        if (which[l] >= u32(i.imm))
+                            report(w, K_TRAP, l, 0, "brx.idx with index %u of %u", which[l], u32(i.imm));
                         rest &= ~same;
                         u32 target = args.tables[i.target + which[l]];
                         if (same == w.groups[index].mask) w.groups[index].pc = target;
@@ -345,7 +354,8 @@ struct Engine {
                         fork(w, index, mask & ~m, pc + 1);
                         return;
                     }
-                    if ((i.flags & ALIGNED) && m != w.live && w.groups.size() > 1) {  // the warp's other lanes have to come, too
+                    if ((i.flags & ALIGNED) && m != w.live &&
+                        w.groups.size() > 1) {  // the warp's other lanes have to come, too
                         counts[pc].executed--;
                         L.steps--;
                         g->state = WAIT_MEET;
@@ -449,7 +459,8 @@ struct Engine {
             b->cluster = c.get();
             b->rank = k;
             b->shared_memory.resize(L.shared_size + 1024);
-            b->shared = b->shared_memory.data() + (1024 - (reinterpret_cast<uintptr_t>(b->shared_memory.data()) & 1023));
+            b->shared =
+                b->shared_memory.data() + (1024 - (reinterpret_cast<uintptr_t>(b->shared_memory.data()) & 1023));
             b->warps.resize(L.warps);
             size_t file = size_t(args.slots) * UNIT;
             b->register_file.resize(file * L.warps + 64);
@@ -465,8 +476,10 @@ struct Engine {
                 for (u64 k2 = 0; k2 < args.constant_count; k2++) {
                     const u64 *t = args.constants + 3 * k2;
                     if (t[1] == 0) w.pred(u16(t[0])) = u32(t[2]);
-                    else if (t[1] == 8) for (u32 l = 0; l < 32; l++) w.reg<u64>(u16(t[0]))[l] = t[2];
-                    else for (u32 l = 0; l < 32; l++) w.reg<u32>(u16(t[0]))[l] = u32(t[2]);
+                    else if (t[1] == 8)
+                        for (u32 l = 0; l < 32; l++) w.reg<u64>(u16(t[0]))[l] = t[2];
+                    else
+                        for (u32 l = 0; l < 32; l++) w.reg<u32>(u16(t[0]))[l] = u32(t[2]);
                 }
             }
             c->blocks.push_back(std::move(b));
@@ -526,12 +539,14 @@ struct Engine {
                     }
         if (all.empty()) return;
         auto rank = [](const Stuck &x) { return std::make_pair(x.group->state != WAIT_MEET, x.group->pc); };
-        Stuck worst = *std::min_element(all.begin(), all.end(), [&](const Stuck &x, const Stuck &y) { return rank(x) < rank(y); });
+        Stuck worst = *std::min_element(all.begin(), all.end(),
+                                        [&](const Stuck &x, const Stuck &y) { return rank(x) < rank(y); });
         Warp &w = *worst.warp;
         Group &g = *worst.group;
         w.pc = g.pc;
         u32 kind = g.state == WAIT_MEET ? (L.code[g.pc].ctl == BARRIER ? K_DIVERGENT_BARRIER : K_DIVERGENT_WARP)
-                   : g.state == WAIT_BARRIER && waiting.size() > 1 ? K_DIVERGENT_BARRIER : K_DEADLOCK;
+                   : g.state == WAIT_BARRIER && waiting.size() > 1 ? K_DIVERGENT_BARRIER
+                                                                   : K_DEADLOCK;
         Finding &f = finding_at(w, kind, first(g.mask), 0);
         for (const Stuck &x : all)
             if (x.group->pc != g.pc && !f.has_other) {
@@ -629,7 +644,8 @@ struct Engine {
                 for (Warp &w : b->warps)
                     if (!w.groups.empty()) {
                         w.pc = w.groups[0].pc;
-                        report(w, K_TIME_LIMIT, first(w.groups[0].mask), 0, "the launch took longer than %.1f s", args.time_limit);
+                        report(w, K_TIME_LIMIT, first(w.groups[0].mask), 0, "the launch took longer than %.1f s",
+                               args.time_limit);
                     }
     }
 

@@ -407,7 +407,8 @@ class Kernel:
                 data = np.array(arg, np.float64 if size == 8 else np.float32).tobytes()
             else:
                 raise TypeError(
-                    f"argument {k} of {self.name} is a {type(arg).__name__}; arrays, NumPy scalars and structured arrays are taken"
+                    f"argument {k} of {self.name} is a {type(arg).__name__}; "
+                    "arrays, NumPy scalars and structured arrays are taken"
                 )
             if len(data) != size:
                 raise TypeError(f"argument {k} of {self.name} has {len(data)} bytes, the parameter has {size}")
@@ -434,8 +435,10 @@ class Kernel:
             args: NumPy arrays (pointers), NumPy scalars, and structured arrays of one element (structs by value).
             shared_mem: bytes of dynamic shared memory.
             cluster: blocks of a cluster, if the kernel has no __cluster_dims__.
-            arrays: memory that the kernel may touch, by name; needed for pointers inside of structs, and gives pointer arguments a name.
-            readonly: names of arrays that the kernel must not write; arrays that NumPy will not write are read-only anyhow.
+            arrays: memory that the kernel may touch, by name: needed for pointers inside of structs, and gives pointer
+                arguments a name.
+            readonly: names of arrays that the kernel must not write; those that NumPy will not write are read-only
+                anyhow.
 
         Returns:
             The launch, with its counters.
@@ -466,7 +469,8 @@ class Kernel:
             raise ValueError(f"a block of {threads} threads; 1 to 1024 are possible")
         if program.max_threads and threads > program.max_threads:
             raise ValueError(
-                f"a block of {threads} threads; {self.name} was compiled for at most {program.max_threads} (__launch_bounds__)"
+                f"a block of {threads} threads; {self.name} was compiled for at most {program.max_threads} "
+                "(__launch_bounds__)"
             )
         if any(g % c for g, c in zip(grid, dims)):
             raise ValueError(f"the grid {grid} is no multiple of the cluster {dims}")
@@ -531,7 +535,7 @@ class Kernel:
         seconds = time.perf_counter() - start
         del keep
         variables = self.module._variables
-        touched = {m.name: row for m, row in zip(memory, region_counts) if m.name not in variables or any(row.tolist())}
+        touched = {m.name: row for m, row in zip(memory, region_counts.tolist()) if m.name not in variables or any(row)}
         counters = Counters(program, pc_counts, touched)
         text = output[: request.output_used].tobytes().decode(errors="replace")
         launch = Launch(self.name, grid, block, dims, shared_mem, counters, [], text, seconds)

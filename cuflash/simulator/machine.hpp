@@ -22,7 +22,8 @@ struct Mbarrier {
     SyncVar arriving, arrived;  // knowledge of this phase's and of the last phase's arrivals
 };
 
-// A bulk copy, an asynchronous store or an arrival that waits for copies; it happens at the latest when somebody waits for it.
+// A bulk copy, an asynchronous store or an arrival that waits for copies; it happens at the latest when somebody waits
+// for it.
 struct Pending {
     enum What : u8 { TO_SHARED, TO_GLOBAL, ARRIVE, VALUE } what;
     Warp *warp;
@@ -42,7 +43,7 @@ struct Block {
     Cluster *cluster = nullptr;
     u32 id[3] = {0, 0, 0}, linear = 0, rank = 0;
     u32 threads = 0, live = 0;
-    u8 *shared = nullptr;         // followed by nothing: bounds are checked against shared_size
+    u8 *shared = nullptr;  // followed by nothing: bounds are checked against shared_size
     std::vector<u8> shared_memory;
     std::vector<u8> initialised;  // per byte
     std::vector<u8> in_flight;    // copies on their way, per byte
@@ -51,7 +52,7 @@ struct Block {
     std::vector<u8> register_file;
     Barrier barriers[16];
     Shadow shadow;
-    u32 actors = 0;  // asynchronous copies so far
+    u32 actors = 0;                               // asynchronous copies so far
     std::unordered_map<u32, Mbarrier> mbarriers;  // by offset in shared memory
     bool done = false;
 };
@@ -106,7 +107,7 @@ struct Launch {
     u32 region_count = 0;
     std::vector<u32> hints;  // region that an instruction met last
     std::vector<Ins> loaded;
-    u64 steps = 0;    // instructions executed, the clock of the machine
+    u64 steps = 0;  // instructions executed, the clock of the machine
     RaceState races;
     u64 changes = 0;  // events that another thread may be waiting for
     std::chrono::steady_clock::time_point deadline;
@@ -116,7 +117,8 @@ struct Launch {
 };
 
 // Ends the launch with a finding about one lane of the warp's current instruction.
-[[noreturn]] void report(Warp &w, u32 kind, u32 lane, u64 address, const char *format, ...) __attribute__((format(printf, 5, 6)));
+[[noreturn]] void report(Warp &w, u32 kind, u32 lane, u64 address, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
 Finding &finding_at(Warp &w, u32 kind, u32 lane, u64 address);
 
 // Moves results by up to `ulps` units in the last place, at random.

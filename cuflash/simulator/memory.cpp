@@ -13,7 +13,8 @@ void check_aligned(Warp &w, u32 m, const u64 *a, u32 bytes) {
     for (u32 t = m; t; t &= t - 1)
         if (a[first(t)] & (bytes - 1)) {
             finding_at(w, K_MISALIGNED, first(t), a[first(t)]).size = bytes;
-            report(w, K_MISALIGNED, first(t), a[first(t)], "an access of %u bytes at an address that is no multiple of %u", bytes, bytes);
+            report(w, K_MISALIGNED, first(t), a[first(t)],
+                   "an access of %u bytes at an address that is no multiple of %u", bytes, bytes);
         }
 }
 
@@ -97,7 +98,8 @@ void count_global(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, cons
 }  // namespace
 
 // Checks and counts an access to global memory. Sizes may differ by lane (cp.async with a source size).
-void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong, const Actor *actor) {
+void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong,
+                   const Actor *actor) {
     Launch &L = *w.launch;
     const Region *regions[32];
     bool bounds = L.check(C_BOUNDS);
@@ -114,12 +116,17 @@ void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Acc
                     if (!bounds) continue;
                     finding_at(w, K_BOUNDS_GLOBAL, l, a[l]).size = n;
                     L.args->finding->write = kind != READ;
-                    report(w, K_BOUNDS_GLOBAL, l, a[l], "a %s of %u bytes outside of every array", kind == READ ? "read" : kind == WRITE ? "write" : "atomic", n);
+                    report(w, K_BOUNDS_GLOBAL, l, a[l], "a %s of %u bytes outside of every array",
+                           kind == READ    ? "read"
+                           : kind == WRITE ? "write"
+                                           : "atomic",
+                           n);
                 }
                 r = found;
                 hint = u32(r - L.regions);
             }
-            if (L.races.global && !r->readonly) race_global(w, l, a[l], n, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)), actor);
+            if (L.races.global && !r->readonly)
+                race_global(w, l, a[l], n, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)), actor);
             if (kind != READ && r->readonly && bounds) {
                 L.args->finding->size = n;
                 L.args->finding->write = 1;
@@ -136,7 +143,8 @@ void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Acc
     }
 }
 
-// Wavefronts of a shared-memory access: banks are 4 bytes wide; 8-byte accesses go by half warps, 16-byte ones by quarters.
+// Wavefronts of a shared-memory access: banks are 4 bytes wide; 8-byte accesses go by half warps, 16-byte ones by
+// quarters.
 void count_banks(Warp &w, u32 m, const u32 *off, u32 bytes) {
     PcCount &pc = w.launch->pc_counts[w.pc];
     u32 lanes = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
@@ -174,15 +182,20 @@ void shared_bounds(Warp &w, u32 m, const u64 *a, u32 bytes, SharedAt &s, bool wr
         s.block[l] = w.block;
         s.off[l] = u32(a[l] & ((1u << RANK_SHIFT) - 1));
         if (rank) {
-            if (rank > L.cluster_size) report(w, K_BOUNDS_SHARED, l, a[l], "shared memory of block %u of a cluster of %u", rank - 1, L.cluster_size);
+            if (rank > L.cluster_size)
+                report(w, K_BOUNDS_SHARED, l, a[l], "shared memory of block %u of a cluster of %u", rank - 1,
+                       L.cluster_size);
             s.block[l] = w.block->cluster->blocks[rank - 1].get();
             if (s.block[l] != w.block) s.own = false;
-            if (s.block[l]->done) report(w, K_BOUNDS_SHARED, l, a[l], "shared memory of block %u of the cluster, which has exited", rank - 1);
+            if (s.block[l]->done)
+                report(w, K_BOUNDS_SHARED, l, a[l], "shared memory of block %u of the cluster, which has exited",
+                       rank - 1);
         }
         if ((a[l] >> 32) != 0 || u64(s.off[l]) + bytes > L.shared_size) {
             finding_at(w, K_BOUNDS_SHARED, l, a[l]).size = bytes;
             L.args->finding->write = write;
-            report(w, K_BOUNDS_SHARED, l, a[l], "a %s of %u bytes; the block has %u bytes of shared memory", write ? "write" : "read", bytes, L.shared_size);
+            report(w, K_BOUNDS_SHARED, l, a[l], "a %s of %u bytes; the block has %u bytes of shared memory",
+                   write ? "write" : "read", bytes, L.shared_size);
         }
     }
 }
@@ -215,7 +228,8 @@ void check_read(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
     Launch &L = *w.launch;
     if (L.check(C_FLIGHT) && any_set(&b.in_flight[off], bytes)) {
         while (!b.in_flight[off]) off++;
-        report(w, K_IN_FLIGHT, lane, off, "a read of %u shared bytes that an asynchronous copy is still writing", bytes);
+        report(w, K_IN_FLIGHT, lane, off, "a read of %u shared bytes that an asynchronous copy is still writing",
+               bytes);
     }
     if (L.check(C_INIT) && !all_set(&b.initialised[off], bytes)) {
         while (b.initialised[off]) off++;
@@ -225,7 +239,8 @@ void check_read(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
 void check_write(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
     Launch &L = *w.launch;
     if (L.check(C_FLIGHT) && any_set(&b.in_flight[off], bytes)) {
-        report(w, K_IN_FLIGHT, lane, off, "a write of %u shared bytes that an asynchronous copy is still writing", bytes);
+        report(w, K_IN_FLIGHT, lane, off, "a write of %u shared bytes that an asynchronous copy is still writing",
+               bytes);
     }
     if (L.check(C_INIT)) memset(&b.initialised[off], 1, bytes);
 }
@@ -236,7 +251,8 @@ void shared_access(Warp &w, u32 m, const u64 *a, u32 bytes, Access kind, bool st
     shared_bounds(w, m, a, bytes, s, kind != READ);
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        if (w.launch->races.shared) race_shared(w, l, *s.block[l], s.off[l], bytes, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
+        if (w.launch->races.shared)
+            race_shared(w, l, *s.block[l], s.off[l], bytes, u8((kind != READ ? A_WRITE : 0) | (strong ? A_STRONG : 0)));
         if (kind != WRITE) check_read(w, l, *s.block[l], s.off[l], bytes);
         if (kind != READ) check_write(w, l, *s.block[l], s.off[l], bytes);
     }
@@ -253,7 +269,9 @@ void resolve_local(Warp &w, u32 m, const u64 *a, u32 bytes, Pointers &p) {
     u32 size = w.launch->args->local_size;
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        if (a[l] + bytes > size) report(w, K_BOUNDS_LOCAL, l, a[l], "an access of %u bytes; a thread has %u bytes of local memory", bytes, size);
+        if (a[l] + bytes > size)
+            report(w, K_BOUNDS_LOCAL, l, a[l], "an access of %u bytes; a thread has %u bytes of local memory", bytes,
+                   size);
         p.at[l] = w.local + size_t(size) * l + a[l];
     }
 }
@@ -261,7 +279,9 @@ void resolve_param(Warp &w, u32 m, const u64 *a, u32 bytes, Pointers &p) {
     const LaunchArgs &args = *w.launch->args;
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        if (a[l] + bytes > args.params_size) report(w, K_BOUNDS_LOCAL, l, a[l], "a read of %u bytes; the parameters have %u", bytes, u32(args.params_size));
+        if (a[l] + bytes > args.params_size)
+            report(w, K_BOUNDS_LOCAL, l, a[l], "a read of %u bytes; the parameters have %u", bytes,
+                   u32(args.params_size));
         p.at[l] = const_cast<u8 *>(args.params) + a[l];
     }
 }
@@ -307,7 +327,8 @@ void resolve(Warp &w, const Ins &i, u32 m, u64 *a, u32 bytes, u8 space, Access k
 }
 
 // ld: o[0..7] results, o[12] address; a elements of b bytes; c space; d bytes of the address register
-template <class T> void load(Warp &w, const Ins &i, u32 m, const Pointers &p) {
+template <class T>
+void load(Warp &w, const Ins &i, u32 m, const Pointers &p) {
     for (u32 j = 0; j < i.a; j++) {
         if (i.o[j] == NONE) continue;
         if (sizeof(T) == 8 || (i.flags & WIDE_REG)) {
@@ -329,7 +350,8 @@ template <class T> void load(Warp &w, const Ins &i, u32 m, const Pointers &p) {
         }
     }
 }
-template <class T> void store(Warp &w, const Ins &i, u32 m, const Pointers &p) {
+template <class T>
+void store(Warp &w, const Ins &i, u32 m, const Pointers &p) {
     for (u32 j = 0; j < i.a; j++) {
         if (sizeof(T) == 8 || (i.flags & WIDE_REG)) {
             const u64 *s = w.reg<u64>(i.o[j]);
@@ -408,7 +430,8 @@ void check_lost(Warp &w, const Ins &i, u32 m, const Pointers &p, const u64 *a) {
         for (u32 j = 0; j < i.a; j++) {
             u64 v = wide ? w.reg<u64>(i.o[j])[l] : w.reg<u32>(i.o[j])[l];
             if (memcmp(p.at[l] + j * i.b, &v, i.b))
-                report(w, i.c == SHARED ? K_RACE_SHARED : K_RACE_GLOBAL, l, a[l], "lanes of one store write different values to the same bytes");
+                report(w, i.c == SHARED ? K_RACE_SHARED : K_RACE_GLOBAL, l, a[l],
+                       "lanes of one store write different values to the same bytes");
         }
     }
 }
@@ -433,7 +456,8 @@ void st(Warp &w, const Ins &i, u32 m) {
 enum AtomOp : u8 { A_ADD, A_MIN, A_MAX, A_INC, A_DEC, A_AND, A_OR, A_XOR, A_EXCH, A_CAS };
 enum AtomType : u8 { T_U32, T_S32, T_F32, T_U64, T_S64, T_F64, T_F16X2, T_BF16X2, T_F16, T_BF16 };
 
-template <class T> T apply(u8 op, T old, T b, T c) {
+template <class T>
+T apply(u8 op, T old, T b, T c) {
     switch (op) {
         case A_ADD: return T(old + b);
         case A_MIN: return b < old ? b : old;
@@ -455,7 +479,8 @@ template <class T> T apply(u8 op, T old, T b, T c) {
     }
     return old;
 }
-template <class H> u32 add_halves(u8 op, u32 old, u32 b, u32 halves) {
+template <class H>
+u32 add_halves(u8 op, u32 old, u32 b, u32 halves) {
     u32 r = 0;
     for (u32 k = 0; k < halves; k++) {
         f64 x = H::widen(u16(old >> (16 * k))), y = H::widen(u16(b >> (16 * k)));
@@ -464,7 +489,8 @@ template <class H> u32 add_halves(u8 op, u32 old, u32 b, u32 halves) {
     return r;
 }
 
-template <class S> void atom_lanes(Warp &w, const Ins &i, u32 m, const Pointers &p) {
+template <class S>
+void atom_lanes(Warp &w, const Ins &i, u32 m, const Pointers &p) {
     S *d = i.o[0] == NONE ? nullptr : w.reg<S>(i.o[0]);
     const S *vb = w.reg<S>(i.o[1]), *vc = i.o[2] == NONE ? nullptr : w.reg<S>(i.o[2]);
     S results[32];
@@ -515,7 +541,8 @@ void perform(Warp &w, const CopyOp &c, u32 l) {
     memset(d + c.n[l], 0, c.bytes - c.n[l]);
 }
 
-void cp_async(Warp &w, const Ins &i, u32 m) {  // o[0] destination, o[1] source, o[2] source size, o[3] ignore the source; a bytes
+void cp_async(Warp &w, const Ins &i,
+              u32 m) {  // o[0] destination, o[1] source, o[2] source size, o[3] ignore the source; a bytes
     Launch &L = *w.launch;
     u64 dst[32], src[32];
     addresses(w, i.o[0], i.b, i.imm, m, dst);
@@ -586,7 +613,8 @@ void ldmatrix(Warp &w, const Ins &i, u32 m) {  // o[0..3] results, o[12] address
         u32 *d = w.reg<u32>(i.o[k]);
         for (u32 l = 0; l < 32; l++) {
             u32 row = l >> 2, col = 2 * (l & 3);
-            d[l] = i.b ? u32(tile[col][row]) | u32(tile[col + 1][row]) << 16 : u32(tile[row][col]) | u32(tile[row][col + 1]) << 16;
+            d[l] = i.b ? u32(tile[col][row]) | u32(tile[col + 1][row]) << 16
+                       : u32(tile[row][col]) | u32(tile[row][col + 1]) << 16;
         }
     }
 }
@@ -639,8 +667,9 @@ void print(Launch &L, const std::string &text) {
 }
 void vprintf_lane(Warp &w, u32 lane, u64 format, u64 arguments) {
     std::string f = text_at(format), out;
-    const u8 *base = (arguments & SPACE_MASK) == LOCAL_BASE ? w.local + size_t(w.launch->args->local_size) * lane + (arguments & ~SPACE_MASK)
-                                                            : reinterpret_cast<const u8 *>(arguments);
+    const u8 *base = (arguments & SPACE_MASK) == LOCAL_BASE
+                         ? w.local + size_t(w.launch->args->local_size) * lane + (arguments & ~SPACE_MASK)
+                         : reinterpret_cast<const u8 *>(arguments);
     size_t at = 0;
     auto take = [&](size_t n) {
         at = (at + n - 1) / n * n;
@@ -680,7 +709,9 @@ void vprintf_lane(Warp &w, u32 lane, u64 format, u64 arguments) {
                 if (c == 'c') spec += c;
                 else (spec += "ll") += c;
                 if (c == 'c') snprintf(text, sizeof text, spec.c_str(), int(v));
-                else snprintf(text, sizeof text, spec.c_str(), sign && !wide ? static_cast<long long>(s32(v)) : static_cast<long long>(v));
+                else
+                    snprintf(text, sizeof text, spec.c_str(),
+                             sign && !wide ? static_cast<long long>(s32(v)) : static_cast<long long>(v));
                 out += text;
             } else if (strchr("feEgGaAF", c)) {
                 spec += c;
@@ -710,12 +741,14 @@ void assert_call(Warp &w, const Ins &i, u32 m) {  // imm: offsets of message, fi
            text_at(param64(w, l, (imm >> 16) & 0xffff)).c_str(), u32(param64(w, l, (imm >> 32) & 0xffff)));
 }
 void trap(Warp &w, const Ins &, u32 m) { report(w, K_TRAP, first(m), 0, "the kernel executed a trap"); }
-void mapa(Warp &w, const Ins &i, u32 m) {  // d = the address a in the shared memory of block b of the cluster; a: 64 bits, b: generic
+void mapa(Warp &w, const Ins &i,
+          u32 m) {  // d = the address a in the shared memory of block b of the cluster; a: 64 bits, b: generic
     const u32 *rank = w.reg<u32>(i.o[2]);
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
         u64 a = i.a ? w.reg<u64>(i.o[1])[l] : w.reg<u32>(i.o[1])[l];
-        if (rank[l] >= w.launch->cluster_size) report(w, K_BOUNDS_SHARED, l, a, "mapa names block %u of a cluster of %u", rank[l], w.launch->cluster_size);
+        if (rank[l] >= w.launch->cluster_size)
+            report(w, K_BOUNDS_SHARED, l, a, "mapa names block %u of a cluster of %u", rank[l], w.launch->cluster_size);
         u64 r = (a & SPACE_MASK) | (a & ((1u << RANK_SHIFT) - 1)) | u64(rank[l] + 1) << RANK_SHIFT;
         if (i.a) w.reg<u64>(i.o[0])[l] = r;
         else w.reg<u32>(i.o[0])[l] = u32(r);
@@ -773,7 +806,8 @@ void drop_landed(Warp &w) {
 void wait_copies(Warp &w, u32 mask, u32 pending_allowed) {
     for (CopyOp &c : w.copies) {
         u32 due = 0;
-        for (u32 t = c.mask & mask; t; t &= t - 1) due |= u32(s32(c.group) < s32(w.committed[first(t)] - pending_allowed)) << first(t);
+        for (u32 t = c.mask & mask; t; t &= t - 1)
+            due |= u32(s32(c.group) < s32(w.committed[first(t)] - pending_allowed)) << first(t);
         if (due) land(w, c, due);
     }
     drop_landed(w);
@@ -791,7 +825,8 @@ void check_exit(Warp &w, u32 mask) {
         if (!open) continue;
         if (w.launch->check(C_WAITED)) {
             w.pc = c.pc;
-            report(w, K_NEVER_WAITED, first(open), c.dst[first(open)], "the thread exits without having waited for this copy");
+            report(w, K_NEVER_WAITED, first(open), c.dst[first(open)],
+                   "the thread exits without having waited for this copy");
         }
         if (!c.early)
             for (u32 t = open; t; t &= t - 1) perform(w, c, first(t));

@@ -1,11 +1,12 @@
 """Mutation tests of kernels: change one PTX instruction at a time and see whether a set of problems notices.
 
-A mutant that no problem kills says what the problems do not test: a boundary that no input sits on, a barrier whose absence no order shows. Mutants cost
-no compilation, they are patches of the decoded program.
+A mutant that no problem kills says what the problems do not test: a boundary that no input sits on, a barrier whose
+absence no order shows. Mutants cost no compilation, they are patches of the decoded program.
 
     python -m cuflash.simulator.mutate tests/mutation_problems.py:problems --kernel decode --sample 200
 
-The problems are a function that returns pairs of a name and a callable; the callable runs one problem and raises if a result is wrong.
+The problems are a function that returns pairs of a name and a callable; the callable runs one problem and raises if a
+result is wrong.
 """
 
 from __future__ import annotations

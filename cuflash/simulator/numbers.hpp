@@ -7,10 +7,26 @@
 
 #include "runtime.hpp"
 
-inline f32 as_f32(u32 v) { f32 r; memcpy(&r, &v, 4); return r; }
-inline u32 as_u32(f32 v) { u32 r; memcpy(&r, &v, 4); return r; }
-inline f64 as_f64(u64 v) { f64 r; memcpy(&r, &v, 8); return r; }
-inline u64 as_u64(f64 v) { u64 r; memcpy(&r, &v, 8); return r; }
+inline f32 as_f32(u32 v) {
+    f32 r;
+    memcpy(&r, &v, 4);
+    return r;
+}
+inline u32 as_u32(f32 v) {
+    u32 r;
+    memcpy(&r, &v, 4);
+    return r;
+}
+inline f64 as_f64(u64 v) {
+    f64 r;
+    memcpy(&r, &v, 8);
+    return r;
+}
+inline u64 as_u64(f64 v) {
+    u64 r;
+    memcpy(&r, &v, 8);
+    return r;
+}
 
 // Subnormal numbers become zeros of their sign; lim is 0x00800000 to flush, 0 to leave x alone.
 inline f32 flush(f32 x, u32 lim) {
@@ -72,15 +88,18 @@ struct Bf16 {
     }
 };
 
-// Rounds a double to the 16-bit format H as the flags say (nearest even without a flag), and applies .relu, .sat and .ftz.
-template <class H> inline u32 finish(f64 x, u32 flags) {
+// Rounds a double to the 16-bit format H as the flags say (nearest even without a flag), and applies .relu, .sat and
+// .ftz.
+template <class H>
+inline u32 finish(f64 x, u32 flags) {
     if (x != x) return flags & (RELU | SAT) ? (flags & SAT ? 0 : H::nan) : H::nan;
     if ((flags & RELU) && x < 0) x = 0;
     if (flags & SAT) x = x < 0 ? 0 : x > 1 ? 1 : x;
     u32 sign = std::signbit(x) ? 0x8000 : 0;
     f64 a = std::fabs(x);
     if (a == 0) return sign;
-    bool up = (flags & RP && !sign) || (flags & RM && sign), down = (flags & RZ) || (flags & RP && sign) || (flags & RM && !sign);
+    bool up = (flags & RP && !sign) || (flags & RM && sign),
+         down = (flags & RZ) || (flags & RP && sign) || (flags & RM && !sign);
     if (std::isinf(a)) return sign | H::inf;
     int e = std::ilogb(a);
     int step = std::max(e - int(H::digits) + 1, H::lowest);
@@ -95,13 +114,15 @@ template <class H> inline u32 finish(f64 x, u32 flags) {
     u32 mantissa = u32(std::ldexp(r, int(H::digits) - 1 - e)) & ((1u << (H::digits - 1)) - 1);
     return sign | u32(e - least + 1) << (H::digits - 1) | mantissa;
 }
-template <class H> inline f64 input(u32 bits, u32 flags) {
+template <class H>
+inline f64 input(u32 bits, u32 flags) {
     f64 x = H::widen(u16(bits));
     if ((flags & FTZ) && (bits & H::inf) == 0) x = std::copysign(0.0, x);
     return x;
 }
 
-template <int EXP, int MAN, bool FN> struct Fp8 {  // FN: no infinities, one NaN (e4m3)
+template <int EXP, int MAN, bool FN>
+struct Fp8 {  // FN: no infinities, one NaN (e4m3)
     static f32 widen(u8 v) {
         struct Table {
             f32 at[256];
@@ -109,7 +130,8 @@ template <int EXP, int MAN, bool FN> struct Fp8 {  // FN: no infinities, one NaN
                 constexpr int bias = (1 << (EXP - 1)) - 1;
                 for (int k = 0; k < 256; k++) {
                     int e = (k >> MAN) & ((1 << EXP) - 1), man = k & ((1 << MAN) - 1);
-                    f64 x = e ? std::ldexp(1 + f64(man) / (1 << MAN), e - bias) : std::ldexp(f64(man) / (1 << MAN), 1 - bias);
+                    f64 x = e ? std::ldexp(1 + f64(man) / (1 << MAN), e - bias)
+                              : std::ldexp(f64(man) / (1 << MAN), 1 - bias);
                     if (FN ? (k & 127) == 127 : e == (1 << EXP) - 1) x = !FN && man == 0 ? HUGE_VAL : std::nan("");
                     at[k] = f32(k & 128 ? -x : x);
                 }
@@ -129,7 +151,10 @@ template <int EXP, int MAN, bool FN> struct Fp8 {  // FN: no infinities, one NaN
         if (std::isinf(a)) return u8(sign | top);
         int e = std::max(std::ilogb(a), 1 - bias);
         f64 q = std::nearbyint(std::ldexp(a, MAN - e));  // in units of the last place
-        if (q >= (2 << MAN)) { q /= 2; e++; }
+        if (q >= (2 << MAN)) {
+            q /= 2;
+            e++;
+        }
         u32 bits = q < (1 << MAN) ? u32(q) : u32(e + bias) << MAN | (u32(q) & ((1 << MAN) - 1));
         return u8(sign | std::min(bits, top));
     }

@@ -1,7 +1,7 @@
 """Parser of PTX text: modules, functions, registers and instructions.
 
-The parser knows the grammar, not the instructions: `decode.py` gives them their meaning. Text that it cannot place is an error, never skipped,
-because a kernel that silently loses an instruction is another kernel.
+The parser knows the grammar, not the instructions: `decode.py` gives them their meaning. Text that it cannot place is
+an error, never skipped, because a kernel that silently loses an instruction is another kernel.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 __all__ = ["Function", "Imm", "Instr", "Loc", "Mem", "Module", "Name", "PtxError", "Reg", "Symbol", "Vec", "parse"]
 
@@ -97,7 +96,7 @@ class Not:
     reg: Reg
 
 
-Operand = Union[Reg, Imm, Name, Vec, Mem, Not]
+Operand = Reg | Imm | Name | Vec | Mem | Not
 
 
 @dataclass
@@ -363,7 +362,8 @@ class _Parser:
         head = self.text[self.pos : head_end]
         self.pos = head_end + 1
         m = re.match(
-            r"\s*(?:\.(?:visible|extern|weak|common)\s+)*\.(entry|func)\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*(?:\(([^)]*)\))?(.*)",
+            r"\s*(?:\.(?:visible|extern|weak|common)\s+)*\.(entry|func)\s*(?:\(([^)]*)\))?"
+            r"\s*([\w$]+)\s*(?:\(([^)]*)\))?(.*)",
             head,
             re.S,
         )

@@ -85,8 +85,11 @@ bool knows(Warp &w, u32 lane, const Record &r) {
     f.other_block = r.block;
     f.other_thread = r.warp * 32u + first(r.lanes);
     f.other_write = r.kind & A_WRITE;
-    report(w, kind, lane, address, "a %s of %s memory and %s by another thread are not ordered", access & A_WRITE ? "write" : "read",
-           shared ? "shared" : "global", r.kind & A_FLIGHT ? "an asynchronous copy in flight" : r.kind & A_WRITE ? "a write" : "a read");
+    report(w, kind, lane, address, "a %s of %s memory and %s by another thread are not ordered",
+           access & A_WRITE ? "write" : "read", shared ? "shared" : "global",
+           r.kind & A_FLIGHT  ? "an asynchronous copy in flight"
+           : r.kind & A_WRITE ? "a write"
+                              : "a read");
 }
 
 // The copy was issued before this access, but nobody has waited for it.
@@ -98,7 +101,8 @@ bool knows(Warp &w, u32 lane, const Record &r) {
     f.other_pc = r.pc;
     f.other_block = r.block;
     f.other_thread = r.warp * 32u + first(r.lanes);
-    report(w, K_IN_FLIGHT, lane, address, "a %s of shared memory that an asynchronous copy is still writing", access & A_WRITE ? "write" : "read");
+    report(w, K_IN_FLIGHT, lane, address, "a %s of shared memory that an asynchronous copy is still writing",
+           access & A_WRITE ? "write" : "read");
 }
 
 void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
@@ -116,10 +120,12 @@ void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
     line.writes += r.kind & A_WRITE;
 }
 
-void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared, const Actor *actor) {
+void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared,
+           const Actor *actor) {
     Line &line = s.lines[index];
     u32 step = u32(w.launch->steps), block = w.block->linear;
-    const u32 me = actor ? actor->lanes : 1u << lane, mine_warp = actor ? actor->warp : w.index, epoch = actor ? actor->epoch : w.epoch;
+    const u32 me = actor ? actor->lanes : 1u << lane, mine_warp = actor ? actor->warp : w.index,
+              epoch = actor ? actor->epoch : w.epoch;
     bool write = kind & A_WRITE, merged = false;
     if (line.generation != s.generation) {
         line.generation = s.generation;
@@ -149,14 +155,17 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
             bool mine = r.block == block && r.warp == mine_warp && r.lanes == me;
             bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
             bool same_instruction = r.step == step && r.block == block && r.warp == mine_warp && r.pc == w.pc;
-            if ((r.kind & A_FLIGHT) && w.launch->check(C_FLIGHT) && (mine || knows(w, lane, r))) in_flight(w, lane, r, address, bytes, kind);
+            if ((r.kind & A_FLIGHT) && w.launch->check(C_FLIGHT) && (mine || knows(w, lane, r)))
+                in_flight(w, lane, r, address, bytes, kind);
             bool ordered = mine || (!(r.kind & A_FLIGHT) && knows(w, lane, r));
-            if (conflict && !ordered && !(same_instruction && write && (r.kind & A_WRITE) && !((kind | r.kind) & A_FLIGHT)))
+            if (conflict && !ordered &&
+                !(same_instruction && write && (r.kind & A_WRITE) && !((kind | r.kind) & A_FLIGHT)))
                 race(w, lane, r, finding, address + u32(__builtin_ctz(r.bytes & bytes)), kind, shared);
             if (write && (ordered || same_instruction) && !((r.kind & A_FLIGHT) && mine)) {
                 r.bytes &= u16(~bytes);
                 if (!r.bytes) continue;
-            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == mine_warp && r.kind == kind && !merged) {
+            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == mine_warp && r.kind == kind &&
+                       !merged) {
                 if (r.lanes == me && (r.bytes & ~bytes) == 0) continue;  // the new record says more
                 if (r.bytes == bytes && r.epoch == epoch) {
                     r.lanes |= me;
@@ -260,7 +269,8 @@ void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind, const Actor
     while (bytes) {
         u32 at = u32(address & 15), n = std::min(bytes, 16 - at);
         Shadow &s = page_of(*w.launch, address);
-        touch(s, u32(address & ((1u << PAGE_SHIFT) - 1)) >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_GLOBAL, address & ~15ull, false, actor);
+        touch(s, u32(address & ((1u << PAGE_SHIFT) - 1)) >> 4, w, lane, u16(((1u << n) - 1) << at), kind, K_RACE_GLOBAL,
+              address & ~15ull, false, actor);
         address += n;
         bytes -= n;
     }
@@ -315,7 +325,8 @@ Known sum_of(const std::vector<Party> &parties) {
             const Known &k = p.warp->clocks->known[first(t)];
             if (&*k != before) {
                 // If all threads are here, each knows itself best; only what is known of copies has to be gathered.
-                for (size_t j = all < L.threads ? 0 : L.warps * 32; j < sum->at.size(); j++) sum->at[j] = std::max(sum->at[j], k->at[j]);
+                for (size_t j = all < L.threads ? 0 : L.warps * 32; j < sum->at.size(); j++)
+                    sum->at[j] = std::max(sum->at[j], k->at[j]);
                 sum->foreign = join_foreign(sum->foreign, k->foreign);
                 before = &*k;
             }
@@ -357,7 +368,9 @@ void take_into(Knowledge &mine, u32 own_block, const SyncVar &v) {
         if (block == own_block) {
             join(mine, *k);
         } else {
-            if (!foreign) foreign = mine.foreign ? std::make_shared<std::unordered_map<u32, Known>>(*mine.foreign) : std::make_shared<std::unordered_map<u32, Known>>();
+            if (!foreign)
+                foreign = mine.foreign ? std::make_shared<std::unordered_map<u32, Known>>(*mine.foreign)
+                                       : std::make_shared<std::unordered_map<u32, Known>>();
             join_entry(*foreign, block, k);
         }
     }

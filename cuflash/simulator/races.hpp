@@ -1,8 +1,9 @@
 // Happens-before: what each thread knows of the others, and who touched which bytes.
 //
-// A warp counts its synchronisations (Warp::epoch); every access is stamped with that count. A thread knows the accesses of thread t whose stamp is
-// less than its entry for t. Barriers make their threads know all that any of them knows; a release leaves the knowledge of a thread at an address, an
-// acquire takes it from there. Two accesses to the same byte race if neither thread knows of the other's, one of them writes and one is not atomic.
+// A warp counts its synchronisations (Warp::epoch); every access is stamped with that count. A thread knows the
+// accesses of thread t whose stamp is less than its entry for t. Barriers make their threads know all that any of them
+// knows; a release leaves the knowledge of a thread at an address, an acquire takes it from there. Two accesses to the
+// same byte race if neither thread knows of the other's, one of them writes and one is not atomic.
 #pragma once
 
 #include "runtime.hpp"
@@ -73,7 +74,7 @@ struct SyncVar {
 
 // What a thread keeps between a fence and the relaxed accesses around it.
 struct FenceState {
-    Known released;       // knowledge at the last fence
+    Known released;  // knowledge at the last fence
     u32 released_epoch = 0;
     bool cta = false;
     std::shared_ptr<SyncVar> pending;  // read by relaxed accesses, not yet acquired
@@ -101,7 +102,7 @@ struct Actor {
 void race_shared(Warp &w, u32 lane, Block &b, u32 off, u32 bytes, u8 kind, const Actor *actor = nullptr);
 void race_global(Warp &w, u32 lane, u64 address, u32 bytes, u8 kind, const Actor *actor = nullptr);
 Actor new_actor(Block &b);
-void land(SyncVar &v, Block &b, const Actor &a);                 // whoever learns from v knows what the copy did
+void land(SyncVar &v, Block &b, const Actor &a);  // whoever learns from v knows what the copy did
 void learn_actor(Warp &w, u32 lane, Block &b, const Actor &a);
 void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes);  // a copy in flight has been waited for
 void sync_warp(Warp &w, u32 mask);

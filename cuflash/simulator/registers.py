@@ -1,6 +1,7 @@
 """Gives virtual registers their places in a warp's register file.
 
-PTX has as many registers as values. Registers whose lives do not overlap share a place, so that a warp's file stays in the processor's cache.
+PTX has as many registers as values. Registers whose lives do not overlap share a place, so that a warp's file stays in
+the processor's cache.
 """
 
 from __future__ import annotations

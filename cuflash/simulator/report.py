@@ -186,7 +186,8 @@ def describe(
         _, other_line, other_place = _place(program, loc_of(raw.other_pc), module)
         other_block, other_thread = _index(raw.other_block, grid), _index(raw.other_thread, block)
         lines.append(
-            f"  other       {('read', 'write', 'waits')[raw.other_write]} at {other_place}, block {other_block}, thread {other_thread}"
+            f"  other       {('read', 'write', 'waits')[raw.other_write]} at {other_place}, "
+            f"block {other_block}, thread {other_thread}"
         )
     lines.append(f"  instruction {program.texts[raw.pc]}")
     if hint:

@@ -1,7 +1,8 @@
 // The machine that executes decoded PTX: types shared by the engine, the memory and the arithmetic.
 //
-// A warp executes in lock step: a register is an array of 32 lanes, an instruction is one call of a handler with the mask of the lanes that execute
-// it, and lanes that diverge are groups with a program counter of their own. Predicates are bit masks.
+// A warp executes in lock step: a register is an array of 32 lanes, an instruction is one call of a handler with the
+// mask of the lanes that execute it, and lanes that diverge are groups with a program counter of their own. Predicates
+// are bit masks.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +35,20 @@ struct Ins;
 using Handler = void (*)(Warp &, const Ins &, u32 mask);
 
 // What the engine does with an instruction; everything but SIMPLE touches the control flow.
-enum Control : u8 { SIMPLE, LABEL, BRANCH, EXIT, MEET, MEET_ALL, BARRIER, BRANCH_TABLE, YIELDING, CLUSTER_BARRIER, CALL, RETURN };
+enum Control : u8 {
+    SIMPLE,
+    LABEL,
+    BRANCH,
+    EXIT,
+    MEET,
+    MEET_ALL,
+    BARRIER,
+    BRANCH_TABLE,
+    YIELDING,
+    CLUSTER_BARRIER,
+    CALL,
+    RETURN
+};
 
 enum Flags : u32 {
     FTZ = 1,
@@ -45,7 +59,7 @@ enum Flags : u32 {
     RELU = 32,
     NAN_WINS = 64,
     APPROX = 128,
-    STRONG = 256,    // volatile, relaxed or stronger: no data race with other strong accesses
+    STRONG = 256,  // volatile, relaxed or stronger: no data race with other strong accesses
     ACQUIRE = 512,
     RELEASE = 1024,
     CTA_SCOPE = 2048,
@@ -78,7 +92,8 @@ static_assert(sizeof(Ins) == 64, "the layout is written down in program.py, too"
 enum Space : u8 { GENERIC, GLOBAL, SHARED, LOCAL, PARAM, CONST };
 
 // Generic addresses of memory that is not host memory. Host addresses have less than 48 bits.
-constexpr u64 SHARED_BASE = 0x0100'0000'0000'0000, LOCAL_BASE = 0x0200'0000'0000'0000, PARAM_BASE = 0x0400'0000'0000'0000;
+constexpr u64 SHARED_BASE = 0x0100'0000'0000'0000, LOCAL_BASE = 0x0200'0000'0000'0000,
+              PARAM_BASE = 0x0400'0000'0000'0000;
 constexpr u64 SPACE_MASK = 0xff00'0000'0000'0000;
 constexpr u32 RANK_SHIFT = 24;  // shared::cluster address = (rank + 1) << 24 | offset; 0 << 24 is the block's own
 
@@ -130,7 +145,8 @@ struct Stop {};  // thrown by the first finding
 
 struct Region {
     u64 lo, hi;
-    u64 origin;  // where the array's allocation starts: sectors are counted as if that were aligned, which it is on a GPU
+    u64 origin;  // where the array's allocation starts: sectors are counted as if that were aligned, which it is on a
+                 // GPU
     u32 id;
     u32 readonly;
 };
@@ -140,7 +156,7 @@ struct RegionCount {
 };
 
 struct PcCount {
-    u64 executed;        // by warps
+    u64 executed;  // by warps
     u64 lanes;
     u64 shared_ideal, shared_real;  // wavefronts
     u64 sectors, sectors_ideal, bytes;
@@ -185,23 +201,26 @@ struct Warp {
     u8 *local = nullptr;
     Block *block = nullptr;
     Launch *launch = nullptr;
-    u32 index = 0;    // in its block
+    u32 index = 0;  // in its block
     u32 exists = 0, live = 0;
-    u32 pc = 0;       // of the instruction being executed, for reports
+    u32 pc = 0;  // of the instruction being executed, for reports
     bool yield = false;
     bool progressed = false;
     std::vector<Group> groups;
     std::deque<CopyOp> copies;
     u32 committed[32];
     u64 cluster_phase[32];  // generation of the cluster barrier at which a lane arrived
-    u32 epoch = 1;    // counts the synchronisations of the warp's lanes
+    u32 epoch = 1;          // counts the synchronisations of the warp's lanes
     u32 bulk_committed[32];
     std::unique_ptr<WarpClocks> clocks;  // for race detection
     Warp();
     Warp(Warp &&) noexcept;
     ~Warp();
 
-    template <class T> T *reg(u16 slot) { return reinterpret_cast<T *>(regs + size_t(slot) * UNIT); }
+    template <class T>
+    T *reg(u16 slot) {
+        return reinterpret_cast<T *>(regs + size_t(slot) * UNIT);
+    }
     u32 &pred(u16 slot) { return *reinterpret_cast<u32 *>(regs + size_t(slot) * UNIT); }
     u32 thread(u32 lane) const { return index * 32 + lane; }
 };
@@ -217,12 +236,12 @@ struct Registered {
 #define OP(name, ...) static Registered OP_CAT(registered_, __COUNTER__)(name, __VA_ARGS__);
 
 // Runs a body for each lane of the mask; the full warp in a form that the compiler turns into vector instructions.
-#define LANES(mask, ...)                                             \
-    if ((mask) == FULL) {                                            \
-        _Pragma("GCC ivdep") for (u32 l = 0; l < 32; l++) { __VA_ARGS__; }    \
-    } else {                                                         \
-        for (u32 rest_ = (mask); rest_; rest_ &= rest_ - 1) {        \
-            u32 l = first(rest_);                                    \
-            __VA_ARGS__;                                             \
-        }                                                            \
+#define LANES(mask, ...)                                                   \
+    if ((mask) == FULL) {                                                  \
+        _Pragma("GCC ivdep") for (u32 l = 0; l < 32; l++) { __VA_ARGS__; } \
+    } else {                                                               \
+        for (u32 rest_ = (mask); rest_; rest_ &= rest_ - 1) {              \
+            u32 l = first(rest_);                                          \
+            __VA_ARGS__;                                                   \
+        }                                                                  \
     }

@@ -23,7 +23,9 @@ template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async
 
 def compiled(source: str, name: str = "kernel", options: tuple[str, ...] = (), arch: str = "sm_90") -> Any:
     """Compiles a kernel whose line numbers are those of `source`."""
-    return SimModule(PREFIX + '#line 1 "planted.cu"\n' + source, options, arch=arch, name="planted.cu").get_function(name)
+    return SimModule(PREFIX + '#line 1 "planted.cu"\n' + source, options, arch=arch, name="planted.cu").get_function(
+        name
+    )
 
 
 def line_of(source: str, mark: str) -> int:
@@ -33,7 +35,17 @@ def line_of(source: str, mark: str) -> int:
     return found[0]
 
 
-def run(kernel: Any, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, cluster: Any = None, arrays: Any = None, **settings: Any) -> Launch:
+def run(
+    kernel: Any,
+    grid: Any,
+    block: Any,
+    args: Any,
+    *,
+    shared_mem: int = 0,
+    cluster: Any = None,
+    arrays: Any = None,
+    **settings: Any,
+) -> Launch:
     """Launches with all checks and returns the record of the launch."""
     with record(**settings) as launches:
         kernel(grid, block, args, shared_mem=shared_mem, cluster=cluster, arrays=arrays)

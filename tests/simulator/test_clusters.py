@@ -18,13 +18,20 @@ __device__ __forceinline__ u32 mapped(const void* p, u32 r) {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void init(u64* bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(bar)), "r"(n) : "memory"); }
-__device__ __forceinline__ void expect(u64* bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(bar)), "r"(bytes) : "memory");
+__device__ __forceinline__ void init(u64* bar, u32 n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(bar)), "r"(n) : "memory");
 }
-__device__ __forceinline__ void arrive(u64* bar) { asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" :: "r"(shared_address(bar)) : "memory"); }
+__device__ __forceinline__ void expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
+      :: "r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(u64* bar) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" :: "r"(shared_address(bar)) : "memory");
+}
 __device__ __forceinline__ void wait_parity(u64* bar, u32 parity) {
-  asm volatile("{\n.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}"
+  asm volatile("{\n.reg .pred p;\nAGAIN:\n"
+               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
+               "@p bra DONE;\nbra AGAIN;\nDONE:\n}"
                :: "r"(shared_address(bar)), "r"(parity) : "memory");
 }
 """
@@ -81,7 +88,8 @@ extern "C" __global__ void kernel(const float* x, float* out) {
   cluster_sync();
   for (u32 r = 0; r < blocks; r++)
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 :: "r"(mapped(&rows[me][threadIdx.x], r)), "r"(__float_as_uint(x[blockIdx.x * 32 + threadIdx.x])), "r"(mapped(&bar, r)) : "memory");
+                 :: "r"(mapped(&rows[me][threadIdx.x], r)), "r"(__float_as_uint(x[blockIdx.x * 32 + threadIdx.x])),
+                    "r"(mapped(&bar, r)) : "memory");
 #ifndef FORGOTTEN
   wait_parity(&bar, 0);
 #endif
@@ -116,7 +124,8 @@ extern "C" __global__ void kernel(const float* x, float* out, int tiles) {
 #endif
       expect(&full[k & 1], 256);
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                   :: "r"(shared_address(ring[k & 1])), "l"(x + 64 * k), "r"(256), "r"(shared_address(&full[k & 1])) : "memory");  // copy
+                   :: "r"(shared_address(ring[k & 1])), "l"(x + 64 * k), "r"(256), 
+                      "r"(shared_address(&full[k & 1])) : "memory");
     }
     if (k > 0) {
       int j = k - 1;
@@ -131,7 +140,8 @@ extern "C" __global__ void kernel(const float* x, float* out, int tiles) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   if (t == 0) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(out), "r"(shared_address(result)), "r"(256) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+        :: "l"(out), "r"(shared_address(result)), "r"(256) : "memory");
     asm volatile("cp.async.bulk.commit_group;");
 #ifndef NO_WAIT
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

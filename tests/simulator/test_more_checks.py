@@ -8,14 +8,25 @@ import numpy as np
 import pytest
 from simulated import ORDERS, PREFIX, Checks, compiled, found, run
 
-from cuflash.simulator import CompileError, PtxError, SimModule, SimulationError, UnsupportedInstruction, record, replace_ptx
+from cuflash.simulator import (
+    CompileError,
+    PtxError,
+    SimModule,
+    SimulationError,
+    UnsupportedInstruction,
+    record,
+    replace_ptx,
+)
 from cuflash.simulator.ptx import parse
 
 OUT = np.zeros(256, np.float32)
 
 
 def body(text: str, *options: str) -> Any:
-    return compiled(f'extern "C" __global__ void kernel(float* out, int n) {{\n  int t = threadIdx.x;\n{text}\n}}\n', options=options)
+    return compiled(
+        f'extern "C" __global__ void kernel(float* out, int n) {{\n  int t = threadIdx.x;\n{text}\n}}\n',
+        options=options,
+    )
 
 
 def args(n: int = 0) -> tuple[Any, ...]:
@@ -24,22 +35,43 @@ def args(n: int = 0) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_a_barrier_that_some_lanes_do_not_reach(settings: dict[str, Any]) -> None:
-    finding = found(body("  if (t % 2 == n) __syncthreads();\n  else out[t] = 1;\n  asm volatile(\"bar.sync 1;\");"), 1, 64, args(), **settings)
+    finding = found(
+        body('  if (t % 2 == n) __syncthreads();\n  else out[t] = 1;\n  asm volatile("bar.sync 1;");'),
+        1,
+        64,
+        args(),
+        **settings,
+    )
     assert (finding.check, finding.line) == ("divergent_barrier", 3)
 
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_a_barrier_after_some_threads_have_left(settings: dict[str, Any]) -> None:
-    finding = found(body("  if (t >= n) return;\n  out[t] = 1;\n  __syncthreads();\n  out[t] = 2;"), 1, 64, args(40), **settings)
+    finding = found(
+        body("  if (t >= n) return;\n  out[t] = 1;\n  __syncthreads();\n  out[t] = 2;"), 1, 64, args(40), **settings
+    )
     assert (finding.check, finding.line) == ("divergent_barrier", 5)
     assert "24 of the block's 64 threads" in finding.message
-    launch = run(body("  if (t >= n) return;\n  out[t] = 1;\n  __syncthreads();\n  out[t] = 2;"), 1, 64, args(40), checks=Checks(barriers=False), **settings)
+    launch = run(
+        body("  if (t >= n) return;\n  out[t] = 1;\n  __syncthreads();\n  out[t] = 2;"),
+        1,
+        64,
+        args(40),
+        checks=Checks(barriers=False),
+        **settings,
+    )
     assert launch.findings == []
 
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_barriers_that_wait_for_each_other(settings: dict[str, Any]) -> None:
-    finding = found(body("  if (t < 32) asm volatile(\"bar.sync 1, 64;\");\n  else asm volatile(\"bar.sync 2, 64;\");"), 1, 64, args(), **settings)
+    finding = found(
+        body('  if (t < 32) asm volatile("bar.sync 1, 64;");\n  else asm volatile("bar.sync 2, 64;");'),
+        1,
+        64,
+        args(),
+        **settings,
+    )
     assert finding.check in ("deadlock", "divergent_barrier") and finding.line in (3, 4)
 
 
@@ -54,7 +86,15 @@ def test_a_shuffle_from_a_lane_that_does_not_take_part() -> None:
 
 
 def test_a_matrix_product_of_half_a_warp() -> None:
-    finding = found(body("  if (t < 16) return;\n  u32 r = t;\n  asm volatile(\"movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\" : \"+r\"(r));\n  out[t] = r;"), 1, 32, args())  # fmt: skip
+    finding = found(
+        body(
+            "  if (t < 16) return;\n  u32 r = t;\n"
+            '  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));\n  out[t] = r;'
+        ),
+        1,
+        32,
+        args(),
+    )
     assert finding.check == "divergent_warp"
 
 
@@ -67,7 +107,8 @@ SPIN = r"""
 extern "C" __global__ void kernel(unsigned* flag, float* data, float* out) {
   if (blockIdx.x == 0) {
     unsigned v;
-    do { asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory"); } while (v != gridDim.x - 1);
+    do { asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+        : "=r"(v) : "l"(flag) : "memory"); } while (v != gridDim.x - 1);
     out[threadIdx.x] = data[threadIdx.x + 1];
   } else {
     data[blockIdx.x] = blockIdx.x;
@@ -118,10 +159,10 @@ EXCHANGE = "  __shared__ float s[32];\n  s[t] = t;\n  SYNC\n  out[t] = s[31 - t]
 @pytest.mark.parametrize("settings", ORDERS)
 def test_lanes_of_a_warp_need_a_barrier_too(settings: dict[str, Any]) -> None:
     run(body(EXCHANGE.replace("SYNC", "__syncwarp();")), 1, 32, args(), **settings)
-    finding = found(body(EXCHANGE.replace("SYNC", "asm volatile(\"\" ::: \"memory\");")), 1, 32, args(), **settings)
+    finding = found(body(EXCHANGE.replace("SYNC", 'asm volatile("" ::: "memory");')), 1, 32, args(), **settings)
     assert finding.check in ("shared_race", "uninitialised") and 6 in (finding.line, finding.other_line)
     # A shuffle is no barrier for memory.
-    shuffle = "t = __shfl_sync(~0u, t, t); asm volatile(\"\" ::: \"memory\");"
+    shuffle = 't = __shfl_sync(~0u, t, t); asm volatile("" ::: "memory");'
     finding = found(body(EXCHANGE.replace("SYNC", shuffle)), 1, 32, args(), **settings)
     assert finding.check == "shared_race"
 
@@ -146,7 +187,7 @@ def test_global_memory_within_a_block() -> None:
 
 
 def test_checks_can_be_switched_off() -> None:
-    race = body(EXCHANGE.replace("SYNC", "asm volatile(\"\" ::: \"memory\");"))
+    race = body(EXCHANGE.replace("SYNC", 'asm volatile("" ::: "memory");'))
     run(race, 1, 32, args(), checks=Checks(shared_races=False))
     run(race, 1, 32, args(), checks=Checks.cheap())
     unwritten = body("  __shared__ float s[32];\n  if (n) s[t] = 0;\n  __syncthreads();\n  out[t] = s[t];")
@@ -183,7 +224,12 @@ def test_early_and_late_copies_differ_where_nobody_waits() -> None:
 
 
 def test_an_unknown_instruction_is_named() -> None:
-    source = PREFIX + 'extern "C" __global__ void kernel() { u32 x; asm volatile("txq.width.b32 %0, [%1];" : "=r"(x) : "l"(0ull)); }\nextern "C" __global__ void other(int* x) { *x = 1; }'  # fmt: skip
+    source = (
+        PREFIX
+        + 'extern "C" __global__ void kernel() {\n'
+        + 'u32 x; asm volatile("txq.width.b32 %0, [%1];" : "=r"(x) : "l"(0ull)); }\n'
+        + 'extern "C" __global__ void other(int* x) { *x = 1; }'
+    )
     module = SimModule(source)
     with pytest.raises(UnsupportedInstruction, match=r"txq\.width\.b32 is not .*PTX line \d+"):
         module.get_function("kernel")

@@ -23,7 +23,29 @@ TYPES: dict[str, tuple[str, str, Any]] = {
     "d": ("double", "d", np.float64),
 }
 N = 256
-FLOATS = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3.4e38, -3.4e38, 0.5, 1.5, 2.5, -2.5, 65504.0, 65520.0, 1e-7, 6e-8, 2.0**31, -(2.0**31)]
+FLOATS = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    1e-40,
+    -1e-40,
+    3.4e38,
+    -3.4e38,
+    0.5,
+    1.5,
+    2.5,
+    -2.5,
+    65504.0,
+    65520.0,
+    1e-7,
+    6e-8,
+    2.0**31,
+    -(2.0**31),
+]
 
 
 def values(letter: str, position: int) -> np.ndarray:
@@ -96,7 +118,15 @@ def saturating(x: np.ndarray, kind: Any, rounding: Callable[[Any], Any]) -> np.n
     info = np.iinfo(kind)
     with np.errstate(all="ignore"):
         y = rounding(x.astype(np.float64))
-        return np.array([0 if np.isnan(v) else min(max(int(v) if np.isfinite(v) else (info.max if v > 0 else info.min), info.min), info.max) for v in y], kind)
+        return np.array(
+            [
+                0
+                if np.isnan(v)
+                else min(max(int(v) if np.isfinite(v) else (info.max if v > 0 else info.min), info.min), info.max)
+                for v in y
+            ],
+            kind,
+        )
 
 
 def pick(a: np.ndarray, b: np.ndarray, better: Callable[[Any, Any], Any]) -> np.ndarray:
@@ -113,7 +143,15 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
             continue
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         near = np.float32(float(exact))  # may be off by one unit from rounding twice
-        best = min((abs(Fraction(float(v)) - exact), int(v.view(np.uint32)) & 1, v) for v in (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))) if np.isfinite(v)) if np.isfinite(near) else (0, 0, near)  # fmt: skip
+        best = (
+            min(
+                (abs(Fraction(float(v)) - exact), int(v.view(np.uint32)) & 1, v)
+                for v in (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf)))
+                if np.isfinite(v)
+            )
+            if np.isfinite(near)
+            else (0, 0, near)
+        )
         out[k] = best[2]
         if exact == 0:
             out[k] = np.float32(x) * np.float32(y) + np.float32(z)
@@ -143,7 +181,13 @@ CASES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "max_s64": ("max.s64 %0, %1, %2;", "lll", lambda a, b: np.maximum(s(a), s(b))),
     "div_u32": ("{.reg .u32 t; max.u32 t, %2, 1; div.u32 %0, %1, t;}", "rrr", lambda a, b: a // np.maximum(b, 1)),
     "rem_s32": ("{.reg .s32 t; or.b32 t, %2, 2; rem.s32 %0, %1, t;}", "rrr", lambda a, b: np.fmod(s(a), s(b | 2))),
-    "div_s32": ("{.reg .s32 t; or.b32 t, %2, 2; div.s32 %0, %1, t;}", "rrr", lambda a, b: u([int(abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(wide(s(a)), wide(s(b | 2)))], 32)),
+    "div_s32": (
+        "{.reg .s32 t; or.b32 t, %2, 2; div.s32 %0, %1, t;}",
+        "rrr",
+        lambda a, b: u(
+            [int(abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(wide(s(a)), wide(s(b | 2)))], 32
+        ),
+    ),
     "abs_s32": ("abs.s32 %0, %1;", "rr", lambda a: u(np.abs(wide(s(a))), 32)),
     "neg_s64": ("neg.s64 %0, %1;", "ll", lambda a: -a),
     "not_b32": ("not.b32 %0, %1;", "rr", lambda a: ~a),
@@ -155,31 +199,85 @@ CASES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "shl_b64": ("shl.b64 %0, %1, %2;", "llr", lambda a, b: u(shift(lambda x, n: x << n if n < 64 else 0, a, b), 64)),
     "shr_s64": ("shr.s64 %0, %1, %2;", "llr", lambda a, b: u(shift(lambda x, n: x >> min(n, 63), s(a), b), 64)),
     "shr_s16": ("shr.s16 %0, %1, %2;", "hhr", lambda a, b: u(shift(lambda x, n: x >> min(n, 15), s(a), b), 16)),
-    "shf_l_wrap": ("shf.l.wrap.b32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: u([((int(y) << 32 | int(x)) << (int(z) & 31)) >> 32 for x, y, z in zip(a, b, c)], 32)),
-    "shf_r_clamp": ("shf.r.clamp.b32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: u([(int(y) << 32 | int(x)) >> min(int(z), 32) for x, y, z in zip(a, b, c)], 32)),
-    "bfe_u32": ("{.reg .u32 p, n; and.b32 p, %2, 31; and.b32 n, %3, 31; bfe.u32 %0, %1, p, n;}", "rrrr", lambda a, b, c: [bfe(int(x), int(y) & 31, int(z) & 31) for x, y, z in zip(a, b, c)]),
+    "shf_l_wrap": (
+        "shf.l.wrap.b32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: u([((int(y) << 32 | int(x)) << (int(z) & 31)) >> 32 for x, y, z in zip(a, b, c)], 32),
+    ),
+    "shf_r_clamp": (
+        "shf.r.clamp.b32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: u([(int(y) << 32 | int(x)) >> min(int(z), 32) for x, y, z in zip(a, b, c)], 32),
+    ),
+    "bfe_u32": (
+        "{.reg .u32 p, n; and.b32 p, %2, 31; and.b32 n, %3, 31; bfe.u32 %0, %1, p, n;}",
+        "rrrr",
+        lambda a, b, c: [bfe(int(x), int(y) & 31, int(z) & 31) for x, y, z in zip(a, b, c)],
+    ),
     "bfe_s32": ("bfe.s32 %0, %1, 4, 5;", "rr", lambda a: u([((int(x) >> 4 & 31) ^ 16) - 16 for x in a], 32)),
-    "bfi_b32": ("{.reg .u32 p, n; and.b32 p, %3, 15; and.b32 n, %4, 31; bfi.b32 %0, %1, %2, p, n;}", "rrrrr", lambda a, b, c, d: [bfi(int(w), int(x), int(y) & 15, int(z) & 31) for w, x, y, z in zip(a, b, c, d)]),
-    "prmt": ("prmt.b32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: [prmt(int(x), int(y), int(z)) for x, y, z in zip(a, b, c)]),
+    "bfi_b32": (
+        "{.reg .u32 p, n; and.b32 p, %3, 15; and.b32 n, %4, 31; bfi.b32 %0, %1, %2, p, n;}",
+        "rrrrr",
+        lambda a, b, c, d: [bfi(int(w), int(x), int(y) & 15, int(z) & 31) for w, x, y, z in zip(a, b, c, d)],
+    ),
+    "prmt": (
+        "prmt.b32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: [prmt(int(x), int(y), int(z)) for x, y, z in zip(a, b, c)],
+    ),
     "popc": ("popc.b64 %0, %1;", "rl", lambda a: [bin(int(x)).count("1") for x in a]),
     "clz": ("clz.b32 %0, %1;", "rr", lambda a: [32 - int(x).bit_length() for x in a]),
     "brev": ("brev.b32 %0, %1;", "rr", lambda a: [int(f"{int(x):032b}"[::-1], 2) for x in a]),
     "bfind_u32": ("bfind.u32 %0, %1;", "rr", lambda a: u([int(x).bit_length() - 1 for x in a], 32)),
-    "dp4a": ("dp4a.s32.s32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: u((a.view(np.int8).reshape(-1, 4).astype(int) * b.view(np.int8).reshape(-1, 4)).sum(1) + c.astype(int), 32)),
-    "addc": ("{add.cc.u32 %0, %1, %2; addc.u32 %0, %1, %2;}", "rrr", lambda a, b: u(wide(a) + wide(b) + (wide(a) + wide(b) >> 32), 32)),
+    "dp4a": (
+        "dp4a.s32.s32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: u(
+            (a.view(np.int8).reshape(-1, 4).astype(int) * b.view(np.int8).reshape(-1, 4)).sum(1) + c.astype(int), 32
+        ),
+    ),
+    "addc": (
+        "{add.cc.u32 %0, %1, %2; addc.u32 %0, %1, %2;}",
+        "rrr",
+        lambda a, b: u(wide(a) + wide(b) + (wide(a) + wide(b) >> 32), 32),
+    ),
     "slct": ("slct.u32.s32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: np.where(s(c) >= 0, a, b)),
-    "setp_selp": ("{.reg .pred p, q; setp.lt.u32 p, %1, %2; setp.gt.and.s32 q, %1, %3, !p; selp.u32 %0, %1, %2, q;}", "rrrr", lambda a, b, c: np.where((s(a) > s(c)) & ~(a < b), a, b)),
-    "setp_two": ("{.reg .pred p, q; setp.eq.or.s32 p|q, %1, %2, 0; selp.u32 %0, 1, 2, p; @q add.u32 %0, %0, 10;}", "rrr", lambda a, b: np.where(a == b, 1, 12)),
+    "setp_selp": (
+        "{.reg .pred p, q; setp.lt.u32 p, %1, %2; setp.gt.and.s32 q, %1, %3, !p; selp.u32 %0, %1, %2, q;}",
+        "rrrr",
+        lambda a, b, c: np.where((s(a) > s(c)) & ~(a < b), a, b),
+    ),
+    "setp_two": (
+        "{.reg .pred p, q; setp.eq.or.s32 p|q, %1, %2, 0; selp.u32 %0, 1, 2, p; @q add.u32 %0, %0, 10;}",
+        "rrr",
+        lambda a, b: np.where(a == b, 1, 12),
+    ),
     "setp_hs": ("{.reg .pred p; setp.hs.u32 p, %1, %2; selp.u32 %0, 1, 0, p;}", "rrr", lambda a, b: a >= b),
-    "guard": ("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 7; @p mov.u32 %0, %1; @!p add.u32 %0, %0, 1;}", "rrr", lambda a, b: np.where(b != 0, a, 8)),
+    "guard": (
+        "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 7; @p mov.u32 %0, %1; @!p add.u32 %0, %0, 1;}",
+        "rrr",
+        lambda a, b: np.where(b != 0, a, 8),
+    ),
     "set_f32": ("set.ge.f32.f32 %0, %1, %2;", "fff", lambda a, b: a >= b),
-    "setp_nan": ("{.reg .pred p, q; setp.ltu.f32 p, %1, %2; setp.ne.f32 q, %1, %2; selp.u32 %0, 1, 0, p; @q add.u32 %0, %0, 2;}", "rff", lambda a, b: (~(a >= b)) + 2 * ((a < b) | (a > b))),
-    "setp_ftz": ("{.reg .pred p; setp.eq.ftz.f32 p, %1, 0f00000000; selp.u32 %0, 1, 0, p;}", "rf", lambda a: ftz(a) == 0),
+    "setp_nan": (
+        "{.reg .pred p, q; setp.ltu.f32 p, %1, %2; setp.ne.f32 q, %1, %2; selp.u32 %0, 1, 0, p; @q add.u32 %0, %0, 2;}",
+        "rff",
+        lambda a, b: (~(a >= b)) + 2 * ((a < b) | (a > b)),
+    ),
+    "setp_ftz": (
+        "{.reg .pred p; setp.eq.ftz.f32 p, %1, 0f00000000; selp.u32 %0, 1, 0, p;}",
+        "rf",
+        lambda a: ftz(a) == 0,
+    ),
     "add_f32": ("add.f32 %0, %1, %2;", "fff", lambda a, b: a + b),
     "add_ftz": ("add.ftz.f32 %0, %1, %2;", "fff", lambda a, b: ftz(ftz(a) + ftz(b))),
     "add_rz": ("add.rz.f32 %0, %1, %2;", "fff", lambda a, b: toward_zero(a, b)),
     "mul_ftz": ("mul.ftz.f32 %0, %1, %2;", "fff", lambda a, b: ftz(ftz(a) * ftz(b))),
-    "mul_sat": ("mul.sat.f32 %0, %1, %2;", "fff", lambda a, b: np.nan_to_num(np.clip(a * b, 0, 1), nan=0.0) + np.float32(0)),
+    "mul_sat": (
+        "mul.sat.f32 %0, %1, %2;",
+        "fff",
+        lambda a, b: np.nan_to_num(np.clip(a * b, 0, 1), nan=0.0) + np.float32(0),
+    ),
     "fma_f32": ("fma.rn.f32 %0, %1, %2, %3;", "ffff", fma32),
     "div_rn": ("div.rn.f32 %0, %1, %2;", "fff", lambda a, b: a / b),
     "sqrt_rn": ("sqrt.rn.f32 %0, %1;", "ff", np.sqrt),
@@ -208,28 +306,76 @@ CASES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "cvt_bf16_f32": ("cvt.rn.bf16.f32 %0, %1;", "hf", lambda a: bits(a.astype(bf16))),
     "cvt_f32_f16": ("cvt.f32.f16 %0, %1;", "fh", lambda a: half(a).astype(np.float32)),
     "cvt_f32_bf16": ("cvt.f32.bf16 %0, %1;", "fh", lambda a: half(a, bf16).astype(np.float32)),
-    "cvt_bf16x2": ("cvt.rn.bf16x2.f32 %0, %1, %2;", "rff", lambda a, b: bits(a.astype(bf16)).astype(np.uint32) << 16 | bits(b.astype(bf16))),
-    "cvt_f16x2": ("cvt.rn.f16x2.f32 %0, %1, %2;", "rff", lambda a, b: bits(a.astype(np.float16)).astype(np.uint32) << 16 | bits(b.astype(np.float16))),
+    "cvt_bf16x2": (
+        "cvt.rn.bf16x2.f32 %0, %1, %2;",
+        "rff",
+        lambda a, b: bits(a.astype(bf16)).astype(np.uint32) << 16 | bits(b.astype(bf16)),
+    ),
+    "cvt_f16x2": (
+        "cvt.rn.f16x2.f32 %0, %1, %2;",
+        "rff",
+        lambda a, b: bits(a.astype(np.float16)).astype(np.uint32) << 16 | bits(b.astype(np.float16)),
+    ),
     "cvt_rz_bf16": ("cvt.rz.bf16.f32 %0, %1;", "hf", lambda a: np.where(np.isnan(a), 0x7FFF, a.view(np.uint32) >> 16)),
     "cvt_rni_f16": ("cvt.rni.f16.f16 %0, %1;", "hh", lambda a: bits(np.rint(half(a)))),
     "cvt_f16_s32": ("cvt.rn.f16.s32 %0, %1;", "hr", lambda a: bits(s(a).astype(np.float64).astype(np.float16))),
     "cvt_s32_f16": ("cvt.rzi.s32.f16 %0, %1;", "rh", lambda a: saturating(half(a), np.int32, np.trunc)),
-    "cvt_e4m3": ("{.reg .b16 t; cvt.rn.satfinite.e4m3x2.f32 t, %1, %2; cvt.u32.u16 %0, t;}", "rff", lambda a, b: fp8(a, ml_dtypes.float8_e4m3fn) << 8 | fp8(b, ml_dtypes.float8_e4m3fn)),
-    "cvt_e5m2": ("{.reg .b16 t; cvt.rn.satfinite.e5m2x2.f32 t, %1, %2; cvt.u32.u16 %0, t;}", "rff", lambda a, b: fp8(a, ml_dtypes.float8_e5m2) << 8 | fp8(b, ml_dtypes.float8_e5m2)),
-    "cvt_from_e4m3": ("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.rn.f16x2.e4m3x2 %0, t;}", "rr", lambda a: from_fp8(a, ml_dtypes.float8_e4m3fn)),
-    "cvt_from_e5m2": ("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.rn.f16x2.e5m2x2 %0, t;}", "rr", lambda a: from_fp8(a, ml_dtypes.float8_e5m2)),
+    "cvt_e4m3": (
+        "{.reg .b16 t; cvt.rn.satfinite.e4m3x2.f32 t, %1, %2; cvt.u32.u16 %0, t;}",
+        "rff",
+        lambda a, b: fp8(a, ml_dtypes.float8_e4m3fn) << 8 | fp8(b, ml_dtypes.float8_e4m3fn),
+    ),
+    "cvt_e5m2": (
+        "{.reg .b16 t; cvt.rn.satfinite.e5m2x2.f32 t, %1, %2; cvt.u32.u16 %0, t;}",
+        "rff",
+        lambda a, b: fp8(a, ml_dtypes.float8_e5m2) << 8 | fp8(b, ml_dtypes.float8_e5m2),
+    ),
+    "cvt_from_e4m3": (
+        "{.reg .b16 t; cvt.u16.u32 t, %1; cvt.rn.f16x2.e4m3x2 %0, t;}",
+        "rr",
+        lambda a: from_fp8(a, ml_dtypes.float8_e4m3fn),
+    ),
+    "cvt_from_e5m2": (
+        "{.reg .b16 t; cvt.u16.u32 t, %1; cvt.rn.f16x2.e5m2x2 %0, t;}",
+        "rr",
+        lambda a: from_fp8(a, ml_dtypes.float8_e5m2),
+    ),
     "add_f16": ("add.f16 %0, %1, %2;", "hhh", lambda a, b: bits(half(a) + half(b))),
     "mul_f16x2": ("mul.f16x2 %0, %1, %2;", "rrr", lambda a, b: pairs(lambda x, y: x * y, np.float16, a, b)),
-    "fma_f16": ("fma.rn.f16 %0, %1, %2, %3;", "hhhh", lambda a, b, c: bits((half(a).astype(np.float64) * half(b) + half(c)).astype(np.float16))),
-    "max_bf16x2": ("max.bf16x2 %0, %1, %2;", "rrr", lambda a, b: pairs(lambda x, y: pick(x, y, np.maximum), bf16, a, b)),
-    "add_bf16x2": ("add.rn.bf16x2 %0, %1, %2;", "rrr", lambda a, b: pairs(lambda x, y: (x.astype(np.float32) + y.astype(np.float32)).astype(bf16), bf16, a, b)),
+    "fma_f16": (
+        "fma.rn.f16 %0, %1, %2, %3;",
+        "hhhh",
+        lambda a, b, c: bits((half(a).astype(np.float64) * half(b) + half(c)).astype(np.float16)),
+    ),
+    "max_bf16x2": (
+        "max.bf16x2 %0, %1, %2;",
+        "rrr",
+        lambda a, b: pairs(lambda x, y: pick(x, y, np.maximum), bf16, a, b),
+    ),
+    "add_bf16x2": (
+        "add.rn.bf16x2 %0, %1, %2;",
+        "rrr",
+        lambda a, b: pairs(lambda x, y: (x.astype(np.float32) + y.astype(np.float32)).astype(bf16), bf16, a, b),
+    ),
     "neg_f16x2": ("neg.f16x2 %0, %1;", "rr", lambda a: a ^ 0x80008000),
     "mov_pack": ("{.reg .b16 x, y; mov.b32 {x, y}, %1; mov.b32 %0, {y, x};}", "rr", lambda a: a << 16 | a >> 16),
-    "mov_pack64": ("{.reg .b32 x, y; mov.b64 {x, y}, %1; mov.b64 %0, {y, x};}", "ll", lambda a: a << np.uint64(32) | a >> np.uint64(32)),
-    "mov_pack4": ("{.reg .b16 a, b, c, d; mov.b64 {a, b, c, d}, %1; mov.b64 %0, {d, c, b, a};}", "ll", lambda a: a.view(np.uint16).reshape(-1, 4)[:, ::-1].copy().view(np.uint64)[:, 0]),
-    "sad": ("sad.s32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: u([abs(int(x) - int(y)) + int(z) for x, y, z in zip(s(a), s(b), c)], 32)),
+    "mov_pack64": (
+        "{.reg .b32 x, y; mov.b64 {x, y}, %1; mov.b64 %0, {y, x};}",
+        "ll",
+        lambda a: a << np.uint64(32) | a >> np.uint64(32),
+    ),
+    "mov_pack4": (
+        "{.reg .b16 a, b, c, d; mov.b64 {a, b, c, d}, %1; mov.b64 %0, {d, c, b, a};}",
+        "ll",
+        lambda a: a.view(np.uint16).reshape(-1, 4)[:, ::-1].copy().view(np.uint64)[:, 0],
+    ),
+    "sad": (
+        "sad.s32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: u([abs(int(x) - int(y)) + int(z) for x, y, z in zip(s(a), s(b), c)], 32),
+    ),
     "testp": ("{.reg .pred p; testp.infinite.f32 p, %1; selp.u32 %0, 1, 0, p;}", "rf", np.isinf),
-}  # fmt: skip
+}
 
 APPROXIMATE: dict[str, tuple[str, Callable[..., Any], float]] = {
     "ex2": ("ex2.approx.ftz.f32 %0, %1;", np.exp2, 3e-7),

@@ -89,7 +89,9 @@ def test_off_by_one_global_read() -> None:
     x, out = np.arange(100, dtype=np.float32), np.zeros(101, np.float32)
     run(compiled(SCALE, options=("-DCOMPARE=<",)), 4, 32, (x, out, np.int32(100)))
     np.testing.assert_array_equal(out[:100], 2 * x)
-    finding = found(compiled(SCALE, options=("-DCOMPARE=<=",)), 4, 32, (x, out, np.int32(100)), arrays={"x": x, "out": out})
+    finding = found(
+        compiled(SCALE, options=("-DCOMPARE=<=",)), 4, 32, (x, out, np.int32(100)), arrays={"x": x, "out": out}
+    )
     assert (finding.check, finding.line) == ("bounds", line_of(SCALE, "read"))
     assert finding.address.startswith("x + 400")
     assert (finding.block, finding.thread) == ((3, 0, 0), (4, 0, 0))
@@ -209,7 +211,11 @@ def test_two_blocks_write_one_slot(settings: dict[str, Any]) -> None:
     kernel = compiled(SLOTS)
     run(kernel, 4, 1, (np.zeros(4, np.float32), np.int32(4)), **settings)
     finding = found(kernel, 4, 1, (np.zeros(4, np.float32), np.int32(3)), **settings)
-    assert (finding.check, finding.line, finding.other_line) == ("global_race", line_of(SLOTS, "store"), line_of(SLOTS, "store"))
+    assert (finding.check, finding.line, finding.other_line) == (
+        "global_race",
+        line_of(SLOTS, "store"),
+        line_of(SLOTS, "store"),
+    )
     assert {finding.block, finding.other_block} == {(0, 0, 0), (3, 0, 0)}
     assert finding.address == "argument 0 + 0"
 
@@ -223,7 +229,8 @@ extern "C" __global__ void kernel(float* partial, unsigned* arrived, float* out,
 #endif
   if (threadIdx.x == 0) {
 #if VARIANT == 0
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+        : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
 #elif VARIANT == 1
     __threadfence();
     ticket = atomicInc(arrived, gridDim.x - 1);
@@ -231,11 +238,14 @@ extern "C" __global__ void kernel(float* partial, unsigned* arrived, float* out,
 #elif VARIANT == 2
     ticket = atomicInc(arrived, gridDim.x - 1);
 #elif VARIANT == 3
-    asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
+    asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+        : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
 #elif VARIANT == 4
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+        : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
 #elif VARIANT == 5
-    asm volatile("atom.acq_rel.cta.global.inc.u32 %0, [%1], %2;" : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
+    asm volatile("atom.acq_rel.cta.global.inc.u32 %0, [%1], %2;"
+        : "=r"(ticket) : "l"(arrived), "r"(gridDim.x - 1) : "memory");
 #endif
   }
   __syncthreads();

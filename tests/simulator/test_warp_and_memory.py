@@ -18,23 +18,40 @@ def warp(body: str, *extra: Any, dtype: Any = np.uint32, n: int = 32, **settings
     """Runs `out[lane] = v` after a body that sets v; extra arrays are a, b, ..."""
     out = np.zeros(n, dtype)
     params = "".join(f", const {ctype(x)}* {name}" for name, x in zip("abcd", extra))
-    kernel = compiled(f'extern "C" __global__ void kernel({ctype(out)}* out{params}) {{ int lane = threadIdx.x; {ctype(out)} v = 0; {body} out[lane] = v; }}')
+    kernel = compiled(
+        f'extern "C" __global__ void kernel({ctype(out)}* out{params}) {{\n'
+        f"  int lane = threadIdx.x; {ctype(out)} v = 0;\n  {body}\n  out[lane] = v;\n}}"
+    )
     run(kernel, 1, n, (out, *extra), **settings)
     return out
 
 
 def ctype(x: np.ndarray) -> str:
-    return {"uint32": "unsigned", "int32": "int", "float32": "float", "uint16": "unsigned short", "uint8": "unsigned char", "int8": "signed char",
-            "float64": "double", "uint64": "unsigned long long"}[x.dtype.name]  # fmt: skip
+    return {
+        "uint32": "unsigned",
+        "int32": "int",
+        "float32": "float",
+        "uint16": "unsigned short",
+        "uint8": "unsigned char",
+        "int8": "signed char",
+        "float64": "double",
+        "uint64": "unsigned long long",
+    }[x.dtype.name]
 
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_shuffles(settings: dict[str, Any]) -> None:
     a = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
     np.testing.assert_array_equal(warp("v = __shfl_xor_sync(~0u, a[lane], 5);", a, **settings), a[LANES ^ 5])
-    np.testing.assert_array_equal(warp("v = __shfl_up_sync(~0u, a[lane], 3);", a, **settings), a[np.where(LANES >= 3, LANES - 3, LANES)])
-    np.testing.assert_array_equal(warp("v = __shfl_down_sync(~0u, a[lane], 2, 8);", a, **settings), a[np.where(LANES % 8 < 6, LANES + 2, LANES)])
-    np.testing.assert_array_equal(warp("v = __shfl_sync(~0u, a[lane], lane * 7, 16);", a, **settings), a[LANES // 16 * 16 + LANES * 7 % 16])
+    np.testing.assert_array_equal(
+        warp("v = __shfl_up_sync(~0u, a[lane], 3);", a, **settings), a[np.where(LANES >= 3, LANES - 3, LANES)]
+    )
+    np.testing.assert_array_equal(
+        warp("v = __shfl_down_sync(~0u, a[lane], 2, 8);", a, **settings), a[np.where(LANES % 8 < 6, LANES + 2, LANES)]
+    )
+    np.testing.assert_array_equal(
+        warp("v = __shfl_sync(~0u, a[lane], lane * 7, 16);", a, **settings), a[LANES // 16 * 16 + LANES * 7 % 16]
+    )
 
 
 def test_a_shuffle_says_whether_its_source_was_in_range() -> None:
@@ -48,20 +65,29 @@ def test_votes() -> None:
     assert set(warp("v = __any_sync(~0u, a[lane] > 5) * 2 + __all_sync(~0u, a[lane] < 5);", a)) == {1}
     np.testing.assert_array_equal(warp("v = __match_any_sync(~0u, a[lane]);", a), np.where(a, 0x55555555, 0xAAAAAAAA))
     assert set(warp("int p; v = __match_all_sync(~0u, a[0], &p); v += p;", a)) == {0}
-    np.testing.assert_array_equal(warp("if (lane % 3) v = __activemask();"), np.where(LANES % 3, sum(1 << k for k in range(32) if k % 3), 0))
+    np.testing.assert_array_equal(
+        warp("if (lane % 3) v = __activemask();"), np.where(LANES % 3, sum(1 << k for k in range(32) if k % 3), 0)
+    )
 
 
 def test_parts_of_a_warp() -> None:
     a = np.arange(32, dtype=np.uint32)
-    out = warp("unsigned m = 0xffu << (lane & 24); v = a[lane]; for (int o = 4; o; o >>= 1) v += __shfl_xor_sync(m, v, o, 8);", a)
+    out = warp(
+        "unsigned m = 0xffu << (lane & 24); v = a[lane]; for (int o = 4; o; o >>= 1) v += __shfl_xor_sync(m, v, o, 8);",
+        a,
+    )
     np.testing.assert_array_equal(out, a.reshape(4, 8).sum(1).repeat(8))
-    out = warp("if (lane < 16) v = __reduce_add_sync(0xffff, a[lane]); else v = __reduce_max_sync(0xffff0000, a[lane]);", a)
+    out = warp(
+        "if (lane < 16) v = __reduce_add_sync(0xffff, a[lane]); else v = __reduce_max_sync(0xffff0000, a[lane]);", a
+    )
     np.testing.assert_array_equal(out, np.where(LANES < 16, a[:16].sum(), 31))
 
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_loops_of_different_length(settings: dict[str, Any]) -> None:
-    out = warp("for (int k = 0; k < lane; k++) { if (k % 3 == lane % 3) continue; v += k; if (v > 100) break; }", **settings)
+    out = warp(
+        "for (int k = 0; k < lane; k++) { if (k % 3 == lane % 3) continue; v += k; if (v > 100) break; }", **settings
+    )
     expected = []
     for lane in range(32):
         v = 0
@@ -76,18 +102,27 @@ def test_loops_of_different_length(settings: dict[str, Any]) -> None:
 
 
 def test_switch() -> None:
-    body = "switch (a[lane] % 6) {" + "".join(f"case {k}: v = {k * k + 1} * lane; break;" for k in range(5)) + "default: v = 99;}"
+    body = (
+        "switch (a[lane] % 6) {"
+        + "".join(f"case {k}: v = {k * k + 1} * lane; break;" for k in range(5))
+        + "default: v = 99;}"
+    )
     a = np.random.default_rng(0).integers(0, 100, 32).astype(np.uint32)
     np.testing.assert_array_equal(warp(body, a), np.where(a % 6 == 5, 99, ((a % 6) ** 2 + 1) * LANES))
 
 
 def test_local_arrays() -> None:
-    out = warp("int t[8]; for (int k = 0; k < 8; k++) t[k] = k * lane; for (int k = 0; k < 8; k++) v += t[(k * a[lane]) & 7];", np.arange(32, dtype=np.uint32))
+    out = warp(
+        "int t[8]; for (int k = 0; k < 8; k++) t[k] = k * lane; for (int k = 0; k < 8; k++) v += t[(k * a[lane]) & 7];",
+        np.arange(32, dtype=np.uint32),
+    )
     np.testing.assert_array_equal(out, [sum(((k * lane) & 7) * lane for k in range(8)) for lane in range(32)])
 
 
 def matrices() -> tuple[np.ndarray, SimModule]:
-    source = PREFIX + r"""
+    source = (
+        PREFIX
+        + r"""
 extern "C" __global__ void load(const uint4* x, u32* plain, u32* transposed, uint4* stored) {
   __shared__ uint4 rows[32], back[32];
   rows[threadIdx.x] = x[threadIdx.x];
@@ -107,6 +142,7 @@ extern "C" __global__ void load(const uint4* x, u32* plain, u32* transposed, uin
   stored[threadIdx.x] = back[threadIdx.x];
 }
 """
+    )
     return np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 8), SimModule(source)
 
 
@@ -138,9 +174,15 @@ extern "C" __global__ void kernel(const u32* a, const u32* b, const float* c, fl
 
 @pytest.mark.parametrize(
     ("shape", "kind", "dtype", "arch"),
-    [(16, "bf16", ml_dtypes.bfloat16, "sm_80"), (16, "f16", np.float16, "sm_90"), (8, "f16", np.float16, "sm_80"), (8, "tf32", np.float32, "sm_80"),
-     (32, "e4m3", ml_dtypes.float8_e4m3fn, "sm_89"), (32, "e5m2", ml_dtypes.float8_e5m2, "sm_90")],
-)  # fmt: skip
+    [
+        (16, "bf16", ml_dtypes.bfloat16, "sm_80"),
+        (16, "f16", np.float16, "sm_90"),
+        (8, "f16", np.float16, "sm_80"),
+        (8, "tf32", np.float32, "sm_80"),
+        (32, "e4m3", ml_dtypes.float8_e4m3fn, "sm_89"),
+        (32, "e5m2", ml_dtypes.float8_e5m2, "sm_90"),
+    ],
+)
 def test_matrix_products(shape: int, kind: str, dtype: Any, arch: str) -> None:
     rng = np.random.default_rng(0)
     e = 4 // np.dtype(dtype).itemsize
@@ -162,9 +204,9 @@ def test_matrix_products(shape: int, kind: str, dtype: Any, arch: str) -> None:
     regs = ["%0,%1,%2,%3", ",".join(f"%{4 + r}" for r in range(na)), ",".join(f"%{4 + na + r}" for r in range(nb))]
     ins = ", ".join([f'"r"(fa[{r}])' for r in range(na)] + [f'"r"(fb[{r}])' for r in range(nb)])
     outs = ", ".join(f'"+f"(acc[{r}])' for r in range(4))
-    asm = f'asm volatile("mma.sync.aligned.m16n8k{shape}.row.col.f32.{kind}.{kind}.f32 {{{regs[0]}}}, {{{regs[1]}}}, {{{regs[2]}}}, {{{regs[0]}}};" : {outs} : {ins});'
-    if nb == 1:
-        asm = asm.replace(f"{{{regs[2]}}}", f"{{{regs[2]}}}")
+    opcode = f"mma.sync.aligned.m16n8k{shape}.row.col.f32.{kind}.{kind}.f32"
+    operands = ", ".join(f"{{{r}}}" for r in (*regs, regs[0]))
+    asm = f'asm volatile("{opcode} {operands};" : {outs} : {ins});'
     out = np.zeros((4, 32), np.float32)
     kernel = compiled(MMA.replace("OPERATION", asm).replace("NA", str(na)).replace("NB", str(nb)), arch=arch)
     run(kernel, 1, 32, (fa.view(np.uint32), fb.view(np.uint32), fc, out))
@@ -179,11 +221,15 @@ extern "C" __global__ void kernel(const uint4* x, uint4* out) {
   u32 lane = threadIdx.x, at = shared_address(&s[0][lane]);
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" :: "r"(at), "l"(x + lane), "l"(policy) : "memory");
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + 512], [%1 + 512], 16, %2;" :: "r"(at), "l"(x + lane), "r"(lane % 17) : "memory");
-  asm volatile("{.reg .pred p; setp.lt.u32 p, %2, 8; cp.async.cg.shared.global [%0], [%1], 16, p;}" :: "r"(at + 1024), "l"(lane < 8 ? (const uint4*)0 : x + lane), "r"(lane) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+      :: "r"(at), "l"(x + lane), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + 512], [%1 + 512], 16, %2;"
+      :: "r"(at), "l"(x + lane), "r"(lane % 17) : "memory");
+  asm volatile("{.reg .pred p; setp.lt.u32 p, %2, 8; cp.async.cg.shared.global [%0], [%1], 16, p;}"
+      :: "r"(at + 1024), "l"(lane < 8 ? (const uint4*)0 : x + lane), "r"(lane) : "memory");
   for (int k = 0; k < 4; k++)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(at + 1536 + 4 * k), "l"((const u32*)(x + lane) + 3 - k), "r"(k == 2 ? 0 : 4) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+        :: "r"(at + 1536 + 4 * k), "l"((const u32*)(x + lane) + 3 - k), "r"(k == 2 ? 0 : 4) : "memory");
   asm volatile("cp.async.wait_all;" ::: "memory");
   for (int k = 0; k < 4; k++) out[k * 32 + lane] = s[k][lane];
 }
@@ -207,12 +253,14 @@ def test_asynchronous_copies(settings: dict[str, Any]) -> None:
 
 
 LOADS = r"""
-extern "C" __global__ void kernel(const uint4* x, const signed char* bytes, const unsigned short* halves, uint4* out, long long* wide) {
+extern "C" __global__ void kernel(const uint4* x, const signed char* bytes, const unsigned short* halves, uint4* out,
+                                  long long* wide) {
   u32 lane = threadIdx.x;
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x + lane));
   out[lane] = v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2 + 8];" : "=r"(v.x), "=r"(v.y) : "l"(x + lane));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2 + 8];"
+      : "=r"(v.x), "=r"(v.y) : "l"(x + lane));
   out[32 + lane] = v;
   wide[lane] = bytes[lane];
   long long s;
@@ -286,7 +334,9 @@ def test_structs_by_value_with_pointers_inside() -> None:
     params = np.zeros((), kind)
     params["x"], params["y"], params["n"], params["flag"] = x.ctypes.data, y.ctypes.data, 10, 3
     params["inner"]["a"], params["inner"]["b"] = (1, 20, 300), 2
-    launch = run(compiled(STRUCT), 1, 32, (params, np.int32(2)), arrays={"x": x, "y": y, "nothing": None, "empty": np.zeros(0)})
+    launch = run(
+        compiled(STRUCT), 1, 32, (params, np.int32(2)), arrays={"x": x, "y": y, "nothing": None, "empty": np.zeros(0)}
+    )
     np.testing.assert_array_equal(y, 2 * x + 303)
     assert (launch.counters.arrays["x"].read_bytes, launch.counters.arrays["y"].write_bytes) == (40, 40)
     params["n"] = 11
@@ -299,11 +349,17 @@ def test_structs_by_value_with_pointers_inside() -> None:
 
 
 def test_global_variables_and_constants() -> None:
-    source = PREFIX + r"""
+    source = (
+        PREFIX
+        + r"""
 __constant__ float table[4] = {1, 2, 4, 8};
 __device__ int counter = 5;
-extern "C" __global__ void kernel(float* out) { out[threadIdx.x] = table[threadIdx.x & 3]; if (threadIdx.x == 0) atomicAdd(&counter, 2); }
+extern "C" __global__ void kernel(float* out) {
+  out[threadIdx.x] = table[threadIdx.x & 3];
+  if (threadIdx.x == 0) atomicAdd(&counter, 2);
+}
 """
+    )
     module = SimModule(source)
     out = np.zeros(8, np.float32)
     run(module.get_function("kernel"), 1, 8, (out,))
@@ -355,7 +411,12 @@ extern "C" __global__ void kernel(int n) {
   assert(threadIdx.x < n);
 }
 """
-    kernel = compiled(source.replace("#include <assert.h>\n", "#undef assert\n#define assert(x) ((x) ? (void)0 : __assertfail(#x, __FILE__, __LINE__, __func__, 1))\n"))
+    kernel = compiled(
+        source.replace(
+            "#include <assert.h>\n",
+            "#undef assert\n#define assert(x) ((x) ? (void)0 : __assertfail(#x, __FILE__, __LINE__, __func__, 1))\n",
+        )
+    )
     launch = run(kernel, 1, 32, (np.int32(32),))
     assert launch.output == capsys.readouterr().out == "thread 3 of  1.50 words 10000000000\n"
     finding = found(kernel, 1, 32, (np.int32(20),))
