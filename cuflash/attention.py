@@ -14,8 +14,8 @@ from .dtypes import dtype_name, numpy_dtype
 from .problem import Problem, boolean, first_difference, integer, make_problem, real
 from .scheduling import Lengths, SchedulerMetadata, make_lengths, make_metadata
 
-# 32 bits of 16-byte units, the kernels' reach.
-_MAX_CACHE_BYTES = 64 * 2**30
+# 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
+_MAX_CACHE_BYTES = 64 * 2**30 - 16
 
 
 @dataclass(frozen=True)

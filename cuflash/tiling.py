@@ -77,7 +77,7 @@ def tiling(problem: Problem, device: Device) -> Tiling:
 
     # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
     # tiles of 32 keys, where registers allow; of two blocks per multiprocessor one computes while the other waits.
-    shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1)]
+    shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1), (16, 1, 1)]
     is_long = problem.qkv_dtype != "float32" and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
     if is_long:
         shapes = [(32, 4, 2), (32, 2, 2), *shapes]

@@ -50,13 +50,13 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
                                                const Math& math, const Softmax& softmax, WarpStates& states, u32 free_slot) {
     const bool whole = segment.starts && segment.ends;
     Parts parts;
-    long long slot;
+    int slot;
     if (p.split_size > 0) {
         const int first_split = clamped_split(p, segment.visible.begin);
         parts.count = segment.visible.end > segment.visible.begin
                           ? clamped_split(p, segment.visible.end - 1) - first_split + 1
                           : 0;
-        const long long item_slot = static_cast<long long>(segment.item) * p.max_splits;
+        const int item_slot = segment.item * p.max_splits;
         slot = item_slot + segment.split;
         parts.first = item_slot + first_split;
         parts.next = parts.first;
@@ -70,15 +70,12 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         parts.next = 2 * cut.first_block;
         parts.stride = 2;
     }
-    if (whole && (p.split_size == 0 || parts.count <= 1)) {
-        merge_warps(p, segment, math, softmax, states, free_slot, -1);
-        return;
-    }
+    const bool is_answer = whole && (p.split_size == 0 || parts.count <= 1);
     // An empty split has no slot; an empty part of a plan that balances has one, which the merge reads.
-    if (p.split_size == 0 || segment.keys.end > segment.keys.begin) {
-        merge_warps(p, segment, math, softmax, states, free_slot, slot);
+    if (is_answer || p.split_size == 0 || segment.keys.end > segment.keys.begin) {
+        merge_warps(p, segment, math, softmax, states, free_slot, is_answer ? -1 : slot);
     }
-    if (!segment.last) return;
+    if (is_answer || !segment.last) return;
     __syncthreads();
     if (!whole) {
         const Cut cut = cut_item(share, segment);

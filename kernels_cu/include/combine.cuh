@@ -62,13 +62,13 @@ __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOut
     store4<Element>(p.out, at.out + vector * 4, o);
 }
 
-__device__ __forceinline__ float4* partial_output(const DecodeParams& p, long long slot) {
-    return reinterpret_cast<float4*>(p.partials) + slot * kRows * kVectors;
+__device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
+    return reinterpret_cast<float4*>(p.partials) + static_cast<long long>(slot) * (kRows * kVectors);
 }
 
-__device__ __forceinline__ float2* partial_states(const DecodeParams& p, long long slot) {
+__device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slot) {
     float* states = p.partials + static_cast<long long>(p.num_slots) * kRows * kPaddedHeadDimV;
-    return reinterpret_cast<float2*>(states) + slot * kRows;
+    return reinterpret_cast<float2*>(states) + static_cast<long long>(slot) * kRows;
 }
 
 // Merges the warps' results of a segment. Writes the answer if `slot` is negative, else a partial result to that slot.
@@ -76,7 +76,7 @@ __device__ __forceinline__ float2* partial_states(const DecodeParams& p, long lo
 // next item's keys meanwhile. A block barrier must follow before the slots and states change.
 template <typename Math, typename Softmax>
 __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment& segment, const Math& math,
-                                            const Softmax& softmax, WarpStates& states, u32 free_slot, long long slot) {
+                                            const Softmax& softmax, WarpStates& states, u32 free_slot, int slot) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
@@ -125,12 +125,9 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
 
 // Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * stride`.
 struct Parts {
-    long long first, next;
-    int stride, count;
+    int first, next, stride, count;
 
-    __device__ __forceinline__ long long slot(int part) const {
-        return part == 0 ? first : next + static_cast<long long>(part) * stride;
-    }
+    __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * stride; }
 };
 
 // Merges the parts of an item and writes the answer: a row per warp, kWide loads in flight.

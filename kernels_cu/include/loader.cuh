@@ -30,18 +30,18 @@ public:
         keys_to_ = Keys::lane_offset(lane);
         values_to_ = Values::lane_offset(lane);
         pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_);
-        key_ = end_ = leftpad_ = 0;
+        if constexpr (kRows < 32) pin(lane_);  // 32 rows leave no register for it
+        key_ = end_ = 0;
         key_head_ = value_head_ = page_ = row_in_page_ = 0;
-        has_tile_ = false;
     }
 
     // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
         const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
-        value_units_ = page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_;
-        has_values_ = has_tile_;
-        copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, has_tile_);
+        const bool exists = key_ < end_;
+        value_units_ = exists ? page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_ : kNoTile;
+        copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         cp_async_commit();
         key_ += kWarps * kTileKeys;
         find_tile();
@@ -49,27 +49,27 @@ public:
 
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot) {
-        copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, values_to_ + slot, has_values_);
+        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike
+        copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, to + slot, value_units_ != kNoTile);
         cp_async_commit();
     }
 
 private:
-    // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup.
+    // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup. At the end
+    // of the share `key_` stays behind `end_`.
     __device__ __forceinline__ void find_tile() {
         while (key_ >= end_) {
             Segment segment;
-            has_tile_ = walker_.next(p_, share_, segment);
-            if (!has_tile_) return;
-            key_ = segment.keys.begin + warp_ * kTileKeys;
-            end_ = segment.keys.end;
-            leftpad_ = segment.lengths.leftpad;
+            if (!walker_.next(p_, share_, segment)) return;
+            key_ = segment.lengths.leftpad + segment.keys.begin + warp_ * kTileKeys;
+            end_ = segment.lengths.leftpad + segment.keys.end;
             key_head_ = segment.kv_head * p_.k_head_stride;
             value_head_ = segment.kv_head * p_.v_head_stride;
             page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
             pages_ = p_.page_table + page_ * p_.page_table_stride;
         }
         // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
-        const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1) + leftpad_;
+        const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1);
         const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
         row_in_page_ = key - page_index * p_.page_size;
         if (p_.page_table) page_ = __ldg(offset_by<4>(pages_, page_index));
@@ -103,6 +103,8 @@ private:
         }
     }
 
+    static constexpr u32 kNoTile = 0xffffffffu;  // the last 16 bytes of the reach: the host refuses caches that span them
+
     const DecodeParams& p_;
     const Share& share_;
     SegmentWalker walker_;
@@ -112,7 +114,6 @@ private:
     const int* pages_;         // of the segment's sequence
     u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
-    int key_, end_, leftpad_;  // next tile, end of its segment, first valid key of its sequence
+    int key_, end_;  // slots of the cache: next tile, end of its segment
     u32 key_head_, value_head_, page_, row_in_page_, value_units_;
-    bool has_tile_, has_values_;
 };

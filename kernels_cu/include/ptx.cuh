@@ -14,6 +14,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 
 // Keeps a value in its register: the compiler would rather compute it again in every iteration.
 __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
 
 // ---- asynchronous copies, global to shared -----------------------------------------------------------------------
