@@ -114,11 +114,16 @@ def simulate(archs: Iterable[int] = (80, 90), num_sm: int = 4) -> Iterator[Recor
     """Yield what the simulator counts in the small workloads."""
     for arch in archs:
         for workload in small_workloads():
-            with plan_for(num_sm, arch, "sim"):
-                yield _counted(workload, arch)
+            yield count(workload, arch, num_sm)
 
 
-def _counted(workload: Workload, arch: int) -> Record:
+def count(workload: Workload, arch: int, num_sm: int = 4) -> Record:
+    """Run a workload on the simulator and return what it counts."""
+    with plan_for(num_sm, arch, "sim"):
+        return _count(workload, arch)
+
+
+def _count(workload: Workload, arch: int) -> Record:
     from ..simulator import Checks, record
 
     metadata = workload.plan()
@@ -146,6 +151,7 @@ def _counted(workload: Workload, arch: int) -> Record:
         "variant": _variant(metadata),
         "arch": f"sm_{arch}",
         "workload": workload.name,
+        "rows": metadata.problem.rows,
         "launches": len(launches),
         "blocks": int(metadata.array[0]),
         "kv_bytes_ratio": sectors * _SECTOR / workload.kv_bytes,
