@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
     from ..tiling import Tiling
 
 
+USES_PLAN = True
 Launches = Callable[[kernels.Machine, dict[str, Any]], None]
+_PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
 
 
 class CompileError(RuntimeError):
     """NVRTC refused a kernel variant."""
-
-USES_PLAN = True
 
 
 def device(array: NativeArray) -> Device:
@@ -48,9 +50,10 @@ def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata) ->
         What does it again for arrays of the same layout; None if an array had to be copied first.
     """
     with operands.q.device:
-        readable = kernels.aligned(_machine, operands)
+        machine = _Gpu()
+        readable = kernels.aligned(machine, operands)
         launches = kernels.Attention(problem, readable, metadata)
-        launches(_machine, kernels.named(readable, metadata))
+        launches(machine, kernels.named(readable, metadata))
     return launches if readable is operands else None
 
 
@@ -58,16 +61,16 @@ def repeat(launches: Launches, arrays: dict[str, Any]) -> None:
     """Launch once more, on arrays by the names of their parameters."""
     number = arrays["plan"].data.device_id
     if number == cupy.cuda.runtime.getDevice():
-        launches(_machine, arrays)
+        launches(_Gpu(), arrays)
     else:
         with cupy.cuda.Device(number):
-            launches(_machine, arrays)
+            launches(_Gpu(), arrays)
 
 
 def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
     """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
     with outs.device:
-        kernels.merge(_machine, outs, lses, out, lse)
+        kernels.merge(_Gpu(), outs, lses, out, lse)
 
 
 @lru_cache(maxsize=None)
@@ -79,44 +82,91 @@ def _device(number: int) -> Device:
 
 @lru_cache(maxsize=None)
 def _function(variant: kernels.Variant, number: int) -> Any:
-    """Compile and load a variant on a device; CuPy keeps the binary in its disk cache by content."""
+    """Compile and load a variant on the current device, ``number``; CuPy keeps the binary in its disk cache."""
     module = cupy.RawModule(code=kernels.source(variant.file), options=variant.options)
     try:
-        function = module.get_function(variant.kernel)
+        kernel = module.get_function(variant.kernel)
     except cupy.cuda.compiler.CompileException as error:
-        first = "\n".join(str(error).splitlines()[:8])
-        raise CompileError(f"{variant} does not compile for sm_{_device(number).arch}:\n{first}") from error
-    return function
+        lines = str(error).splitlines()
+        reasons = [line for line in lines if "error" in line] or lines
+        raise CompileError(
+            f"{variant} does not compile for sm_{_device(number).arch}:\n" + "\n".join(reasons[:8])
+        ) from error
+    # Dynamic shared memory above 48 KB must be allowed: as much as a launch may ever want, so that no launch has to
+    # ask. And shared memory rather than L1, so that all blocks that a plan counts on are resident.
+    most = cupy.cuda.Device(number).attributes["MaxSharedMemoryPerBlockOptin"]
+    kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
+    if variant.kernel == "decode":
+        kernel.preferred_shared_memory_carveout = 100
+    return kernel.kernel  # of the device: the RawKernel would look up the device in every launch
+
+
+class _Workspaces:
+    """Memory that launches on one stream share: they follow one another.
+
+    It is never given back, since a captured graph may hold its address: what is too small is replaced and stays alive,
+    and sizes are powers of two, so all that were replaced are smaller than the one in use. Graphs that were captured on
+    one stream share the memory of that stream, too: they must not be replayed at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[Any, ...], NativeArray] = {}
+        self._replaced: list[NativeArray] = []
+        self._lock = threading.Lock()
+
+    def get(self, name: str | int, stream: Any, size: int, dtype: Any, zero: bool = False) -> NativeArray:
+        """Return an array of at least ``size`` elements that belongs to the current device and its stream."""
+        thread = threading.get_ident() if stream.ptr == _PER_THREAD_STREAM else 0
+        key = name, cupy.cuda.runtime.getDevice(), stream.ptr, thread
+        array = self._arrays.get(key)
+        if array is not None and array.size >= size:
+            return array
+        with self._lock:
+            array = self._arrays.get(key)
+            if array is None or array.size < size:
+                # On a stream of its own, so that a capture in progress does not record the zeroing instead of doing it.
+                with cupy.cuda.Stream(non_blocking=True) as own:
+                    new = cupy.empty(1 << (size - 1).bit_length(), dtype)
+                    if zero:
+                        new.data.memset_async(0, new.nbytes)
+                    own.synchronize()
+                if array is not None:
+                    self._replaced.append(array)
+                self._arrays[key] = array = new
+        return array
+
+
+_workspaces = _Workspaces()
 
 
 class _Gpu:
-    """A :class:`cuflash.kernels.Machine`: the current device and stream of CuPy."""
+    """A :class:`cuflash.kernels.Machine`: the current device and stream of CuPy, for one call."""
 
     def __init__(self) -> None:
-        # Launches on one stream follow one another and can share a workspace; those on two streams cannot.
-        self._workspaces: dict[tuple[int, int], tuple[NativeArray, NativeArray]] = {}
+        self._stream = cupy.cuda.get_current_stream()
+        self._taken = 0
 
     def address(self, array: NativeArray) -> int:
         return array.data.ptr
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NativeArray:
-        return cupy.empty(shape, dtype)
+        if not self._stream.is_capturing():
+            return cupy.empty(
+                shape, dtype
+            )  # CuPy's pool hands it out again on this stream alone, so after our launches
+        # A graph uses the memory after this call, too, when the pool may have given it to someone else.
+        self._taken += 1
+        dtype = np.dtype(dtype)
+        size = max(math.prod(shape) * dtype.itemsize, 1)
+        memory = _workspaces.get(self._taken, self._stream, size, np.uint8)
+        return cupy.ndarray(shape, dtype, memory.data)
 
     def workspace(self, partials: int, counters: int) -> tuple[NativeArray, NativeArray]:
-        stream = cupy.cuda.get_current_stream()
-        key = cupy.cuda.runtime.getDevice(), stream.ptr
-        workspace = self._workspaces.get(key)
-        if workspace is None or workspace[0].size < partials:
-            # On a stream of its own, so that a capture in progress does not record the zeroing instead of doing it.
-            with cupy.cuda.Stream(non_blocking=True) as own:
-                workspace = cupy.empty(partials, cupy.float32), cupy.zeros(counters, cupy.int32)
-                own.synchronize()
-            # The one before stays alive: a captured graph may hold its address.
-            self._retired.append(self._workspaces.get(key))
-            self._workspaces[key] = workspace
-        return workspace
-
-    _retired: list[Any] = []
+        # Kernels leave the counters at zero.
+        return (
+            _workspaces.get("partials", self._stream, partials, np.float32),
+            _workspaces.get("counters", self._stream, counters, np.int32, zero=True),
+        )
 
     def launch(
         self,
@@ -128,9 +178,11 @@ class _Gpu:
         arrays: dict[str, NativeArray],
     ) -> None:
         function = _function(variant, cupy.cuda.runtime.getDevice())
-        if shared_bytes > 48 * 1024 and function.max_dynamic_shared_size_bytes < shared_bytes:
-            function.max_dynamic_shared_size_bytes = shared_bytes
-        function((grid,), (threads,), (params,), shared_mem=shared_bytes)
+        # The struct as plain bytes: CuPy would describe its fields in every launch, which takes longer than the launch.
+        plain = params.view(_bytes_of(params.dtype))
+        function((grid,), (threads,), (plain,), shared_mem=shared_bytes)
 
 
-_machine = _Gpu()
+@lru_cache(maxsize=None)
+def _bytes_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype((np.void, dtype.itemsize))
