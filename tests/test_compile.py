@@ -1,0 +1,83 @@
+"""Every kernel variant compiles for every architecture; NVRTC needs no GPU.
+
+What a variant is compiled with is what CuPy's RawModule is given: sources without includes, and the options.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cuflash import kernels
+from cuflash.bench import cubins, sass
+from cuflash.device import Device
+from cuflash.problem import make_problem
+from cuflash.tiling import tiling
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+DTYPES = ("float16", "bfloat16", "float32")
+HEADDIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (72, 40), (192, 128))
+ROWS = (8, 16, 32)
+FEATURES = ({}, {"has_softcap": True}, {"attention_chunk": 64}, {"has_softcap": True, "attention_chunk": 64})
+
+
+def decode_variant(
+    dtype: str, dims: tuple[int, int], rows: int, features: dict, items: int, arch: int
+) -> kernels.Variant:
+    problem = make_problem(items, 1, rows, 1, dims[0], headdim_v=dims[1], qkv_dtype=dtype, **features)
+    return kernels.decode_variant(problem, tiling(problem, Device(132, arch)))
+
+
+def check(variant: kernels.Variant, arch: int) -> cubins.Cubin:
+    code = cubins.cubin(variant, arch)
+    assert code.code.startswith(b"\x7fELF")
+    return code
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_compiles(dtype: str, arch: int) -> None:
+    """Every dtype x head dim on every architecture, rows and features in turn; --slow has them all."""
+    turn = itertools.cycle(itertools.product(ROWS, FEATURES, (4, 1000)))
+    for dims in HEADDIMS:
+        rows, features, items = next(itertools.islice(turn, 4, None))
+        check(decode_variant(dtype, dims, rows, features, items, arch), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", HEADDIMS, ids=str)
+def test_every_variant_compiles(dtype: str, dims: tuple[int, int], arch: int) -> None:
+    for rows, features, items in itertools.product(ROWS, FEATURES, (4, 1000)):
+        check(decode_variant(dtype, dims, rows, features, items, arch), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_kernels_compile(arch: int) -> None:
+    check(kernels.Variant("plan"), arch)
+    for dtype in DTYPES:
+        check(kernels.append_variant(dtype), arch)
+        check(kernels.merge_variant(dtype), arch)
+
+
+@pytest.mark.parametrize("arch", (80, 90, 100, 120))
+@pytest.mark.parametrize("rows", ROWS)
+def test_no_local_memory_and_no_illegal_descriptor(rows: int, arch: int) -> None:
+    """Registers never spill at head dim 128, and ptxas never takes an odd uniform register for a cache policy."""
+    code = check(decode_variant("bfloat16", (128, 128), rows, {}, 1000, arch), arch)
+    assert code.local_bytes == 0
+    assert sass.odd_descriptors(sass.disassemble(code.code)) == 0
+
+
+def test_sources_are_whole() -> None:
+    """CuPy's cache does not see headers: nothing may be left to include."""
+    for file in ("plan.cu", "decode.cu", "append.cu", "merge.cu"):
+        assert "#include" not in kernels.source(file)
+
+
+def test_an_error_names_variant_and_architecture() -> None:
+    broken = kernels.Variant("merge", (("ELEMENT", "Float17"), ("ELEMENT_BYTES", 2), ("WARPS", 4)))
+    with pytest.raises(cubins.CompileError, match=r"(?s)merge.*Float17.*sm_90.*error"):
+        cubins.cubin(broken, 90)
