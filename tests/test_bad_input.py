@@ -416,6 +416,45 @@ def test_bad_input(make, name, changes, error):
     assert contents(arguments) == before
 
 
+def plan_of(arguments: Arguments) -> cuflash.SchedulerMetadata:
+    """A plan that fits a good call."""
+    new = arguments.get("k")
+    return cuflash.get_scheduler_metadata(
+        BATCH,
+        arguments.get("max_seqlen_q", SEQLEN_Q),
+        CAPACITY,
+        HEADS,
+        KV_HEADS,
+        DIM,
+        arguments["cache_seqlens"],
+        "float32",
+        DIM_V,
+        page_size=PAGE_SIZE if "page_table" in arguments else None,
+        max_seqlen_k_new=0 if new is None or "cu_seqlens_k_new" in arguments else new.shape[1],
+        **{name: arguments[name] for name in ("cu_seqlens_q", "cu_seqlens_k_new") if name in arguments},
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(make, changes) for make, _, changes, _ in BAD if GOOD[make] is cuflash.flash_attn_with_kvcache],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value.__name__,
+)
+def test_bad_input_on_a_plan(make, changes):
+    """Nor does a plan help, not even one that a good call has used."""
+    good = make()
+    good["scheduler_metadata"] = metadata = plan_of(good)
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**make(), scheduler_metadata=metadata)
+    arguments = changed(good, changes)
+    before, planned = contents(arguments), metadata.array.copy()
+    says_why = r"\bmust\b|\bneeds?\b|not implemented|was made for|exclude"
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=says_why):
+        cuflash.flash_attn_with_kvcache(**arguments)
+    assert contents(arguments) == before
+    np.testing.assert_array_equal(metadata.array, planned)
+
+
 @pytest.mark.parametrize(
     ("variable", "value"), [("CUFLASH_BACKEND", "gpu"), ("CUFLASH_BACKEND", "cuda"), ("CUFLASH_NUM_SM", "0"),
                             ("CUFLASH_NUM_SM", "many"), ("CUFLASH_ARCH", "sm_90"), ("CUFLASH_ARCH", "70")]
