@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..kernels import Variant, source
+from ..simulator.compile import cache_dir, store
 
 # What CuPy adds to a module's own options (cupy/cuda/compiler.py), and ptxas' account of registers and memory.
 _OPTIONS = ("-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
@@ -58,8 +57,8 @@ def cubin(variant: Variant, arch: int, fresh: bool = False) -> Cubin:
     path = _path(variant, arch)
     if fresh or not path.with_suffix(".json").exists():
         code, facts = _compile(variant, arch)
-        _store(path, code)
-        _store(path.with_suffix(".json"), json.dumps(facts).encode())
+        store(path, code)
+        store(path.with_suffix(".json"), json.dumps(facts).encode())
     start = time.process_time()
     source.cache_clear()
     code = _path(variant, arch).read_bytes()
@@ -88,17 +87,7 @@ def _options(variant: Variant, arch: int) -> tuple[str, ...]:
 
 def _path(variant: Variant, arch: int) -> Path:
     key = json.dumps([source(variant.file), _options(variant, arch), nvrtc_version()])
-    home = Path(os.environ.get("CUFLASH_CACHE_DIR") or Path.home() / ".cache" / "cuflash")
-    return home / "cubin" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-
-
-def _store(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all: other processes may look for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
+    return cache_dir() / f"{variant.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 _warm = False  # whether NVRTC has loaded its parts, which the first compilation waits for
