@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _INSTRUMENTS = {
+    "gpu": "time on a GPU beside the time to read the keys and values, and beside other libraries",
     "host": "microseconds of Python from a call to its launch (no GPU)",
     "cpu": "time of the NumPy backend beside torch on the CPU",
     "counters": "memory traffic, bank conflicts and instructions of the kernels on the simulator (no GPU)",

@@ -1,0 +1,228 @@
+"""Time on a GPU: calls in CUDA graphs, beside a kernel that does nothing but read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+_SOURCE = r"""
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Reads `count` units of 16 bytes, once each and past L1; the sink keeps the compiler from leaving it out.
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* from, u64 count, u32* sink) {
+    constexpr int kInFlight = 8;
+    const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
+    u32 sum = 0;
+    uint4 v[kInFlight];
+    for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += kInFlight * step) {
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            v[k] = {0, 0, 0, 0};
+            if (i + k * step < count) {
+                asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w)
+                             : "l"(from + i + k * step));
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) sum += v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+    }
+    if (sum == 0x9e3779b9u) *sink = sum;
+}
+
+// bfloat16 numbers between -2 and 2 from a counter (the finaliser of MurmurHash3).
+extern "C" __global__ void fill_random(unsigned short* to, u64 count, u32 seed) {
+    const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
+    for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+        u32 h = static_cast<u32>(i) * 0x9e3779b9u ^ static_cast<u32>(i >> 32) ^ seed;
+        h = (h ^ h >> 16) * 0x85ebca6bu;
+        h = (h ^ h >> 13) * 0xc2b2ae35u;
+        const float x = static_cast<float>(static_cast<int>(h ^ h >> 16)) * (2.0f / 2147483648.0f);
+        to[i] = static_cast<unsigned short>(__float_as_uint(x) >> 16);
+    }
+}
+"""
+
+
+class Sampler(Protocol):
+    """What can be timed again and again."""
+
+    def sample(self) -> float:
+        """Run once; return microseconds per call."""
+
+
+class Kernels:
+    """The kernels of this file on the current device."""
+
+    def __init__(self) -> None:
+        import cupy
+        import numpy as np
+
+        module = cupy.RawModule(code=_SOURCE, options=("-std=c++17",))
+        self._read, self._fill = module.get_function("read_all"), module.get_function("fill_random")
+        self._blocks = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self._sink = cupy.zeros(1, np.uint32)
+        self._u32, self._u64 = np.uint32, np.uint64
+
+    def read(self, array: Any) -> None:
+        """Read a contiguous array."""
+        count = array.nbytes // 16
+        blocks = max(1, min(self._blocks, -(-count // 512)))
+        self._read((blocks,), (512,), (array, self._u64(count), self._sink))
+
+    def fill(self, array: Any, seed: int) -> None:
+        """Fill a contiguous array of bfloat16 with random numbers."""
+        self._fill((self._blocks,), (512,), (array, self._u64(array.size), self._u32(seed * 2654435761 % 2**32)))
+
+
+class CupyGraph:
+    """Calls of CuPy's, captured once."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        import cupy
+
+        self._count = len(calls)
+        self._cupy = cupy
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # What the calls allocate while they are captured belongs to the graph: to a pool that nobody else uses.
+        self._pool = cupy.cuda.MemoryPool()
+        cupy.cuda.Device().synchronize()
+        with cupy.cuda.using_allocator(self._pool.malloc), self._stream:
+            for call in calls[:2]:  # compiles, loads, makes workspaces
+                call()
+            self._stream.synchronize()
+            self._stream.begin_capture()
+            try:
+                for call in calls:
+                    call()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._stream.end_capture()
+                raise
+            self._graph = self._stream.end_capture()
+        self.sample()
+
+    def sample(self) -> float:
+        """Replay."""
+        begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        begin.record(self._stream)
+        self._graph.launch(self._stream)
+        end.record(self._stream)
+        end.synchronize()
+        return 1e3 * float(self._cupy.cuda.get_elapsed_time(begin, end)) / self._count
+
+
+class TorchGraph:
+    """Calls of torch's, captured once."""
+
+    def __init__(self, torch: Any, calls: Sequence[Callable[[], Any]]) -> None:
+        self._torch, self._count = torch, len(calls)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for call in calls[:2]:
+                call()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+        self.sample()
+
+    def sample(self) -> float:
+        """Replay."""
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(begin.elapsed_time(end)) / self._count
+
+
+class JaxProgram:
+    """Calls of JAX's, compiled to one program; JAX has no events, so this is wall time."""
+
+    def __init__(self, jax: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
+        self._jax, self._arguments = jax, arguments
+        self._program = jax.jit(lambda copies: [function(*copy) for copy in copies])
+        self.sample()
+        self.sample()
+
+    def sample(self) -> float:
+        """Run the program and wait for it."""
+        start = time.perf_counter()
+        self._jax.block_until_ready(self._program(self._arguments))
+        return 1e6 * (time.perf_counter() - start) / len(self._arguments)
+
+
+def medians(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, float]:
+    """Return medians over rounds in which all take their turn."""
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(rounds):
+        for name, sampler in samplers.items():
+            times[name].append(sampler.sample())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def number_of_copies(size: int, l2_bytes: int) -> int:
+    """Return how many copies of inputs of ``size`` bytes make sure that none is in the L2 cache when its turn comes."""
+    return max(2, math.ceil(4 * l2_bytes / max(size, 1)))
+
+
+def number_of_calls(expected_us: float, copies: int) -> int:
+    """Return how many calls a graph needs to last for two milliseconds, at least as many as there are copies."""
+    return max(20, copies, min(400, math.ceil(2000 / expected_us)))
+
+
+def read_sampler(kernels: Kernels, size: int, l2_bytes: int) -> Sampler:
+    """Return a plain read of ``size`` bytes, at changing places of a buffer larger than the L2 cache."""
+    import cupy
+    import numpy as np
+
+    size = size // 16 * 16
+    buffer = cupy.empty(max(5 * l2_bytes, 2 * size) // 16 * 16, np.uint8)
+    kernels.fill(buffer.view(np.uint16), 1)
+    places = buffer.size // size
+
+    def call(place: int) -> Callable[[], None]:
+        return lambda: kernels.read(buffer[place * size : (place + 1) * size])
+
+    return CupyGraph([call(i % places) for i in range(number_of_calls(3 + size / 4e6, places))])
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what the figures depend on: GPU, clocks as they are, versions."""
+    import cupy
+
+    number = cupy.cuda.runtime.getDevice()
+    properties = cupy.cuda.runtime.getDeviceProperties(number)
+    driver = cupy.cuda.runtime.driverGetVersion()
+    facts = {
+        "gpu": properties["name"].decode(),
+        "multiprocessors": properties["multiProcessorCount"],
+        "l2_bytes": properties["l2CacheSize"],
+        "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+        "cupy": cupy.__version__,
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+    }
+    return {**facts, **clocks()}
+
+
+def clocks() -> dict[str, str]:
+    """Return clocks, power and temperature as nvidia-smi reports them; nothing is set. Empty without nvidia-smi."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "driver_version")
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return {}
+    done = subprocess.run(
+        [command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    values = done.stdout.strip().split(", ")
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
