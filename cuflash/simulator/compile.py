@@ -119,6 +119,7 @@ def _flags(compiler: Sequence[str]) -> list[str]:
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
+        "-fwrapv",
         "-ftree-vectorize",
         "-fvisibility=hidden",
     ]

@@ -227,6 +227,7 @@ def survey(
     sample: int | None = None,
     seed: int = 0,
     jobs: int = 1,
+    min_problems: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Finds the mutants of the kernels that the problems launch, and which of them live.
@@ -237,6 +238,7 @@ def survey(
         sample: how many mutants to try, at random; all of them if None.
         seed: of the sample.
         jobs: processes.
+        min_problems: leaves out kernels that fewer problems launch; they need problems of their own first.
         progress: called with a line of text now and then.
 
     Returns:
@@ -261,7 +263,7 @@ def survey(
             progress(f"{name}: {seconds[-1]:.2f} s, {', '.join(sorted({s.name for s in seen}))}")
     for key in users:
         users[key].sort(key=lambda k: seconds[k])
-    everyone = [m for one in kernels.values() for m in mutants(one)]
+    everyone = [m for key, one in kernels.items() if len(users[key]) >= min_problems for m in mutants(one)]
     if sample is not None and sample < len(everyone):
         everyone = random.Random(seed).sample(everyone, sample)
     report = Report()
@@ -313,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="number of mutants to try, at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--min-problems", type=int, default=1, help="leave out kernels that fewer problems launch")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit with 1 if a smaller share is killed")
     options = parser.parse_args(argv)
     report = survey(
@@ -321,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.sample,
         options.seed,
         options.jobs,
+        options.min_problems,
         lambda line: print(line, flush=True),
     )
     print(report)
