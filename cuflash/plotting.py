@@ -44,7 +44,7 @@ def plot_schedule(metadata: SchedulerMetadata, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None) -> Axes:
+def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None, labels: bool = True) -> Axes:
     """Draw a list of work as :meth:`SchedulerMetadata.work` gives it, of whatever schedule; the title is the caller's.
 
     The shares of a block stand one behind the other. KV heads of a sequence alternate in shade. Blocks whose partial
@@ -54,6 +54,7 @@ def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None) -> Ax
         work: Lines with the fields of ``WORK``, sorted by block.
         num_blocks: Bars to draw; those without work stay empty.
         ax: Where to draw; a new figure without it.
+        labels: Whether to write "sequence:head" on the bars, if they are few.
 
     Returns:
         The axes.
@@ -61,6 +62,7 @@ def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None) -> Ax
     Raises:
         ImportError: Without matplotlib.
     """
+    labels = labels and num_blocks <= _LABELLED_BLOCKS
     try:
         from matplotlib import pyplot
         from matplotlib.collections import LineCollection, PolyCollection
@@ -107,14 +109,14 @@ def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None) -> Ax
     ):
         marks = np.stack([x[line], low[line], x[line], high[line]], -1).reshape(-1, 2, 2)
         ax.add_collection(LineCollection(list(marks), colors=colour, linewidths=width))
-    if num_blocks <= _LABELLED_BLOCKS:
+    if labels:
         for line in np.flatnonzero(keys > 0.05 * longest):
             ax.text((begin[line] + end[line]) / 2, block[line], f"{sequence[line]}:{work['kv_head'][line]}",
                     ha="center", va="center", fontsize="x-small" if num_blocks <= 20 else "xx-small", clip_on=True,
                     color="white" if colours[line].mean() < 0.4 else "black")  # fmt: skip
 
     handles: list[Any] = []
-    if num_blocks <= _LABELLED_BLOCKS:
+    if labels:
         handles.append(
             Line2D([], [], linewidth=0, marker="$2\\!:\\!1$", markersize=12, color="0.2", label="sequence : KV head")
         )
