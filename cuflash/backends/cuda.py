@@ -114,10 +114,8 @@ class _Workspaces:
         self._replaced: list[NativeArray] = []
         self._lock = threading.Lock()
 
-    def get(self, name: str | int, stream: Any, size: int, dtype: Any, zero: bool = False) -> NativeArray:
-        """Return an array of at least ``size`` elements that belongs to the current device and its stream."""
-        thread = threading.get_ident() if stream.ptr == _PER_THREAD_STREAM else 0
-        key = name, cupy.cuda.runtime.getDevice(), stream.ptr, thread
+    def get(self, key: tuple[Any, ...], size: int, dtype: Any, zero: bool = False) -> NativeArray:
+        """Return an array of at least ``size`` elements on the current device."""
         array = self._arrays.get(key)
         if array is not None and array.size >= size:
             return array
@@ -143,29 +141,28 @@ class _Gpu:
     """A :class:`cuflash.kernels.Machine`: the current device and stream of CuPy, for one call."""
 
     def __init__(self) -> None:
-        self._stream = cupy.cuda.get_current_stream()
+        stream = cupy.cuda.get_current_stream().ptr
+        thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
+        self._number = cupy.cuda.runtime.getDevice()
+        self._key = self._number, stream, thread
         self._taken = 0
 
     def address(self, array: NativeArray) -> int:
         return array.data.ptr
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NativeArray:
-        if not self._stream.is_capturing():
-            return cupy.empty(
-                shape, dtype
-            )  # CuPy's pool hands it out again on this stream alone, so after our launches
-        # A graph uses the memory after this call, too, when the pool may have given it to someone else.
+        # Not from CuPy's pool: a captured graph uses it after this call, too. Other threads may call in between.
         self._taken += 1
         dtype = np.dtype(dtype)
         size = max(math.prod(shape) * dtype.itemsize, 1)
-        memory = _workspaces.get(self._taken, self._stream, size, np.uint8)
+        memory = _workspaces.get((*self._key, self._taken, threading.get_ident()), size, np.uint8)
         return cupy.ndarray(shape, dtype, memory.data)
 
     def workspace(self, partials: int, counters: int) -> tuple[NativeArray, NativeArray]:
         # Kernels leave the counters at zero.
         return (
-            _workspaces.get("partials", self._stream, partials, np.float32),
-            _workspaces.get("counters", self._stream, counters, np.int32, zero=True),
+            _workspaces.get((*self._key, "partials"), partials, np.float32),
+            _workspaces.get((*self._key, "counters"), counters, np.int32, zero=True),
         )
 
     def launch(
@@ -177,7 +174,7 @@ class _Gpu:
         params: np.ndarray,
         arrays: dict[str, NativeArray],
     ) -> None:
-        function = _function(variant, cupy.cuda.runtime.getDevice())
+        function = _function(variant, self._number)
         # The struct as plain bytes: CuPy would describe its fields in every launch, which takes longer than the launch.
         plain = params.view(_bytes_of(params.dtype))
         function((grid,), (threads,), (plain,), shared_mem=shared_bytes)
