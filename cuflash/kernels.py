@@ -127,6 +127,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("STAGES", tiling.stages),
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),
             ("BLOCK_STATE_BYTES", tiling.block_state_bytes),
+            ("CLUSTER", tiling.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
             ("HAS_CHUNK", int(problem.attention_chunk > 0)),
         ),
@@ -228,8 +229,9 @@ class Attention:
             if problem.split_size:
                 max_splits = -(-max(metadata.max_seqlen_k, 1) // problem.split_size)
                 slots = problem.batch_size * problem.num_heads_kv * tiling.row_blocks * max_splits
-            partials = slots * tiling.rows * (tiling.headdim_v + 2)
-            self._workspace = partials, metadata.device.num_sm * MAX_BLOCKS_PER_SM
+            partials = slots * tiling.rows * (problem.headdim_v + 2)
+            # A cluster merges in its shared memory.
+            self._workspace = (partials, metadata.device.num_sm * MAX_BLOCKS_PER_SM) if tiling.cluster == 1 else None
             self._decode = _decode_launch(problem, operands, metadata, slots, max_splits)
 
     def __call__(self, machine: Machine, arrays: dict[str, NativeArray | None]) -> None:
@@ -240,7 +242,9 @@ class Attention:
             if self._rotated:
                 arrays["q"] = arrays["q_rotated"]
         if self._decode is not None:
-            arrays["partials"], arrays["counters"] = machine.workspace(*self._workspace)
+            arrays["partials"] = arrays["counters"] = None
+            if self._workspace:
+                arrays["partials"], arrays["counters"] = machine.workspace(*self._workspace)
             self._decode(machine, arrays)
 
 

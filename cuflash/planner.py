@@ -9,6 +9,7 @@ What a plan's words are stands in ``kernels_cu/include/schedule.cuh``.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,10 +116,18 @@ def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, ar
     leftpad, seqlen_k, seqlen_q = sequence_lengths(problem, lengths)
     sequences[0], sequences[1], sequences[2] = leftpad, seqlen_k, seqlen_q
     begin, end = visible_keys(problem, tiling, seqlen_k, seqlen_q)
-    item, key = _cut(problem, tiling, num_blocks, begin, end)
-
-    used = len(item)
     items = len(begin) * problem.num_heads_kv
+    cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
+    array[1:PLAN_CUTS] = 0
+    if tiling.cluster > 1:
+        item, key = _cut_for_clusters(problem, tiling, begin, end)
+        array[0] = used = len(item)
+        cuts[:used, 0], cuts[:used, 1], cuts[:used, 2], cuts[:used, 3] = item, key, np.arange(used), np.arange(used)
+        cuts[used:] = (items, 0, used, used)
+        return
+
+    item, key = _cut(problem, tiling, num_blocks, begin, end)
+    used = len(item)
     blocks = np.arange(used)
     # Blocks that hold a part of the item of a cut: from the one that holds its beginning to the one that holds its end.
     inside = key > 0
@@ -126,8 +135,6 @@ def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, ar
     first = np.where(inside, first - inside[first], blocks)
     last = np.where(inside, np.searchsorted(item, item, side="right") - 1, blocks)
     array[0] = used
-    array[1:PLAN_CUTS] = 0
-    cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
     cuts[:used, 0], cuts[:used, 1], cuts[:used, 2], cuts[:used, 3] = item, key, first, last
     cuts[used:] = (items, 0, used, used)
 
@@ -191,6 +198,20 @@ def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: In
     return item[kept], key[kept]
 
 
+def _cut_for_clusters(problem: Problem, tiling: Tiling, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Return (item, key) where the share of every block begins: a cluster cuts its item into equal parts."""
+    rows = (len(begin) // tiling.row_blocks, 1, tiling.row_blocks, 1)  # sequence, KV head, row block, part
+    begin, end = begin.reshape(rows), end.reshape(rows)
+    part = np.arange(tiling.cluster)
+    key = (begin + (end - begin) * part // tiling.cluster + TILE_KEYS // 2) // TILE_KEYS * TILE_KEYS
+    after = (key >= end) & (part > 0)
+    key = np.where(after | (key <= begin) | (part == 0), 0, key)
+    shape = (rows[0], problem.num_heads_kv, tiling.row_blocks, tiling.cluster)
+    items = np.arange(math.prod(shape[:3])).reshape(*shape[:3], 1)
+    item = items + np.broadcast_to(after, shape)
+    return item.ravel(), np.broadcast_to(key, shape).ravel()
+
+
 def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
     """Return what an item costs beyond its keys, in keys: about 1/32 of the mean item, in [1, 128].
 
@@ -239,6 +260,7 @@ def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -
         "num_blocks": num_blocks,
         "num_cuts": (words - PLAN_CUTS - 3 * batch) // 4,
         "divisor": largest_divisor(units * problem.num_heads_kv, num_blocks),
+        "cluster": tiling.cluster,
         "num_splits": problem.num_splits,
         "split_size": problem.split_size or 0,
         "slice_sequences": slice_sequences,

@@ -185,10 +185,11 @@ class SchedulerMetadata:
         return "\n".join([title, *(f"  {name:<10}  {text}" for name, text in lines)])
 
     def _shares(self, work: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the keys that each used block reads, (blocks,)."""
+        """Return the keys that each block with work reads, (blocks,)."""
         shares = np.zeros(int(_to_host(self.array[:1])[0]), np.int64)
         np.add.at(shares, work["block"], work["key_end"] - work["key_begin"])
-        return shares
+        # Items without keys are work too; but a cluster has its blocks also where its item leaves them nothing.
+        return shares if self.tiling.cluster == 1 else shares[shares > 0]
 
 
 def get_scheduler_metadata(
@@ -344,7 +345,8 @@ def make_metadata(
     if pack_gqa is not None:
         pack_gqa = boolean("pack_gqa", pack_gqa)
     device = backend.device(lengths.cache_seqlens)
-    tiles = tiling(problem, device)
+    # A refilled plan keeps its tiles: a graph may have been captured with them.
+    tiles = out.tiling if isinstance(out, SchedulerMetadata) else tiling(problem, device, max_seqlen_k)
     items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
     if max(items, problem.rows) >= _MAX_ITEMS:
         raise ValueError(

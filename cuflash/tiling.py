@@ -34,6 +34,8 @@ class Tiling:
         stages: Half-stages of a warp's ring, odd.
         blocks_per_sm: Blocks meant to be resident on one multiprocessor.
         shared_bytes: Dynamic shared memory of a block.
+        cluster: Blocks of a thread-block cluster, which share one item and merge it through their shared memory; 1: no
+            clusters, blocks share all keys and merge through global memory.
     """
 
     headdim: int
@@ -45,6 +47,7 @@ class Tiling:
     stages: int
     blocks_per_sm: int
     shared_bytes: int
+    cluster: int = 1
 
     @property
     def block_state_bytes(self) -> int:
@@ -52,7 +55,9 @@ class Tiling:
         return _block_state_bytes(self.warps, self.rows)
 
     def max_blocks(self, problem: Problem, device: Device) -> int:
-        """Blocks that the device holds at once: the largest grid of a plan."""
+        """Blocks of the largest grid of a plan: those that the device holds at once."""
+        if self.cluster > 1:
+            return problem.batch_size * problem.num_heads_kv * self.row_blocks * self.cluster
         return max(1, device.num_sm - problem.sm_margin) * self.blocks_per_sm
 
 
@@ -62,8 +67,17 @@ def padded_headdim(headdim: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def tiling(problem: Problem, device: Device) -> Tiling:
-    """Choose the tile sizes of a problem on a device; depends on shapes alone."""
+def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) -> Tiling:
+    """Choose the tile sizes of a problem on a device; depends on shapes alone.
+
+    Args:
+        problem: The problem.
+        device: The device.
+        max_seqlen_k: Upper bound of the key lengths, if one is known: small problems get clusters.
+
+    Raises:
+        ValueError: If the head dim does not fit the device.
+    """
     d, dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     # More than 16 rows at head dim 256 do not fit the registers: two row blocks read the keys twice instead.
     most_rows = 32 if max(d, dv) <= 192 else 16
@@ -86,16 +100,39 @@ def tiling(problem: Problem, device: Device) -> Tiling:
     items = problem.batch_size * problem.num_heads_kv * row_blocks
     if items <= device.num_sm and problem.split_size is None:
         shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
-    for tile_keys, warps, blocks_per_sm in shapes:
+    choices = [(shape, 1) for shape in shapes]
+    cluster = _cluster(problem, device, items, max_seqlen_k)
+    if cluster > 1 and max_seqlen_k is not None:
+        choices.insert(0, ((16, 8 if max_seqlen_k >= 256 * cluster else 4, 1), cluster))
+    for (tile_keys, warps, blocks_per_sm), cluster in choices:
         room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
         slot = tile_keys * row_bytes
         fixed = query + _block_state_bytes(warps, rows)
+        if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums
+            fixed += cluster * rows * (4 * dv + 8)
         stages = (room - fixed) // (warps * slot)
         stages = min(7, stages - 1 + stages % 2)
         if stages >= 3:
             shared = warps * stages * slot + fixed
-            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared)
+            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, cluster)
     raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
+
+
+def _cluster(problem: Problem, device: Device, items: int, max_seqlen_k: int | None) -> int:
+    """Return the blocks of a cluster for a problem that is small enough to gain from one, else 1.
+
+    A cluster cuts its item into equal parts of at most 512 keys: what a launch costs beside reading outweighs balance
+    between items there. Up to 17 MB of keys and values it won on an H200 with a kernel of this design, from 33 MB it
+    lost; the threshold follows the number of multiprocessors.
+    """
+    free = problem.num_splits == 0 and problem.split_size is None and problem.sm_margin == 0
+    if device.arch < 90 or not free or not max_seqlen_k or not items:
+        return 1
+    row_bytes = (problem.headdim + problem.headdim_v) * numpy_dtype(problem.kv_dtype).itemsize
+    if items * max_seqlen_k * row_bytes > device.num_sm * 128 * 1024:
+        return 1
+    sizes = (8, 4, 2)  # 16 is not portable
+    return next((c for c in sizes if items * c <= device.num_sm and 64 * c <= max_seqlen_k <= 512 * c), 1)
 
 
 def _block_state_bytes(warps: int, rows: int) -> int:

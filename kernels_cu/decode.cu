@@ -7,6 +7,7 @@
 //
 // The ring: half-stage h holds the keys (h even) or values (h odd) of tile h / 2. While half-stage h is read, the copy of
 // half-stage h + kStages - 1 goes into the slot of half-stage h - 1, which all lanes have left behind.
+#include "cluster.cuh"
 #include "combine.cuh"
 #include "config.cuh"
 #include "loader.cuh"
@@ -73,7 +74,18 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     const bool is_answer = whole && (p.split_size == 0 || parts.count <= 1);
     // An empty split has no slot; an empty part of a plan that balances has one, which the merge reads.
     if (is_answer || p.split_size == 0 || segment.keys.end > segment.keys.begin) {
-        merge_warps(p, segment, math, softmax, states, free_slot, is_answer ? -1 : slot);
+        merge_warps(segment, math, softmax, states, free_slot, [&](int row, int vector, float4 output, RowState state) {
+            if (is_answer) {
+                const RowOutput at(p, segment, row);
+                float lse;
+                const float factor = finish_row(p, at.head, state, lse);
+                store_answer(p, at, vector, output, factor);
+                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+            } else {
+                store_global(partial_output(p, slot) + row * kVectors + vector, output);
+                if (vector == 0) partial_states(p, slot)[row] = make_float2(state.maximum, state.sum);
+            }
+        });
     }
     if (is_answer || !segment.last) return;
     __syncthreads();
@@ -97,14 +109,26 @@ struct BlockState {
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much shared memory aside");
 
-extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_SM)
+    decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const query = shared + kWarps * kRingBytes;  // (kRows, kPaddedHeadDim)
     BlockState& block = *reinterpret_cast<BlockState*>(query + kRows * kKeyBytes);
+    ClusterParts& parts = *reinterpret_cast<ClusterParts*>(query + kRows * kKeyBytes + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (blockIdx.x >= p.plan[0]) return;
-
-    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    if constexpr (kCluster > 1) {
+        cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
+        if (threadIdx.x == 0) block.share = cluster_share(p, block.segment);
+    } else {
+        if (blockIdx.x >= p.plan[0]) return;
+        if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    }
     __syncthreads();
     // Shared addresses of the half-stage that is read and of the one just left. They hold the warp's place: as an offset that is
     // the same in all warps, ptxas would put it in a uniform register, which the copies cannot share with their cache policy.
@@ -127,11 +151,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
     Math math(shared_address(query), lane);
     Softmax softmax(p);
 
+    bool is_empty = true;
     for (SegmentWalker walker(block.share);;) {
         int key, end, full_begin, full_end;
         {
             Segment segment;
             if (!walker.next(p, block.share, segment)) break;
+            is_empty = false;
             if (threadIdx.x == 0) block.segment = segment;
             load_queries(p, segment, query);
             key = segment.keys.begin + warp * kTileKeys;
@@ -166,7 +192,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) decode(con
             advance();
         }
 
-        finish_segment(p, block.share, block.segment, math, softmax, block.warps, free_slot);
-        __syncthreads();  // the queries, the segment and the free slots are about to change
+        if constexpr (kCluster > 1) {
+            cluster_wait();
+            merge_warps(block.segment, math, softmax, block.warps, free_slot,
+                        [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
+        } else {
+            finish_segment(p, block.share, block.segment, math, softmax, block.warps, free_slot);
+            __syncthreads();  // the queries, the segment and the free slots are about to change
+        }
+    }
+    if constexpr (kCluster > 1) {
+        if (is_empty) {
+            cluster_wait();
+            put_empty_part(parts);
+        }
+        cluster_arrive();
+        cluster_wait();
+        if (cluster_rank() == 0) merge_cluster(p, block.segment, parts);
     }
 }

@@ -25,6 +25,7 @@ struct PlanParams {
     int num_blocks;       // most blocks that the plan may use
     int num_cuts;         // entries of the plan
     int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
+    int cluster;          // blocks that share an item, or 1: blocks share all keys
     int num_splits;       // 0: free, n: most parts of an item
     int split_size;       // cuts lie at multiples of this many keys, or 0
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
@@ -64,6 +65,26 @@ __device__ int slice_of(const long long* before, int low, int high, long long ta
         else high = middle;
     }
     return low;
+}
+
+// Small problems: a cluster cuts its item into equal parts, whatever the other items are.
+__device__ void plan_for_clusters(const PlanParams& p, Mask mask, int items) {
+    const int used = items * p.cluster;
+    if (threadIdx.x < kPlanCuts) p.plan[threadIdx.x] = threadIdx.x == 0 ? used : 0;
+    Cut* planned_cuts = reinterpret_cast<Cut*>(p.plan + kPlanCuts);
+    #pragma unroll 1
+    for (int u = threadIdx.x; u < p.num_cuts; u += blockDim.x) {
+        Cut cut = {items, 0, used, used};
+        if (u < used) {
+            const int item = u / p.cluster, item_of_kv_head = item / p.row_blocks;
+            const Sequence sequence = sequence_lengths(item_of_kv_head / p.num_heads_kv, p.cache_seqlens, p.cache_leftpad,
+                                                       p.cu_seqlens_q, p.cu_seqlens_k_new, p.max_seqlen_q, p.max_seqlen_k_new);
+            const KeyRange keys = row_block_keys(mask, sequence, p.group, p.rows, item % p.row_blocks);
+            cut = cluster_cut(keys, item, u % p.cluster, p.cluster);
+            cut.first_block = cut.last_block = u;
+        }
+        planned_cuts[u] = cut;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
@@ -106,6 +127,11 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             row_block = 0;
             s += 1;
         }
+    }
+
+    if (p.cluster > 1) {
+        plan_for_clusters(p, mask, items);
+        return;
     }
 
     // Scan over the block: within each warp, then every warp scans the sums of the warps.

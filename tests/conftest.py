@@ -34,6 +34,8 @@ def _backend(name: str) -> Backend:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Every backend that this machine has; ``pytest -k numpy`` selects one."""
     monkeypatch.setenv("CUFLASH_BACKEND", request.param)
+    if request.param == "sim":  # a small GPU, so that items share blocks; test_cluster.py has a large one
+        monkeypatch.setenv("CUFLASH_NUM_SM", "8")
     yield _backend(request.param)
 
 

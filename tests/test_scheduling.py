@@ -62,6 +62,11 @@ def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) 
     assert (meta.array[1:8] == 0).all()
     assert used <= meta.num_blocks and (used >= 1) == (items > 0)
     places = cuts["item"].astype(np.int64) * 2**31 + cuts["key"]
+    if meta.tiling.cluster > 1:  # a cluster has all its blocks, also those without keys
+        assert used == items * meta.tiling.cluster and (np.diff(places) >= 0).all()
+        assert (work["block"] // meta.tiling.cluster == work["sequence"] * meta.problem.num_heads_kv
+                * meta.tiling.row_blocks + work["kv_head"] * meta.tiling.row_blocks + work["row_block"]).all()  # fmt: skip
+        return
     assert (np.diff(places[: used + 1]) > 0).all()
     assert places[0] == 0
     assert (places[used:] == items * 2**31).all()
@@ -163,7 +168,10 @@ def test_shares_are_even(workload: str, num_sm: int, monkeypatch: pytest.MonkeyP
         (1, 1, 640, 10, {64}),
     ],
 )
-def test_equal_items_are_cut_alike(batch: int, heads: int, seqlen: int, blocks: int, shares: set[int]) -> None:
+def test_equal_items_are_cut_alike(
+    batch: int, heads: int, seqlen: int, blocks: int, shares: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUFLASH_ARCH", "80")  # without clusters
     meta = plan(np.full(batch, seqlen), heads)
     work = meta.work()
     assert int(meta.array[0]) == blocks
@@ -312,7 +320,7 @@ def test_host_lengths_of_any_integer_type(dtype: Any) -> None:
 
 
 def test_one_int_for_all_lengths() -> None:
-    np.testing.assert_array_equal(plan([0, 0], cache_seqlens=700).array, plan([700, 700]).array)
+    np.testing.assert_array_equal(plan([0, 0], cache_seqlens=700, max_seqlen_k=700).array, plan([700, 700]).array)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 #include "config.cuh"
 #include "segment.cuh"
 
-constexpr int kVectors = kPaddedHeadDimV / 4;  // float4s of an output row
+constexpr int kVectors = kHeadDimV / 4;  // float4s of an output row
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -57,7 +57,6 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, Row
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
-    if (vector * 4 >= kHeadDimV) return;
     o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
     store4<Element>(p.out, at.out + vector * 4, o);
 }
@@ -67,16 +66,16 @@ __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slo
 }
 
 __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slot) {
-    float* states = p.partials + static_cast<long long>(p.num_slots) * kRows * kPaddedHeadDimV;
+    float* states = p.partials + static_cast<long long>(p.num_slots) * kRows * kHeadDimV;
     return reinterpret_cast<float2*>(states) + static_cast<long long>(slot) * kRows;
 }
 
-// Merges the warps' results of a segment. Writes the answer if `slot` is negative, else a partial result to that slot.
+// Merges the warps' results of a segment and hands each float4 of a row to put(row, vector, output, state).
 // Each warp passes its outputs through the free slot of its ring, 8 rows at a time: the rest of the ring is filling with the
 // next item's keys meanwhile. A block barrier must follow before the slots and states change.
-template <typename Math, typename Softmax>
-__device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment& segment, const Math& math,
-                                            const Softmax& softmax, WarpStates& states, u32 free_slot, int slot) {
+template <typename Math, typename Softmax, typename Put>
+__device__ __forceinline__ void merge_warps(const Segment& segment, const Math& math, const Softmax& softmax,
+                                            WarpStates& states, u32 free_slot, Put put) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
@@ -109,16 +108,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Segment
                 const float4 part = load_shared(states.slot[w] + OutputTile::offset(i / kVectors, vector * 4));
                 o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
             }
-            if (slot < 0) {
-                const RowOutput at(p, segment, row);
-                float lse;
-                const float factor = finish_row(p, at.head, merged, lse);
-                store_answer(p, at, vector, o, factor);
-                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
-            } else {
-                store_global(partial_output(p, slot) + row * kVectors + vector, o);
-                if (vector == 0) partial_states(p, slot)[row] = make_float2(merged.maximum, merged.sum);
-            }
+            put(row, vector, o, merged);
         }
     }
 }

@@ -10,6 +10,7 @@ constexpr int kPaddedHeadDimV = PADDED_HEAD_DIM_V;
 constexpr int kRows = ROWS;                    // packed query rows of a row block: 8, 16 or 32
 constexpr int kWarps = WARPS;
 constexpr int kStages = STAGES;                // half-stages of a warp's ring, odd
+constexpr int kCluster = CLUSTER;              // blocks that share an item and their shared memory, or 1
 constexpr bool kHasSoftcap = HAS_SOFTCAP;
 constexpr bool kHasChunk = HAS_CHUNK;          // attention_chunk
 

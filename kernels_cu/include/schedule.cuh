@@ -96,3 +96,11 @@ __device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence,
     int last_row = min(first_row + rows, num_rows) - 1;
     return visible_keys(mask, sequence.seqlen_k, sequence.seqlen_q, first_row / group, last_row / group);
 }
+
+// Where part `part` of an item begins that a cluster cuts into `parts` equal ones, at multiples of 16 keys.
+__device__ __forceinline__ Cut cluster_cut(KeyRange keys, int item, int part, int parts) {
+    const int key = (int)(keys.begin + (long long)(keys.end - keys.begin) * part / parts + 8) / 16 * 16;
+    if (part == 0) return {item, 0, 0, 0};
+    if (key >= keys.end) return {item + 1, 0, 0, 0};
+    return {item, key <= keys.begin ? 0 : key, 0, 0};
+}

@@ -1,0 +1,73 @@
+// A cluster of blocks shares one item: each reads an equal part of it, the first block merges them in its shared memory.
+//
+// For problems so small that reading is the least of a launch: no partial results in global memory, no counter, and cuts that
+// follow from the real lengths, so that nothing waits for the plan.
+#pragma once
+#include "combine.cuh"
+
+// The parts of the item, in the shared memory of the cluster's first block.
+struct ClusterParts {
+    float4 output[kCluster][kRows][kVectors];  // unnormalised; unwritten where the sum is 0
+    float2 state[kCluster][kRows];             // (maximum, sum)
+};
+
+static_assert(kCluster == 1 || BLOCK_STATE_BYTES % 16 == 0, "the parts follow the block's state");
+
+__device__ __forceinline__ int cluster_rank() { return blockIdx.x % kCluster; }
+
+// The share of this block; `segment` receives the item as a whole. For one thread.
+__device__ __forceinline__ Share cluster_share(const DecodeParams& p, Segment& segment) {
+    const int item = blockIdx.x / kCluster, rank = cluster_rank();
+    const Share whole = {{item, 0, 0, 0}, {item + 1, 0, 0, 0}};
+    SegmentWalker(whole).next(p, whole, segment);
+    const Cut begin = cluster_cut(segment.visible, item, rank, kCluster);
+    return {begin, rank + 1 == kCluster ? whole.end : cluster_cut(segment.visible, item, rank + 1, kCluster)};
+}
+
+// Stores a float4 of this block's part where the first block finds it.
+__device__ __forceinline__ void put_part(ClusterParts& parts, int row, int vector, float4 output, RowState state) {
+    const int rank = cluster_rank();
+    store_cluster(shared_of_block(shared_address(&parts.output[rank][row][vector]), 0), output);
+    if (vector == 0) {
+        store_cluster(shared_of_block(shared_address(&parts.state[rank][row]), 0), make_float2(state.maximum, state.sum));
+    }
+}
+
+// A block without keys: its outputs are never read.
+__device__ __forceinline__ void put_empty_part(ClusterParts& parts) {
+    const int row = threadIdx.x;
+    if (row >= kRows) return;
+    store_cluster(shared_of_block(shared_address(&parts.state[cluster_rank()][row]), 0), make_float2(kLowest, 0.0f));
+}
+
+// Merges the parts and writes the answer: a row per warp.
+__device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segment& segment, const ClusterParts& parts) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = warp; row < segment.valid_rows; row += kWarps) {
+        RowState merged = {kLowest, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kCluster; ++i) merged.maximum = fmaxf(merged.maximum, parts.state[i][row].x);
+        float weight[kCluster];
+#pragma unroll
+        for (int i = 0; i < kCluster; ++i) {
+            weight[i] = exp2_approx(parts.state[i][row].x - merged.maximum);
+            merged.sum += weight[i] * parts.state[i][row].y;
+        }
+        const RowOutput at(p, segment, row);
+        float lse;
+        const float factor = finish_row(p, at.head, merged, lse);
+        for (int vector = lane; vector < kVectors; vector += 32) {
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int i = 0; i < kCluster; ++i) {
+                if (parts.state[i][row].y == 0.0f) continue;
+                const float4 part = parts.output[i][row][vector];
+                o.x += weight[i] * part.x, o.y += weight[i] * part.y;
+                o.z += weight[i] * part.z, o.w += weight[i] * part.w;
+            }
+            store_answer(p, at, vector, o, factor);
+        }
+        if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+    }
+}
