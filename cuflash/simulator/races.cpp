@@ -72,7 +72,9 @@ bool knows(Warp &w, u32 lane, const Record &r) {
         k = &*found->second;
     }
     if (k->least[r.warp] > r.epoch) return true;
-    for (u32 t = r.lanes; t; t &= t - 1)
+    u32 others = r.lanes;
+    if (r.block == w.block->linear && r.warp == w.index) others &= ~(1u << lane);  // it knows itself
+    for (u32 t = others; t; t &= t - 1)
         if (k->at[r.warp * 32 + first(t)] <= r.epoch) return false;
     return true;
 }
@@ -105,56 +107,78 @@ bool knows(Warp &w, u32 lane, const Record &r) {
            access & A_WRITE ? "write" : "read");
 }
 
-void add(Shadow &s, Line &line, std::vector<Record> *more, const Record &r) {
-    if (line.n < Line::INLINE) {
-        line.r[line.n] = r;
-    } else {
-        if (!more) {
-            line.extra = u32(s.extra.size());
+Record &at(Shadow &s, Line &line, u32 k) {
+    return k < Line::INLINE ? line.r[k] : s.extra[line.extra - 1][k - Line::INLINE];
+}
+
+void add(Shadow &s, Line &line, const Record &r) {
+    if (line.n >= Line::INLINE) {
+        if (!line.extra) {
             s.extra.emplace_back();
-            more = &s.extra.back();
+            line.extra = u32(s.extra.size());
         }
-        more->push_back(r);
+        auto &more = s.extra[line.extra - 1];
+        if (more.size() <= line.n - Line::INLINE) more.resize(line.n - Line::INLINE + 1);
     }
-    line.n++;
+    at(s, line, line.n++) = r;
     line.writes += r.kind & A_WRITE;
+}
+
+// Does the later access `now` make it needless to remember the earlier one, of the same warp? Whoever knows the later
+// one knows both.
+bool replaces(const Record &now, const Record &old) {
+    return old.block == now.block && old.warp == now.warp && old.kind == now.kind && !(old.lanes & ~now.lanes) &&
+           !(old.bytes & ~now.bytes);
 }
 
 void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 finding, u64 address, bool shared,
            const Actor *actor) {
     Line &line = s.lines[index];
-    u32 step = u32(w.launch->steps), block = w.block->linear;
-    const u32 me = actor ? actor->lanes : 1u << lane, mine_warp = actor ? actor->warp : w.index,
-              epoch = actor ? actor->epoch : w.epoch;
-    bool write = kind & A_WRITE, merged = false;
+    Record now{w.epoch, 1u << lane, w.pc, w.block->linear, u32(w.launch->steps), bytes, u8(w.index), kind};
+    if (actor) {
+        now.epoch = actor->epoch;
+        now.lanes = actor->lanes;
+        now.warp = u8(actor->warp);
+    }
+    const u32 me = now.lanes;
+    bool write = kind & A_WRITE;
     if (line.generation != s.generation) {
         line.generation = s.generation;
-        line.n = line.writes = 0;
+        line.n = line.writes = line.extra = 0;
     }
-    auto *more = line.n > Line::INLINE ? &s.extra[line.extra] : nullptr;
-    if (!write && !line.writes && line.n) {  // reads among reads: only the latest record may say the same
-        Record &r = line.n <= Line::INLINE ? line.r[line.n - 1] : more->back();
-        if (r.block == block && r.warp == mine_warp && r.kind == kind) {
-            if (r.bytes == bytes && r.epoch == epoch) {
-                r.lanes |= me;
-                r.pc = w.pc;
-                return;
+    if (!write && line.n) {  // other lanes of the warp have just read the same: one record for all of them
+        Record &last = at(s, line, line.n - 1);
+        if (last.block == now.block && last.warp == now.warp && last.kind == kind && last.bytes == bytes &&
+            last.epoch == now.epoch) {
+            bool clean = true;
+            for (u32 k = 0; k < line.n && line.writes; k++) {
+                const Record &r = at(s, line, k);
+                if ((r.kind & A_WRITE) && (r.bytes & bytes))
+                    clean = clean && !(r.kind & A_FLIGHT) && (knows(w, lane, r) || (kind & r.kind & A_STRONG));
             }
-            if (r.lanes == me && (r.bytes & ~bytes) == 0) {
-                r = Record{epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind};
+            if (clean) {
+                last.lanes |= me;
+                last.pc = w.pc;
+                if (line.n >= 2 && replaces(last, at(s, line, line.n - 2))) {
+                    at(s, line, line.n - 2) = last;
+                    line.n--;
+                }
                 return;
             }
         }
-        add(s, line, more, {epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind});
-        return;
+        if (!line.writes) {
+            if (replaces(now, last)) last = now;
+            else add(s, line, now);
+            return;
+        }
     }
     u32 kept = 0, writes = 0;
     for (u32 k = 0; k < line.n; k++) {
-        Record r = k < Line::INLINE ? line.r[k] : (*more)[k - Line::INLINE];
+        Record r = at(s, line, k);
         if (r.bytes & bytes) {
-            bool mine = r.block == block && r.warp == mine_warp && r.lanes == me;
+            bool mine = r.block == now.block && r.warp == now.warp && r.lanes == me;
             bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
-            bool same_instruction = r.step == step && r.block == block && r.warp == mine_warp && r.pc == w.pc;
+            bool same_instruction = r.step == now.step && r.block == now.block && r.warp == now.warp && r.pc == now.pc;
             if ((r.kind & A_FLIGHT) && w.launch->check(C_FLIGHT) && (mine || knows(w, lane, r)))
                 in_flight(w, lane, r, address, bytes, kind);
             bool ordered = mine || (!(r.kind & A_FLIGHT) && knows(w, lane, r));
@@ -164,25 +188,19 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
             if (write && (ordered || same_instruction) && !((r.kind & A_FLIGHT) && mine)) {
                 r.bytes &= u16(~bytes);
                 if (!r.bytes) continue;
-            } else if (!write && !(r.kind & A_WRITE) && r.block == block && r.warp == mine_warp && r.kind == kind &&
-                       !merged) {
-                if (r.lanes == me && (r.bytes & ~bytes) == 0) continue;  // the new record says more
-                if (r.bytes == bytes && r.epoch == epoch) {
-                    r.lanes |= me;
-                    r.pc = w.pc;
-                    merged = true;
-                }
+            } else if (!write) {
+                if (r.block == now.block && r.warp == now.warp && r.kind == kind && r.bytes == bytes &&
+                    r.epoch == now.epoch)
+                    now.lanes |= r.lanes;
+                if (replaces(now, r)) continue;
             }
         }
-        if (kept < Line::INLINE) line.r[kept] = r;
-        else (*more)[kept - Line::INLINE] = r;
-        kept++;
+        at(s, line, kept++) = r;
         writes += r.kind & A_WRITE;
     }
     line.n = kept;
     line.writes = writes;
-    if (more) more->resize(kept > Line::INLINE ? kept - Line::INLINE : 0);
-    if (!merged) add(s, line, more, {epoch, me, w.pc, block, step, bytes, u8(mine_warp), kind});
+    add(s, line, now);
 }
 
 constexpr u32 PAGE_SHIFT = 12;
@@ -281,7 +299,7 @@ void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
         Line &l = b.shadow.lines[line];
         if (l.generation != b.shadow.generation) continue;
         for (u32 k = 0; k < l.n; k++) {
-            Record &r = k < Line::INLINE ? l.r[k] : b.shadow.extra[l.extra][k - Line::INLINE];
+            Record &r = at(b.shadow, l, k);
             if ((r.kind & A_FLIGHT) && r.warp == w.index && r.lanes == 1u << lane && r.block == w.block->linear) {
                 r.kind &= u8(~A_FLIGHT);
                 r.epoch = w.epoch;

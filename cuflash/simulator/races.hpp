@@ -52,12 +52,14 @@ struct Record {
 };
 
 struct Line {  // who touched 16 bytes
-    static constexpr u32 INLINE = 4;
-    u32 n = 0, extra = 0;
+    static constexpr u32 INLINE = 2;
+    u32 n = 0;
     u32 generation = 0;  // of the shadow; an older one means an empty line
     u32 writes = 0;      // records that are no reads
+    u32 extra = 0;       // where the records beyond the inline ones are: one more than an index, 0 if nowhere
     Record r[INLINE];
 };
+static_assert(sizeof(Line) == 64, "a line of the cache");
 
 struct Shadow {
     std::vector<Line> lines;

@@ -167,6 +167,14 @@ def test_lanes_of_a_warp_need_a_barrier_too(settings: dict[str, Any]) -> None:
     assert finding.check == "shared_race"
 
 
+@pytest.mark.parametrize("settings", ORDERS)
+def test_what_one_lane_writes_for_all(settings: dict[str, Any]) -> None:
+    text = "  __shared__ float s;\n  if (t == 0) s = n;\n  SYNC\n  out[t] = s;"
+    run(body(text.replace("SYNC", "__syncwarp();")), 1, 32, args(), **settings)
+    finding = found(body(text.replace("SYNC", 'asm volatile("" ::: "memory");')), 1, 32, args(), **settings)
+    assert finding.check in ("shared_race", "uninitialised")
+
+
 def test_half_a_warp_synchronises_only_itself() -> None:
     text = "  __shared__ float s[32];\n  s[t] = t;\n  __syncwarp(t < 16 ? 0xffff : 0xffff0000);\n  out[t] = s[t ^ n];"
     run(body(text), 1, 32, args(5))
