@@ -90,9 +90,7 @@ def test_partial_results_of_real_workloads_are_few() -> None:
     records = list(counters.planned())
     assert len(records) >= 10
     assert all(record["partial_bytes"] <= record["partial_bound"] for record in records)
-    # One short sequence may be cut into parts of 64 keys; a partial result of 8 rows is an eighth of their bytes.
-    assert {record["workload"] for record in records if record["partial_ratio"] > 0.1} <= {"1 x 1024, 32/4"}
-    assert all(record["partial_ratio"] < 0.13 for record in records)
+    assert all(record["partial_ratio"] <= 0.1 for record in records)
 
 
 # ------------------------------------------------------------------------------------------------------- resources

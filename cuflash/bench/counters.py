@@ -177,6 +177,7 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
                 "arch": f"sm_{arch}",
                 "workload": workload.name,
                 "blocks": int(metadata.array[0]),
+                "cluster": metadata.tiling.cluster,
                 "efficiency": metadata.efficiency,
                 "partial_bytes": partial_bytes,
                 "partial_ratio": partial_bytes / workload.kv_bytes,
@@ -185,7 +186,9 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
 
 
 def _parts(metadata: SchedulerMetadata) -> int:
-    """Count the partial results: the parts of the items that lie in several blocks."""
+    """Count the partial results in memory: the parts of the items that lie in several blocks."""
+    if metadata.tiling.cluster > 1:
+        return 0  # they go from one block's shared memory to another's
     work = metadata.work()
     problem, row_blocks = metadata.problem, metadata.tiling.row_blocks
     item = (work["sequence"] * problem.num_heads_kv + work["kv_head"]) * row_blocks + work["row_block"]
