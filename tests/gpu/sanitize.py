@@ -1,0 +1,70 @@
+"""The standard problems, for compute-sanitizer: every kernel and feature once, on small caches full of NaN.
+
+Run as ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py`` (or racecheck, initcheck, synccheck). Answers
+are compared with the reference, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+os.environ["CUFLASH_BACKEND"] = "cuda"
+
+from conftest import HAS_GPU  # noqa: E402
+from problems import Backend, Case, check, make_inputs  # noqa: E402
+
+CASES = (
+    Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 17, 1, 0), page_size=16),
+    Case(dtype="bfloat16", heads=(8, 1), headdim=(128, 128), seqlens=(1500,), plan="given"),
+    Case(dtype="float16", heads=(32, 1), headdim=(64, 64), seqlens=(700, 90), page_size=1, plan="stale"),
+    Case(dtype="bfloat16", heads=(16, 1), headdim=(256, 256), seqlens=(400, 65), page_size=7),
+    Case(dtype="float16", heads=(40, 1), headdim=(96, 64), seqlens=(200, 33), page_size=64, layout="HND"),
+    Case(dtype="float32", heads=(4, 2), headdim=(64, 64), seqlens=(300, 5), page_size=16),
+    Case(dtype="float32", heads=(16, 1), headdim=(256, 256), seqlens=(90, 33)),
+    Case(dtype="bfloat16", heads=(6, 2), headdim=(40, 72), seqlens=(130, 64), batch_idx=True, leftpad=True),
+    Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(500, 250), split_size=64, plan="reused"),
+    Case(dtype="bfloat16", heads=(8, 2), headdim=(64, 64), seqlens=(600, 30), num_splits=3, plan="given"),
+    Case(dtype="float16", seqlens=(77, 130), seqlens_q=5, causal=True, window=(20, 0), sinks=True),
+    Case(dtype="float16", seqlens=(77, 130, 3), seqlens_q=(1, 7, 0), causal=True, softcap=3.0, page_size=3),
+    Case(dtype="bfloat16", seqlens=(77, 130), seqlens_q=3, causal=True, chunk=32, scale=-0.2),
+    Case(dtype="bfloat16", seqlens=(77, 130), new=1, rotary="interleaved", page_size=16, causal=True),
+    Case(dtype="float16", seqlens=(40, 7), new=(3, 0), rotary="half", rotary_dim=16, leftpad=True),
+    Case(dtype="float32", seqlens=(40, 7), seqlens_q=2, new=2, rotary="half", rotary_seqlens=True, causal=True),
+)
+
+
+def merge_states() -> None:
+    """The kernel of ``merge_attn_states``."""
+    import cupy
+
+    import cuflash
+
+    rng = np.random.default_rng(0)
+    outs = cupy.asarray(rng.standard_normal((3, 2, 1, 8, 64), np.float32).astype(np.float16))
+    lses = cupy.asarray(rng.standard_normal((3, 2, 8, 1), np.float32))
+    cuflash.merge_attn_states(outs, lses)[0].get()
+
+
+def main() -> int:
+    """Run all; returns the exit code."""
+    if not HAS_GPU:
+        print("no GPU found")
+        return 2
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # every array is an allocation of its own, whose bounds the sanitizer knows
+    backend = Backend("cuda", cupy.asarray, cupy.asnumpy)
+    for case in CASES:
+        check(case, make_inputs(case), backend)
+    merge_states()
+    print(f"{len(CASES)} problems are right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Arrays of torch and JAX on a GPU: the same memory, and in the right order on every stream."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import HAS_GPU
+
+import cuflash
+from cuflash.arrays import export_array, import_array
+
+pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = ["float16", "bfloat16", "float32", "int32"]
+CYCLES = 100_000_000  # some 50 ms
+
+
+class Torch:
+    def __init__(self) -> None:
+        self.torch = pytest.importorskip("torch")
+        if not self.torch.cuda.is_available():
+            pytest.skip("a torch without CUDA")
+
+    def array(self, x: np.ndarray) -> Any:
+        host = x.view(np.int16) if x.dtype == BFLOAT16 else x
+        there = self.torch.from_numpy(host.copy()).cuda()
+        return there.view(self.torch.bfloat16) if x.dtype == BFLOAT16 else there
+
+    def pointer(self, x: Any) -> int:
+        return int(x.data_ptr())
+
+    def host(self, x: Any) -> np.ndarray:
+        return np.asarray(x.float().cpu().numpy())
+
+
+class Jax:
+    def __init__(self) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        self.jax = pytest.importorskip("jax")
+        if self.jax.default_backend() != "gpu":
+            pytest.skip("a JAX without CUDA")
+
+    def array(self, x: np.ndarray) -> Any:
+        return self.jax.numpy.array(x)
+
+    def pointer(self, x: Any) -> int:
+        return int(x.unsafe_buffer_pointer())
+
+    def host(self, x: Any) -> np.ndarray:
+        return np.asarray(x.astype("float32"))
+
+
+@pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
+def framework(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def problem() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A decode step on the host, and its answer."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(BFLOAT16)
+
+    arguments = {"q": normal(2, 1, 8, 64), "k_cache": normal(2, 700, 2, 64), "v_cache": normal(2, 700, 2, 64)}
+    arguments["cache_seqlens"] = np.array([700, 300], np.int32)
+    return arguments, cuflash.flash_attn_with_kvcache(**arguments).astype(np.float32)
+
+
+def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_memory(framework: Any, dtype: str) -> None:
+    values = (20 * np.random.default_rng(0).random((3, 5, 8))).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+    theirs = framework.array(values)
+    ours = import_array("x", theirs)
+    assert ours.data.ptr == framework.pointer(theirs)
+    assert ours.dtype == values.dtype
+    assert ours.get().tobytes() == values.tobytes()
+    back = export_array(ours, theirs)
+    assert type(back) is type(theirs)
+    assert framework.pointer(back) == framework.pointer(theirs)
+
+
+def test_attention(framework: Any) -> None:
+    arguments, wanted = problem()
+    theirs = {name: framework.array(x) for name, x in arguments.items()}
+    plan = cuflash.get_scheduler_metadata(2, 1, 700, 8, 2, 64, theirs["cache_seqlens"])
+    for options in ({}, {"scheduler_metadata": plan}):
+        out = cuflash.flash_attn_with_kvcache(**theirs, **options)
+        assert type(out) is type(theirs["q"])
+        assert_close(framework.host(out), wanted)
+
+
+def test_a_producer_that_is_busy_on_another_stream() -> None:
+    """Torch's current stream writes the queries late; CuPy's current stream is another one."""
+    import cupy
+
+    framework = Torch()
+    torch = framework.torch
+    arguments, wanted = problem()
+    theirs = {name: framework.array(x) for name, x in arguments.items()}
+    late = torch.full_like(theirs["q"], float("nan"))
+    producer, consumer = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(producer), consumer:
+        torch.cuda._sleep(CYCLES)
+        late.copy_(theirs["q"])
+        out = cuflash.flash_attn_with_kvcache(**{**theirs, "q": late})
+        answer = out.clone()  # on the producer, which waits for the consumer
+    torch.cuda.synchronize()
+    assert_close(framework.host(answer), wanted)
+
+
+def test_a_result_that_takes_long() -> None:
+    """CuPy's stream is busy when the call is made: torch's stream waits for the result, also where it was given."""
+    import cupy
+
+    framework = Torch()
+    torch = framework.torch
+    arguments, wanted = problem()
+    theirs = {name: framework.array(x) for name, x in arguments.items()}
+    busy = cupy.RawKernel(
+        'extern "C" __global__ void busy(long long n) { for (long long t = clock64(); clock64() - t < n;); }', "busy"
+    )
+    reader, worker = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    given = torch.full_like(theirs["q"], float("nan"))
+    busy((1,), (1,), (np.int64(1),))
+    torch.cuda.synchronize()
+    for out in (None, given):
+        with torch.cuda.stream(reader), worker:
+            busy((1,), (1,), (np.int64(CYCLES),))
+            answer = cuflash.flash_attn_with_kvcache(**theirs, out=out).clone()
+        torch.cuda.synchronize()
+        assert_close(framework.host(answer), wanted)
+
+
+def test_a_computation_of_jax_in_flight() -> None:
+    framework = Jax()
+    numpy = framework.jax.numpy
+    arguments, wanted = problem()
+    theirs = {name: framework.array(x) for name, x in arguments.items()}
+    x = numpy.ones((6000, 6000))
+
+    @framework.jax.jit
+    def slowly(q: Any, x: Any) -> Any:
+        for _ in range(20):
+            x = (x @ x) * (1 / 6000)
+        return q * x[0, 0].astype(q.dtype)
+
+    for _ in range(3):
+        out = cuflash.flash_attn_with_kvcache(**{**theirs, "q": slowly(theirs["q"], x)})
+        assert_close(framework.host(out), wanted)
