@@ -350,16 +350,17 @@ def test_strided_arrays(backend: Backend) -> None:
 
 
 def test_loose_max_seqlen_k(backend: Backend) -> None:
-    """max_seqlen_k is an upper bound and changes no result."""
+    """max_seqlen_k is an upper bound: it may choose another kernel, for small problems, and every result is right."""
     case = Case(seqlens=(500, 20), heads=(4, 1))
     inputs = make_inputs(case)
-    results = []
+    answer = expected(inputs)
     for max_seqlen_k in (500, 501, 4096, 2**30):
         meta = cuflash.get_scheduler_metadata(
             2, 1, max_seqlen_k, 4, 1, 64, backend.to_native(inputs["cache_seqlens"]), qkv_dtype="float32"
         )
-        results.append(_call(inputs, backend, scheduler_metadata=meta)[0].tobytes())
-    assert len(set(results)) == 1
+        out, lse = _call(inputs, backend, scheduler_metadata=meta)[:2]
+        check_out(case, out, answer)
+        check_lse(case, lse, answer)
 
 
 @pytest.mark.parametrize("batch", [0, 2])
