@@ -119,6 +119,9 @@ def record(
 ) -> Iterator[list[Launch]]:
     """Records the launches of this thread and sets how they run.
 
+    Counters are exact in fixed order. In random order lanes of a warp may part, and an instruction that they execute in
+    two turns counts twice.
+
     Args:
         checks: the checks; all of them by default.
         seed: of a random order of lanes, warps and blocks; None for a fixed order.

@@ -36,6 +36,13 @@ def _cases() -> Iterator[tuple[Case, int]]:
     one, two, group = {"heads": (8, 1)}, {"heads": (4, 1), "seqlens_q": 2}, {"heads": (6, 2)}
     for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 511, 513):
         yield Case(**few, **one, seqlens=(n,), seed=n), 1 + n % 3
+    for k, (seqlens, num_sm) in enumerate(
+        (((2600,), 40), ((3000, 5), 36), ((1500, 1100), 33), ((5000,), 66), ((640,), 10))
+    ):
+        yield Case(**few, **one, seqlens=seqlens, scale=3.0 - k, page_size=16, seed=k), num_sm
+        yield Case(**few, **two, seqlens=seqlens, causal=True, plan="stale", sinks=True, seed=k), num_sm
+        yield Case(**few, **group, seqlens=seqlens, split_size=64 << k % 3, layout="HND", seed=k), num_sm // 4
+        yield Case(**few, **one, seqlens=seqlens, window=(700, 3), leftpad=True, seed=k), num_sm
     many = (0, 64, 15, 16, 17, 40, 33, 0, 128, 5)
     for seqlens, num_sm in (((700, 300), 6), ((1000,), 9), (many, 2), (tuple(range(0, 140, 7)), 3)):
         for k, options in enumerate(
