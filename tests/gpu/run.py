@@ -8,6 +8,7 @@ what failed and a summary to the terminal. The exit code is 0 if nothing failed,
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -47,7 +48,7 @@ class Part:
 
 def parts(folder: Path, workers: int) -> list[Part]:
     """Return all parts in their order; results go to ``folder``."""
-    distributed = ("-n", str(workers)) if workers > 1 else ()
+    distributed = ("-n", str(workers)) if workers > 1 and importlib.util.find_spec("xdist") else ()
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
     bench = (python, "-m", "cuflash", "bench", "gpu")
@@ -86,18 +87,18 @@ class Running:
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
-    def wait(self) -> Result:
-        """Wait for the end, or make one at the deadline."""
-        try:
-            code = self._process.wait(max(0.0, self.deadline - time.monotonic()))
-            outcome = "ok" if code == 0 else f"failed ({code})"
-        except subprocess.TimeoutExpired:
+    def result(self) -> Result | None:
+        """Return how it went once it has ended, or must."""
+        code = self._process.poll()
+        if code is None:
+            if time.monotonic() < self.deadline:
+                return None
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            outcome = "out of time"
         self._output.close()
         text = self._log.read_text(errors="replace")
         self._log.unlink()
+        outcome = "out of time" if code is None else f"failed ({code})" if code else "ok"
         return Result(self.part, outcome, time.monotonic() - self.start, text)
 
 
@@ -133,15 +134,15 @@ def run(chosen: list[Part], folder: Path, deadline: float) -> list[Result]:
             done(Result(part, "skipped", 0.0, f"{part.needs} is not installed"))
         else:
             possible.append(part)
-    together = [Running(part, folder, deadline) for part in possible if not part.alone]
-    for running in together:
-        done(running.wait())
-    for part in possible:
-        if part.alone:
-            if time.monotonic() < deadline - 10:
-                done(Running(part, folder, deadline).wait())
-            else:
-                done(Result(part, "out of time", 0.0, ""))
+    for group in ([part for part in possible if not part.alone], *([part] for part in possible if part.alone)):
+        running = [Running(part, folder, deadline) for part in group]
+        while running:
+            time.sleep(0.2)
+            for part in list(running):
+                result = part.result()
+                if result is not None:
+                    running.remove(part)
+                    done(result)
     return [results[part.name] for part in chosen]
 
 
