@@ -85,7 +85,9 @@ bool knows(Warp &w, u32 lane, const Record &r) {
     f.has_other = 1;
     f.other_pc = r.pc;
     f.other_block = r.block;
-    f.other_thread = r.warp * 32u + first(r.lanes);
+    u32 others = r.lanes;
+    if (r.block == w.block->linear && r.warp == w.index && others != 1u << lane) others &= ~(1u << lane);
+    f.other_thread = r.warp * 32u + first(others);
     f.other_write = r.kind & A_WRITE;
     report(w, kind, lane, address, "a %s of %s memory and %s by another thread are not ordered",
            access & A_WRITE ? "write" : "read", shared ? "shared" : "global",

@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests python -m cuflash.simulator.mutate tests/simulator/mutation_problems.py --kernel decode
 
-A problem is small, and a simulated GPU has few multiprocessors, so that a mutant takes some milliseconds. Together the problems reach all that one variant of
-each kernel does: every mask, kind of cache, query length and split, lengths on and beside the boundaries of tiles, stale plans.
-"""  # noqa: E501
+A problem is small, and a simulated GPU has few multiprocessors, so that a mutant takes some milliseconds. Together the
+problems reach what a variant of each kernel does: every mask, kind of cache, query length and split, lengths on and beside
+the boundaries of tiles, stale plans.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +72,17 @@ def _plan(seed: int) -> Callable[[], None]:
     rng = np.random.default_rng(seed)
     batch = int(rng.choice([1, 7, 33, 70]))
     arguments: dict[str, Any] = {
-        "batch_size": batch, "max_seqlen_q": int(rng.choice([1, 1, 40])), "max_seqlen_k": 4096, "num_heads_q": 8, "num_heads_kv": 2, "headdim": 64,
+        "batch_size": batch,
+        "max_seqlen_q": int(rng.choice([1, 1, 40])),
+        "max_seqlen_k": 4096,
+        "num_heads_q": 8,
+        "num_heads_kv": 2,
+        "headdim": 64,
         "cache_seqlens": rng.integers(0, int(rng.choice([40, 4000])), batch) if seed % 3 else np.full(batch, 640),
-        "causal": bool(seed & 1), "window_size": (300, 0) if seed % 5 == 4 else (-1, -1), "num_splits": int(rng.choice([0, 0, 1, 3])),
-    }  # fmt: skip
+        "causal": bool(seed & 1),
+        "window_size": (300, 0) if seed % 5 == 4 else (-1, -1),
+        "num_splits": int(rng.choice([0, 0, 1, 3])),
+    }
     if seed % 7 == 3:
         arguments |= {"split_size": 128, "num_splits": 0}
 
