@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m cuflash.simulator.mutate tests/simulator/mutation_problems.py --kernel decode
 
 A problem is small, and a simulated GPU has few multiprocessors, so that a mutant takes some milliseconds. Together the
-problems reach what a variant of each kernel does: every mask, kind of cache, query length and split, lengths on and beside
-the boundaries of tiles, stale plans.
+problems reach what a variant of each kernel does: every mask, kind of cache, query length and split, lengths on and
+beside the boundaries of tiles, stale plans.
 """
 
 from __future__ import annotations
