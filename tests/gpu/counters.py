@@ -62,7 +62,7 @@ class Problem:
 
 
 PROBLEMS = {
-    "equal": Problem((2048,) * 8, (32, 8), 128),
+    "equal": Problem((1024,) * 8, (32, 8), 128),
     "ragged": Problem((5000, 17, 1200, 3000, 1, 800), (16, 2), 64),
     "one sequence": Problem((8192,), (8, 1), 256),
 }
