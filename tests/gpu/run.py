@@ -52,6 +52,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
     bench = (python, "-m", "cuflash", "bench", "gpu")
+    quick = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")  # flex_attention compiles for long
     return [
         Part("info", (python, "-m", "cuflash", "info"), 60, shows=True),
         Part("tests", (*PYTEST, *distributed, "tests", "-k", "cuda or gpu_blocks", f"--ignore={HERE}"), 240),
@@ -65,8 +66,14 @@ def parts(folder: Path, workers: int) -> list[Part]:
         ),
         Part("counters", (python, f"{HERE}/counters.py"), 100, alone=True, shows=True, needs="ncu"),
         Part(
-            "bench", (*bench, "--markdown", "--save", str(folder / "bench.json"), "--seconds", "200"), 270,
-            alone=True, shows=True,
+            "bench",
+            (*bench, "--markdown", "--save", str(folder / "bench.json"), "--seconds", "200", "--peers", *quick),
+            270, alone=True, shows=True,
+        ),
+        Part(
+            "flex",
+            (*bench, "--save", str(folder / "flex.json"), "--seconds", "60", "--peers", "flex", "--shapes", "b1 L"),
+            100, alone=True, shows=True,
         ),
     ]  # fmt: skip
 
