@@ -64,8 +64,8 @@ def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) 
     places = cuts["item"].astype(np.int64) * 2**31 + cuts["key"]
     if meta.tiling.cluster > 1:  # a cluster has all its blocks, also those without keys
         assert used == items * meta.tiling.cluster and (np.diff(places) >= 0).all()
-        assert (work["block"] // meta.tiling.cluster == work["sequence"] * meta.problem.num_heads_kv
-                * meta.tiling.row_blocks + work["kv_head"] * meta.tiling.row_blocks + work["row_block"]).all()  # fmt: skip
+        item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.tiling.row_blocks
+        assert (work["block"] // meta.tiling.cluster == item + work["row_block"]).all()
         return
     assert (np.diff(places[: used + 1]) > 0).all()
     assert places[0] == 0
