@@ -56,6 +56,8 @@ def execute(path: Path) -> Any:
     environment |= {name: os.environ[name] for name in ("CUFLASH_CACHE_DIR",) if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment.pop("PYTHONWARNINGS", None)
+    # Where tests run side by side, threads of a matrix product spin for cores that are busy, and take minutes.
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     client = nbclient.NotebookClient(
         notebook,
         timeout=SECONDS,
