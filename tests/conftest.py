@@ -9,9 +9,9 @@ from collections.abc import Iterator
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: BLAS threads would wait for each other, spinning
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from problems import Backend  # noqa: E402
+import numpy as np
+import pytest
+from problems import Backend
 
 try:
     import cupy
