@@ -109,6 +109,11 @@ def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
+def is_writeable(native: NativeArray, given: Any) -> bool:
+    """Whether memory may be written; CuPy has no flag for that, so that the caller's own array decides on a GPU."""
+    return getattr(native.flags, "writeable", _root(type(given)) not in _IMMUTABLE)
+
+
 def is_on_device(native: NativeArray) -> bool:
     """Whether a native array lives in GPU memory."""
     return not isinstance(native, np.ndarray)

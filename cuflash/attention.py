@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, repeat
-from .arrays import NativeArray, empty, export_array, import_array, import_index, is_on_device
+from .arrays import NativeArray, empty, export_array, import_array, import_index, is_on_device, is_writeable
 from .dtypes import dtype_name, numpy_dtype
 from .problem import Problem, boolean, first_difference, integer, make_problem, real
 from .scheduling import Lengths, SchedulerMetadata, make_lengths, make_metadata
@@ -27,7 +27,7 @@ class Operands:
         k_cache: (pages, page_size, heads_kv, headdim), or (rows, capacity, heads_kv, headdim) without a page table.
         v_cache: The same with headdim_v.
         out: As q with headdim_v; written.
-        softmax_lse: (batch, heads_q, seqlen_q) or (heads_q, total_q) float32; written.
+        softmax_lse: (batch, heads_q, seqlen_q) or (heads_q, total_q) float32; written. None on a GPU if nobody asks.
         lengths: Lengths of the sequences.
         softmax_scale: Factor of the scores.
         softcap: Cap of the scores, 0 for none.
@@ -47,7 +47,7 @@ class Operands:
     k_cache: NativeArray
     v_cache: NativeArray
     out: NativeArray
-    softmax_lse: NativeArray
+    softmax_lse: NativeArray | None
     lengths: Lengths
     softmax_scale: float
     softcap: float
@@ -247,6 +247,10 @@ def flash_attn_with_kvcache(
     capacity = keys.shape[1] * (1 if table is None else table.shape[1])
     _check_rows(problem, keys, table, batch_idx)
     _check_new(problem, queries, keys, values, new_keys, new_values, cache_seqlens)
+    if new_keys is not None:
+        for name, cache, given_cache in (("k_cache", keys, k_cache), ("v_cache", values, v_cache)):
+            if not is_writeable(cache, given_cache):
+                raise ValueError(f"{name} must be writeable to append to it, got a read-only array")
     _check_rotary(problem, queries, new_keys, cos, sin, rotary_seqlens)
     if isinstance(cache_seqlens, (int, np.integer)) or cache_seqlens is None:
         number = capacity if cache_seqlens is None else integer("cache_seqlens", cache_seqlens, 0)
@@ -260,7 +264,9 @@ def flash_attn_with_kvcache(
     result = _output("out", out, queries, (*queries.shape[:-1], problem.headdim_v), queries.dtype)
     lse_shape = (queries.shape[1], queries.shape[0]) if problem.cu_seqlens_q else (
         batch_size, problem.num_heads_q, seqlen_q)  # fmt: skip
-    result_lse = _output("softmax_lse", softmax_lse, queries, lse_shape, np.dtype(np.float32))
+    result_lse = None  # on a GPU, one that nobody asks for is not made
+    if return_softmax_lse or softmax_lse is not None or not on_device:
+        result_lse = _output("softmax_lse", softmax_lse, queries, lse_shape, np.dtype(np.float32))
 
     operands = Operands(
         q=queries,
@@ -293,12 +299,15 @@ def flash_attn_with_kvcache(
         metadata = make_metadata(problem, lengths, _longest(lengths, capacity, on_device, problem), pack_gqa)
     launches = backend.attend(problem, operands, metadata)
     if scheduler_metadata is not None and launches is not None and _are_as_given(operands, given):
-        call = _Call(backend, launches, result, result_lse, return_softmax_lse)
+        call = _Call(backend, launches, result, lse_shape, return_softmax_lse)
         repeat.remember(scheduler_metadata.calls, signature, call)
-    answer = export_array(result, q) if out is None else out
+    # Exported also where it was given: that makes a framework's own stream wait for the result.
+    exported = export_array(result, q if out is None else out)
+    answer = exported if out is None else out
     if not return_softmax_lse:
         return answer
-    return answer, export_array(result_lse, q) if softmax_lse is None else softmax_lse
+    exported_lse = export_array(result_lse, q if softmax_lse is None else softmax_lse)
+    return answer, exported_lse if softmax_lse is None else softmax_lse
 
 
 def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
@@ -355,10 +364,10 @@ class _Call:
     """A call that has been checked and prepared, for calls with the same signature."""
 
     def __init__(
-        self, backend: Any, launches: Any, out: NativeArray, softmax_lse: NativeArray, return_softmax_lse: bool
+        self, backend: Any, launches: Any, out: NativeArray, lse_shape: tuple[int, ...], return_softmax_lse: bool
     ) -> None:
         self._backend, self._launches = backend, launches
-        self._out, self._lse = (out.shape, out.dtype), softmax_lse.shape
+        self._out, self._lse = (out.shape, out.dtype), lse_shape
         self._return_lse = return_softmax_lse
 
     def __call__(self, arrays: dict[str, Any], metadata: SchedulerMetadata) -> Any:
@@ -510,8 +519,6 @@ def _check_new(
         _expect_shape(name, new, (*leading, problem.num_heads_kv, dim))
         if new.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q ({q.dtype}), got {new.dtype}")
-        if not getattr(cache.flags, "writeable", True):
-            raise ValueError(f"{name}_cache must be writeable to append to it, got a read-only array")
 
 
 def _check_rotary(
@@ -657,7 +664,7 @@ def _output(name: str, given: Any, q: NativeArray, shape: tuple[int, ...], dtype
     _expect_shape(name, array, shape)
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {array.dtype}")
-    if not getattr(array.flags, "writeable", True):
+    if not is_writeable(array, given):
         raise ValueError(f"{name} must be writeable, got a read-only array")
     if array.size and not array.flags.c_contiguous:
         raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")

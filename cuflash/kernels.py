@@ -278,7 +278,7 @@ def _decode_launch(
 ) -> Launch:
     tiling, ragged = metadata.tiling, problem.cu_seqlens_q
     q, lse, page_table = operands.q, operands.softmax_lse, operands.page_table
-    lse_strides = _strides(lse)
+    lse_strides = (0, 0, 0) if lse is None else _strides(lse)
     # Rotated queries are new memory.
     q_strides = _strides(q) if operands.rotary_cos is None else _contiguous_strides(q.shape)
     values: dict[str, Any] = {

@@ -93,12 +93,13 @@ def _attend(
     """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
+    all_lse: Array = operands.softmax_lse  # on the host there always is one
     if operands.lengths.cu_seqlens_q is None:
-        q, out, lse = operands.q[b], operands.out[b], operands.softmax_lse[b]
+        q, out, lse = operands.q[b], operands.out[b], all_lse[b]
     else:
         first = int(operands.lengths.cu_seqlens_q[b])
         queries = slice(first, first + seqlen_q)
-        q, out, lse = operands.q[queries], operands.out[queries], operands.softmax_lse[:, queries]
+        q, out, lse = operands.q[queries], operands.out[queries], all_lse[:, queries]
 
     # (queries, heads of q, d) -> (KV heads, rows, d); packed rows: query position major, head of the group minor.
     packed = _queries(problem, operands, q[:, q_heads], b)
