@@ -246,7 +246,7 @@ def flash_attn_with_kvcache(
     _check_caches(problem, queries, keys, values)
     capacity = keys.shape[1] * (1 if table is None else table.shape[1])
     _check_rows(problem, keys, table, batch_idx)
-    _check_new(problem, queries, keys, values, new_keys, new_values, cache_seqlens)
+    _check_new(problem, queries, new_keys, new_values, cache_seqlens)
     if new_keys is not None:
         for name, cache, given_cache in (("k_cache", keys, k_cache), ("v_cache", values, v_cache)):
             if not is_writeable(cache, given_cache):
@@ -504,8 +504,6 @@ def _check_rows(
 def _check_new(
     problem: Problem,
     q: NativeArray,
-    k_cache: NativeArray,
-    v_cache: NativeArray,
     k: NativeArray | None,
     v: NativeArray | None,
     cache_seqlens: Any,
@@ -515,7 +513,7 @@ def _check_new(
     if cache_seqlens is None:
         raise ValueError("cache_seqlens must be given with k and v: it says where they go, got None")
     leading = k.shape[:1] if problem.cu_seqlens_k_new else (problem.batch_size, problem.max_seqlen_k_new)
-    for name, new, cache, dim in (("k", k, k_cache, problem.headdim), ("v", v, v_cache, problem.headdim_v)):
+    for name, new, dim in (("k", k, problem.headdim), ("v", v, problem.headdim_v)):
         _expect_shape(name, new, (*leading, problem.num_heads_kv, dim))
         if new.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q ({q.dtype}), got {new.dtype}")

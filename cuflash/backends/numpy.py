@@ -93,7 +93,7 @@ def _attend(
     """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
-    all_lse: Array = operands.softmax_lse  # on the host there always is one
+    all_lse: Any = operands.softmax_lse  # on the host there always is one
     if operands.lengths.cu_seqlens_q is None:
         q, out, lse = operands.q[b], operands.out[b], all_lse[b]
     else:

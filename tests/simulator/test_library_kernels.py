@@ -1,21 +1,62 @@
-"""The library's kernels under all checks, in random order, with copies that come early and late."""
+"""The library's kernels on the simulator under all checks: in random order, with copies that come early and late."""
 
 from __future__ import annotations
+
+import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from problems import Backend, Case, check, make_inputs
-from test_attention import PAIRS
+from test_attention import FEATURES, PAIRS, _case, _is_valid
 
-from cuflash.simulator import Checks, record
+from cuflash.simulator import record
+
+COPIES = ("early", "late", "random")
+HEADDIMS = [(64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (72, 40)]
+ROWS = {8: (7, 1), 16: (16, 1), 32: (32, 1)}
+
+
+@pytest.fixture(autouse=True)
+def simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    # A small GPU, so that items share blocks; clusters have tests of their own.
+    monkeypatch.setenv("CUFLASH_NUM_SM", "8")
+
+
+def run(case: Case, seed: int, cp_async: str) -> None:
+    """Run a case under all checks and compare it with the float64 reference."""
+    with record(seed=seed, cp_async=cp_async, jitter=2) as launches:
+        check(case, make_inputs(case), Backend("sim", lambda array: array, np.asarray))
+    assert launches
 
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=[str(case) for case in PAIRS])
-def test_pairs_under_all_checks(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
-    case: Case = PAIRS[number]
-    # Value tiles that are padded have columns that nothing writes; they are merged and dropped.
-    checks = Checks(uninitialised=case.headdim[1] % 32 == 0)
-    with record(checks, seed=number, cp_async=("early", "late", "random")[number % 3], jitter=2) as launches:
-        check(case, make_inputs(case), Backend("sim", lambda array: array, np.asarray))
-    assert launches
+def test_pairs_under_all_checks(number: int) -> None:
+    run(PAIRS[number], number, COPIES[number % 3])
+
+
+@pytest.mark.parametrize("dtype", FEATURES["dtype"])
+@pytest.mark.parametrize("headdim", HEADDIMS, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_variant(dtype: str, headdim: tuple[int, int], rows: int) -> None:
+    """Every dtype x head dim x rows x features, in many and in few items, with early and with late copies."""
+    case = Case(dtype=dtype, headdim=headdim, heads=ROWS[rows], seqlens=(77, 1, 200), page_size=16)
+    for seed, (softcap, chunk, many) in enumerate(itertools.product((0.0, 3.0), (0, 32), (False, True))):
+        seqlens = case.seqlens * 3 if many else case.seqlens
+        variant = dataclasses.replace(case, softcap=softcap, chunk=chunk, seqlens=seqlens, seed=seed)
+        for cp_async in ("early", "late"):
+            run(variant, seed, cp_async)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2000))
+def test_random_problems(seed: int) -> None:
+    """Any features together, with any lengths."""
+    rng = np.random.default_rng(seed)
+    while True:
+        choice = {name: values[rng.integers(len(values))] for name, values in FEATURES.items()}
+        if _is_valid(choice):
+            break
+    choice["seqlens"] = tuple(int(n) for n in rng.integers(0, rng.choice((20, 130, 400)), 3))
+    run(_case(choice, seed), seed, COPIES[seed % 3])
