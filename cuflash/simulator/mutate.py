@@ -5,8 +5,14 @@ absence no order shows. Mutants cost no compilation, they are patches of the dec
 
     python -m cuflash.simulator.mutate tests/mutation_problems.py:problems --kernel decode --sample 200
 
-The problems are a function that returns pairs of a name and a callable; the callable runs one problem and raises if a
-result is wrong.
+The problems are a function that returns pairs of a name and a callable; the callable runs one problem, raises if a
+result is wrong, and may return the arrays that it computed. A mutant is killed by a finding of the simulator, by an
+exception, by an array with other bits than the unchanged kernel's, or by other traffic: bytes read and written of each
+array and, in fixed order, bank conflicts.
+
+Some mutants no problem can kill, since they compute the same. The module of the problems may list them as
+`EQUIVALENT`, each with the reason, and name in `SOURCES` the folders of the sources whose lines the list quotes. They
+count neither as killed nor as alive.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -28,9 +35,9 @@ from typing import Any
 import numpy as np
 
 from .decoder import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
-from .launch import Kernel, mutated, record, watch_kernels
+from .launch import Kernel, Launch, mutated, record, watch_kernels
 
-__all__ = ["Mutant", "Report", "mutants", "survey"]
+__all__ = ["Equivalent", "Mutant", "Report", "mutants", "survey"]
 
 Problems = Sequence[tuple[str, Callable[[], Any]]]
 
@@ -160,6 +167,34 @@ def mutants(kernel: Kernel) -> list[Mutant]:
     return out
 
 
+@dataclass(frozen=True)
+class Equivalent:
+    """A class of mutants that compute what the unchanged kernel computes.
+
+    Attributes:
+        reason: why.
+        file: name of the source file.
+        source: regular expression, searched for in the source line.
+        kind: regular expression of the kind of change, the whole of it.
+        instruction: regular expression, searched for in the PTX instruction.
+    """
+
+    reason: str
+    file: str
+    source: str
+    kind: str = ".*"
+    instruction: str = ""
+
+    def matches(self, mutant: Mutant, line: str) -> bool:
+        """Whether a mutant of this source line is one of the class."""
+        return (
+            self.file == mutant.file
+            and re.search(self.source, line) is not None
+            and re.fullmatch(self.kind, mutant.kind) is not None
+            and re.search(self.instruction, mutant.instruction) is not None
+        )
+
+
 @dataclass
 class Report:
     """What became of the mutants.
@@ -167,58 +202,112 @@ class Report:
     Attributes:
         killed: each with the problem that killed it and how.
         survivors: those that no problem killed.
+        equivalent: those that no problem can kill, each with the reason.
+        contradictions: those that are listed as equivalent and were killed: the list says too much.
         seconds: time of the survey.
     """
 
     killed: list[tuple[Mutant, str, str]] = field(default_factory=list)
     survivors: list[Mutant] = field(default_factory=list)
+    equivalent: list[tuple[Mutant, str]] = field(default_factory=list)
+    contradictions: list[tuple[Mutant, str]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def share(self) -> float:
-        """The share of the mutants that were killed."""
+        """The share of the mutants that were killed, without those that are equivalent."""
         total = len(self.killed) + len(self.survivors)
         return len(self.killed) / total if total else 1.0
 
     def __str__(self) -> str:
-        total = len(self.killed) + len(self.survivors)
-        lines = [f"{len(self.killed)} of {total} mutants killed ({100 * self.share:.1f} %) in {self.seconds:.0f} s"]
-        how: dict[str, int] = {}
-        for _, _, reason in self.killed:
-            how[reason] = how.get(reason, 0) + 1
-        lines += [f"  {n:5d} by {reason}" for reason, n in sorted(how.items(), key=lambda t: -t[1])]
+        total = len(self.killed) + len(self.survivors) + len(self.equivalent)
+        lines = [
+            f"killed {len(self.killed)} of {total} mutants ({100 * len(self.killed) / max(total, 1):.1f} %), "
+            f"{len(self.equivalent)} equivalent, {len(self.survivors)} alive; "
+            f"without the equivalent ones {100 * self.share:.1f} % in {self.seconds:.0f} s"
+        ]
+        lines += _counted("by ", [reason for _, _, reason in self.killed])
+        lines += ["equivalent:"] if self.equivalent else []
+        lines += _counted("", [reason for _, reason in self.equivalent])
+        lines += ["listed as equivalent, but killed:"] if self.contradictions else []
+        lines += sorted(f"  {m}  ({reason})" for m, reason in self.contradictions)
         lines += ["alive:"] if self.survivors else []
         lines += [f"  {m.kernel}  {m}" for m in sorted(self.survivors, key=lambda m: (m.kernel, m.file, m.line, m.pc))]
         return "\n".join(lines)
 
 
+def _counted(before: str, reasons: Sequence[str]) -> list[str]:
+    """Each reason with how often it came, the most frequent first."""
+    return [f"  {n:5d} {before}{reason}" for reason, n in Counter(reasons).most_common()]
+
+
+def _is_fixed(number: int) -> bool:
+    """Every third problem runs in fixed order, in which every counter is exact; the others run in random order."""
+    return number % 3 == 2
+
+
 @contextlib.contextmanager
-def _settings(number: int, time_limit: float) -> Iterator[None]:
-    """Every problem runs in random order; copies come early in every other one."""
-    with record(seed=number, cp_async=("late", "early")[number % 2], time_limit=time_limit):
-        yield
+def _settings(number: int, time_limit: float) -> Iterator[list[Launch]]:
+    """How a problem runs: copies come early in every other one."""
+    seed = None if _is_fixed(number) else number
+    with record(seed=seed, cp_async=("late", "early")[number % 2], time_limit=time_limit) as launches:
+        yield launches
 
 
-def _try(mutant: Mutant, problems: Problems, users: Sequence[int], seconds: Sequence[float]) -> tuple[str, str] | None:
+def _traffic(launches: Sequence[Launch], exact: bool) -> list[tuple[Any, ...]]:
+    """What launches read and wrote."""
+    out: list[tuple[Any, ...]] = []
+    for launch in launches:
+        counters = launch.counters
+        conflicts = counters.shared_real - counters.shared_ideal if exact else 0
+        out.append((launch.kernel, conflicts))
+        out += [(name, c.read_bytes, c.write_bytes) for name, c in sorted(counters.arrays.items())]
+    return out
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a problem showed."""
+
+    bits: list[bytes]
+    traffic: list[tuple[Any, ...]]
+
+
+def _run(problem: Callable[[], Any], number: int, time_limit: float) -> _Run:
+    with _settings(number, time_limit) as launches:
+        results = problem()
+    bits = [] if results is None else [np.ascontiguousarray(array).tobytes() for array in results]
+    return _Run(bits, _traffic(launches, _is_fixed(number)))
+
+
+def _try(mutant: Mutant, users: Sequence[int]) -> tuple[int, str] | None:
+    """The problem that kills a mutant, and how; None if none does."""
     for k in users:
-        name, problem = problems[k]
         try:
-            with _settings(k, max(5.0, 20 * seconds[k])), mutated(mutant.key, mutant.apply):
-                problem()
+            with mutated(mutant.key, mutant.apply):
+                run = _run(_state["problems"][k][1], k, max(5.0, 20 * _state["seconds"][k]))
         except AssertionError:
-            return name, "wrong values"
+            return k, "wrong values"
         except Exception as error:
             finding = getattr(error, "finding", None)
-            return name, f"check {finding.check}" if finding is not None else type(error).__name__
+            return k, f"check {finding.check}" if finding is not None else type(error).__name__
+        if run.bits != _state["runs"][k].bits:
+            return k, "other bits"
+        if run.traffic != _state["runs"][k].traffic:
+            return k, "other traffic"
     return None
 
 
 _state: dict[str, Any] = {}
 
 
-def _work(index: int) -> tuple[int, tuple[str, str] | None]:
-    mutant = _state["mutants"][index]
-    return index, _try(mutant, _state["problems"], _state["users"][mutant.key], _state["seconds"])
+def _work(index: int) -> tuple[int, tuple[int, str] | None]:
+    mutant, kills, seconds = _state["mutants"][index], _state["kills"], _state["seconds"]
+    # What killed most for its time comes first.
+    killed = _try(mutant, sorted(_state["users"][mutant.key], key=lambda k: -(1 + kills[k]) / seconds[k]))
+    if killed is not None:
+        kills[killed[0]] += 1
+    return index, killed
 
 
 def survey(
@@ -229,6 +318,8 @@ def survey(
     jobs: int = 1,
     min_problems: int = 1,
     progress: Callable[[str], None] | None = None,
+    equivalent: Sequence[Equivalent] = (),
+    sources: Sequence[Path] = (),
 ) -> Report:
     """Finds the mutants of the kernels that the problems launch, and which of them live.
 
@@ -240,18 +331,25 @@ def survey(
         jobs: processes.
         min_problems: leaves out kernels that fewer problems launch; they need problems of their own first.
         progress: called with a line of text now and then.
+        equivalent: mutants that no problem can kill.
+        sources: folders of the sources that `equivalent` quotes.
 
     Returns:
         The report.
+
+    Raises:
+        RuntimeError: If a problem gives other results when it runs again.
     """
     start = time.perf_counter()
     users: dict[str, list[int]] = {}
     kernels: dict[str, Kernel] = {}
-    seconds = []
+    seconds, runs = [], []
     for k, (name, problem) in enumerate(problems):
+        with watch_kernels() as seen:
+            runs.append(_run(problem, k, 600.0))
         begun = time.perf_counter()
-        with _settings(k, 600.0), watch_kernels() as seen:
-            problem()
+        if _run(problem, k, 600.0) != runs[-1]:
+            raise RuntimeError(f"{name} gives other results when it runs again")
         seconds.append(time.perf_counter() - begun)
         for one in seen:
             if re.fullmatch(kernel, one.name):
@@ -261,16 +359,16 @@ def survey(
                     users[one.key].append(k)
         if progress:
             progress(f"{name}: {seconds[-1]:.2f} s, {', '.join(sorted({s.name for s in seen}))}")
-    for key in users:
-        users[key].sort(key=lambda k: seconds[k])
     everyone = [m for key, one in kernels.items() if len(users[key]) >= min_problems for m in mutants(one)]
     if sample is not None and sample < len(everyone):
         everyone = random.Random(seed).sample(everyone, sample)
     report = Report()
-    _state.update(mutants=everyone, problems=problems, users=users, seconds=seconds)
+    kills = [0] * len(problems)
+    _state.update(mutants=everyone, problems=problems, users=users, seconds=seconds, runs=runs, kills=kills)
+    lines = _Lines(sources)
     done = 0
     with contextlib.ExitStack() as stack:
-        results: Iterable[tuple[int, tuple[str, str] | None]]
+        results: Iterable[tuple[int, tuple[int, str] | None]]
         if jobs > 1:
             import multiprocessing
 
@@ -279,10 +377,17 @@ def survey(
         else:
             results = map(_work, range(len(everyone)))
         for index, killed in results:
-            if killed is None:
-                report.survivors.append(everyone[index])
+            mutant = everyone[index]
+            line = lines(mutant.file, mutant.line)
+            reason = next((e.reason for e in equivalent if e.matches(mutant, line)), None)
+            if killed is not None:
+                report.killed.append((mutant, problems[killed[0]][0], killed[1]))
+                if reason is not None:
+                    report.contradictions.append((mutant, reason))
+            elif reason is not None:
+                report.equivalent.append((mutant, reason))
             else:
-                report.killed.append((everyone[index], *killed))
+                report.survivors.append(mutant)
             done += 1
             if progress and done % 50 == 0:
                 progress(f"{done} of {len(everyone)}, {len(report.survivors)} alive")
@@ -290,7 +395,23 @@ def survey(
     return report
 
 
-def _load(target: str) -> Problems:
+class _Lines:
+    """The lines of sources."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+        self._files: dict[str, list[str]] = {}
+
+    def __call__(self, file: str, line: int) -> str:
+        if file not in self._files:
+            paths = [folder / file for folder in self._folders if (folder / file).is_file()]
+            self._files[file] = paths[0].read_text().splitlines() if paths else []
+        lines = self._files[file]
+        return lines[line - 1] if 0 < line <= len(lines) else ""
+
+
+def _load(target: str) -> tuple[Problems, Sequence[Equivalent], Sequence[Path]]:
+    """The problems, the mutants that they cannot kill, and where the sources are."""
     where, _, name = target.partition(":")
     if where.endswith(".py"):
         path = Path(where).resolve()
@@ -302,7 +423,11 @@ def _load(target: str) -> Problems:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
-    return list(getattr(module, name or "problems")())
+    return (
+        list(getattr(module, name or "problems")()),
+        getattr(module, "EQUIVALENT", ()),
+        getattr(module, "SOURCES", ()),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -318,14 +443,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-problems", type=int, default=1, help="leave out kernels that fewer problems launch")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit with 1 if a smaller share is killed")
     options = parser.parse_args(argv)
+    problems, equivalent, sources = _load(options.problems)
     report = survey(
-        _load(options.problems),
+        problems,
         options.kernel,
         options.sample,
         options.seed,
         options.jobs,
         options.min_problems,
         lambda line: print(line, flush=True),
+        equivalent,
+        sources,
     )
     print(report)
     return int(report.share < options.at_least)

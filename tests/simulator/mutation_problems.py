@@ -12,59 +12,141 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
-from problems import Backend, Case, check, make_inputs
+import schedules
+from problems import Backend, Case, check_cache, check_lse, check_out, expected, make_inputs, run
 
 import cuflash
+from cuflash import planner
+from cuflash.backends import sim
+from cuflash.backends.sim import _Simulator as Simulated
 
+Arrays = tuple[np.ndarray, ...]
 SIM = Backend("sim", lambda array: array, np.asarray)
 
 
-def _attention(case: Case, num_sm: int) -> Callable[[], None]:
+def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], Arrays]:
     inputs = make_inputs(case)
+    answer = expected(inputs)
 
-    def problem() -> None:
+    def problem() -> Arrays:
         os.environ.update(CUFLASH_BACKEND="sim", CUFLASH_NUM_SM=str(num_sm))
-        check(case, {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in inputs.items()}, SIM)
+        counters = []
+        workspace, launch = Simulated.workspace, Simulated.launch
+
+        def watched(self: Any, partials: int, blocks: int) -> Any:
+            arrays = workspace(self, partials, blocks)
+            counters.append(arrays[1])
+            return arrays
+
+        def launched(*arguments: Any) -> None:
+            if nonsense:  # a negative number that the device alone sees counts as 0
+                lengths, leftpad = (arguments[-1].get(name) for name in ("cache_seqlens", "cache_leftpad"))
+                if leftpad is not None:
+                    lengths[lengths == leftpad] = -70
+                    leftpad[leftpad == 0] = -9
+                else:
+                    lengths[lengths == 0] = -70
+            launch(*arguments)
+
+        with mock.patch.multiple(Simulated, workspace=watched, launch=launched):
+            out, lse, k_cache, v_cache = run(case, inputs, SIM)
+        check_out(case, out, answer)
+        check_lse(case, lse, answer)
+        check_cache("v_cache", v_cache, answer.v_cache)
+        check_cache("k_cache", k_cache, answer.k_cache)
+        assert not any(array.any() for array in counters), "the next launch finds counters that are not 0"
+        return out, lse
 
     return problem
 
 
+MANY = (0, 64, 15, 16, 17, 40, 33, 0, 128, 5)
+LENGTHS = (
+    (1,),
+    (2600,),
+    (33, 700),
+    (31, 32, 0, 1),
+    (1100, 15, 1500),
+    MANY,
+    (65,),
+    (300, 511, 513),
+    tuple(range(0, 140, 7)),
+)
+# Of each, problems with one, two and five queries of a sequence need other heads to have the rows of one variant.
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"page_size": 1, "plan": "stale"},
+    {"page_size": 16, "layout": "HND", "leftpad": True},
+    {"page_size": 3, "sinks": True, "batch_idx": True},
+    {"queries": 2, "causal": True, "plan": "given"},
+    {"queries": 2, "window": (19, 3), "leftpad": True},
+    {"page_size": 64, "window": (100, 0), "plan": "reused"},
+    {"window": (700, 3), "leftpad": True, "batch_idx": True},
+    {"scale": 0.0, "plan": "stale", "page_size": 48},
+    {"scale": -0.2, "sinks": True},
+    {"scale": 12.0, "page_size": 16, "batch_idx": True},
+    {"queries": 2, "scale": -3.0, "sinks": True, "causal": True, "plan": "stale", "leftpad": True},
+    {"ragged": True, "queries": 2, "causal": True, "page_size": 16, "sinks": True},
+    {"ragged": True, "queries": 2, "leftpad": True, "window": (5, 1), "plan": "stale"},
+    {"queries": 5, "causal": True, "page_size": 3, "layout": "HND"},
+    {"queries": 5, "window": (2, 4), "batch_idx": True, "plan": "given"},
+    {"queries": 5, "window": (40, -1), "leftpad": True},
+    {"queries": 2, "new": 2, "rotary": "half", "page_size": 16, "causal": True},
+    {"new": "ragged", "leftpad": True, "page_size": 3, "batch_idx": True},
+)
+SPLITS: tuple[dict[str, Any], ...] = (
+    {"split_size": 64},
+    {"split_size": 128, "layout": "HND", "sinks": True},
+    {"split_size": 192, "leftpad": True, "plan": "stale"},
+    {"split_size": 256, "queries": 2, "window": (300, 0), "page_size": 16, "scale": 5.0},
+    {"split_size": 64, "queries": 5, "causal": True, "plan": "stale"},
+    {"split_size": 64, "plan": "stale", "queries": 2, "window": (90, 3)},
+)
+# Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
+HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
+    8: {1: ((8, 1), (6, 2), (7, 1)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2))},
+    32: {1: ((40, 1), (34, 2), (20, 1)), 2: ((20, 1), (24, 2)), 5: ((7, 1), (4, 1))},
+}
+
+
+def _case(options: dict[str, Any], rows: int, seqlens: tuple[int, ...], seed: int, **more: Any) -> Case:
+    options = {"queries": 1, **options, **more}
+    queries = options.pop("queries")
+    heads = HEADS[rows][queries][seed % len(HEADS[rows][queries])]
+    if options.pop("ragged", False):
+        options["seqlens_q"] = tuple((queries, 0, 1)[b % 3] for b in range(len(seqlens)))
+    else:
+        options["seqlens_q"] = queries
+    if options.get("new") == "ragged":
+        options["new"] = tuple((3, 0, 5)[b % 3] for b in range(len(seqlens)))
+    return Case(dtype="bfloat16", heads=heads, seqlens=seqlens, seed=seed, **options)
+
+
 def _cases() -> Iterator[tuple[Case, int]]:
-    """Cases and numbers of multiprocessors; one variant for few items, one for many."""
-    few: dict[str, Any] = {"dtype": "bfloat16", "headdim": (64, 64)}
-    one, two, group = {"heads": (8, 1)}, {"heads": (4, 1), "seqlens_q": 2}, {"heads": (6, 2)}
-    for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 511, 513):
-        yield Case(**few, **one, seqlens=(n,), seed=n), 1 + n % 3
-    for k, (seqlens, num_sm) in enumerate(
-        (((2600,), 40), ((3000, 5), 36), ((1500, 1100), 33), ((5000,), 66), ((640,), 10))
-    ):
-        yield Case(**few, **one, seqlens=seqlens, scale=3.0 - k, page_size=16, seed=k), num_sm
-        yield Case(**few, **two, seqlens=seqlens, causal=True, plan="stale", sinks=True, seed=k), num_sm
-        yield Case(**few, **group, seqlens=seqlens, split_size=64 << k % 3, layout="HND", seed=k), num_sm // 4
-        yield Case(**few, **one, seqlens=seqlens, window=(700, 3), leftpad=True, seed=k), num_sm
-    many = (0, 64, 15, 16, 17, 40, 33, 0, 128, 5)
-    for seqlens, num_sm in (((700, 300), 6), ((1000,), 9), (many, 2), (tuple(range(0, 140, 7)), 3)):
-        for k, options in enumerate(
-            (
-                {**one, "page_size": 1, "plan": "stale"},
-                {**one, "page_size": 16, "layout": "HND", "leftpad": True},
-                {**one, "page_size": 3, "sinks": True, "batch_idx": True},
-                {**two, "causal": True, "plan": "given"},
-                {**two, "window": (19, 3), "leftpad": True},
-                {**two, "chunk": 32, "causal": True, "num_splits": 3},
-                {**group, "split_size": 64, "scale": -0.2},
-                {**group, "window": (100, 0), "plan": "reused", "page_size": 64},
-                {**one, "num_splits": 1, "scale": 0.0},
-            )
-        ):
-            yield Case(**few, **options, seqlens=seqlens, seed=k), num_sm
-    yield Case(**few, **two, seqlens=(130, 70, 33), new=2, rotary="half", page_size=16, causal=True), 2
-    yield Case(**few, **one, seqlens=(100, 30), new=(3, 5), rotary="interleaved", rotary_dim=16, leftpad=True), 2
-    yield Case(**few, **group, seqlens=(100, 30), new=1, rotary="half", rotary_seqlens=True, page_size=3), 2
-    yield Case(**few, **one, seqlens=(10, 0, 3), new=20, batch_idx=True), 2
-    yield Case(**few, **{**two, "seqlens_q": (2, 0, 1)}, seqlens=(100, 30, 60), causal=True), 4
+    """Cases and numbers of multiprocessors.
+
+    They belong to three variants: few items, of which each has a block of 8 warps or more, and 8 rows; many items on
+    few multiprocessors, also in splits of fixed size, with 32 rows; clusters.
+    """
+    for k, options in enumerate(OPTIONS):
+        for n in range(4):
+            seqlens = LENGTHS[(4 * k + n) % len(LENGTHS)]
+            seed = 4 * k + n
+            case = _case(options, 8, seqlens, seed, num_splits=(1000, 40, 1000)[seed % 3])
+            items = len(seqlens) * case.heads[1]
+            yield case, items + (0, 3, 37, 50)[seed % 4]
+            if n % 2 == 0:
+                case = _case(options, 32, seqlens, seed + 1)
+                yield case, 1 + (len(seqlens) * case.heads[1] - 1) // (2, 3)[k % 2]
+            if n % 2 == 1:
+                case = _case(options, 8, (640, *seqlens[:3]), seed + 2)
+                yield case, 8 * len(case.seqlens) * case.heads[1]
+    for k, options in enumerate(SPLITS):
+        for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
+            yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]
 
 
 def _plan(seed: int) -> Callable[[], None]:
@@ -86,40 +168,142 @@ def _plan(seed: int) -> Callable[[], None]:
     if seed % 7 == 3:
         arguments |= {"split_size": 128, "num_splits": 0}
 
+    return _twins(3 + 11 * (seed % 6), arguments)
+
+
+def _twins(num_sm: int, arguments: dict[str, Any]) -> Callable[[], None]:
+    """A plan by the kernel and by the planner in NumPy."""
+    os.environ.update(CUFLASH_NUM_SM=str(num_sm), CUFLASH_BACKEND="numpy")
+    twin = cuflash.get_scheduler_metadata(**arguments).array
+
     def problem() -> None:
-        os.environ.update(CUFLASH_NUM_SM=str(3 + 11 * (seed % 6)))
-        arrays = []
-        for backend in ("numpy", "sim"):
-            os.environ["CUFLASH_BACKEND"] = backend
-            arrays.append(cuflash.get_scheduler_metadata(**arguments).array)
-        np.testing.assert_array_equal(*arrays)
+        os.environ.update(CUFLASH_NUM_SM=str(num_sm), CUFLASH_BACKEND="sim")
+        np.testing.assert_array_equal(cuflash.get_scheduler_metadata(**arguments).array, twin)
 
     return problem
 
 
-def _merge(n: int, dim: int) -> Callable[[], None]:
+def _nonsense_plan(seed: int) -> Callable[[], None]:
+    """Numbers that the host refuses where it sees them: both planners clamp them alike."""
+    rng = np.random.default_rng(seed)
+    batch, low, high = 50, -(2**31), 2**31 - 1
+    absent = np.zeros(batch + 1, int)
+    os.environ.update(CUFLASH_NUM_SM="20", CUFLASH_BACKEND="numpy")
+    meta = cuflash.get_scheduler_metadata(
+        **_step(np.zeros(batch, int), 3, max_seqlen_q=17, cu_seqlens_q=absent, cu_seqlens_k_new=absent)
+    )
+    if seed % 2:
+        low, high = -100, 100
+    lengths = cuflash.scheduling.Lengths(
+        cache_seqlens=rng.integers(low, high, batch, np.int32),
+        cu_seqlens_q=rng.integers(low, high, batch + 1, np.int32),
+        cu_seqlens_k_new=rng.integers(low, high, batch + 1, np.int32),
+        cache_leftpad=rng.integers(low, high, batch, np.int32),
+    )
+    twin = np.full_like(meta.array, -1)
+    planner.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, twin)
+
+    def problem() -> None:
+        array = np.full_like(meta.array, -1)
+        sim.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, array)
+        np.testing.assert_array_equal(array, twin)
+
+    return problem
+
+
+def _step(seqlens: np.ndarray, heads: int = 3, **options: Any) -> dict[str, Any]:
+    return {
+        "batch_size": len(seqlens),
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 8192,
+        "num_heads_q": 4 * heads,
+        "num_heads_kv": heads,
+        "headdim": 64,
+        "cache_seqlens": seqlens,
+        **options,
+    }
+
+
+def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
+    for seed in range(24):
+        yield f"plan {seed}", _plan(seed)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        step = schedules.random_step(rng, max_batch=(5, 40)[seed % 2], max_keys=(50, 600, 20000)[seed % 3])
+        yield f"random plan {seed}", _twins(step.num_sm, step.arguments)
+    rng = np.random.default_rng(0)
+    for batch in (0, 1, 31, 32, 33, 76, 264, 993, 1025, 2100):
+        yield f"plan of {batch}", _twins(132, _step(rng.integers(0, 8192, batch)))
+        yield f"plan of {batch} equal", _twins(13, _step(np.full(batch, 1000), 3, num_splits=2))
+    for batch in (77, 88, 231, 463):
+        yield f"plan of {batch} equal on many", _twins(132, _step(np.full(batch, 1000), 3))
+    for batch, max_seqlen_q in (1, 3000), (5, 700), (200, 33), (1100, 24), (1, 9000), (3, 40), (1, 17):
+        seqlens = rng.integers(0, 4000, batch)
+        starts = np.concatenate([[0], rng.integers(0, max_seqlen_q + 1, batch).cumsum()])
+        for k, options in enumerate(({}, {"window_size": (300, 0), "cu_seqlens_q": starts}, {"attention_chunk": 99})):
+            arguments = _step(seqlens, 2, max_seqlen_q=max_seqlen_q, causal=k > 0, **options)
+            yield f"plan of {batch} with up to {max_seqlen_q} queries {k}", _twins(132, arguments)
+    for num_splits in (1, 2, 7, 100, 263, 264, 10**6):
+        arguments = _step(np.array([100_000, 5, 0, 3000, 40_000]), num_splits=num_splits)
+        yield f"plan of {num_splits} splits", _twins(132, arguments)
+    most = 2**31 - 1
+    wide = {"window_size": (most, -1), "max_seqlen_q": 2, "attention_chunk": most}
+    huge = ({}, {"num_splits": 3}, {"split_size": 64}, {"split_size": 2**30}, wide, {"max_seqlen_k_new": most})
+    for k, options in enumerate(huge):
+        yield f"huge plan {k}", _twins(132, _step(np.array([most, 0, most - 5, 7, most]), **options))
+    yield "plan of 1000 multiprocessors", _twins(1000, _step(rng.integers(0, 20_000, 50)))
+    for k, seqlens in enumerate(((600,), (513, 40), (1000, 0, 1, 64, 65), (640,))):  # clusters
+        for n, options in enumerate(({}, {"causal": True, "max_seqlen_q": 17}, {"window_size": (90, 3)})):
+            step = _step(np.array(seqlens), 1 + k % 2, **{**options, "max_seqlen_k": 1000})
+            yield f"plan for clusters {k} {n}", _twins(132, step)
+    for seed in range(4):
+        yield f"plan of nonsense {seed}", _nonsense_plan(seed)
+
+
+def _merge(n: int, dim: int, shape: tuple[int, int, int], spread: float) -> Callable[[], Arrays]:
     rng = np.random.default_rng(n)
-    outs = [rng.standard_normal((3, 2, 4, dim)).astype(np.float16) for _ in range(n)]
-    lses = [(3 * rng.standard_normal((3, 4, 2))).astype(np.float32) for _ in range(n)]
-    lses[0][0] = -np.inf
-    if n > 1:
-        lses[1][0, 0] = -np.inf
+    batch, queries, heads = shape
+    outs = [rng.standard_normal((batch, queries, heads, dim), np.float32).astype(np.float16) for _ in range(n)]
+    lses = [(spread * rng.standard_normal((batch, heads, queries))).astype(np.float32) for _ in range(n)]
+    for k, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        lse[:, k % heads] = -np.inf  # a part without keys
+        part[:, :, k % heads] = np.nan
+    lses[-1][0] = outs[-1][0] = 0
+    for lse in lses:
+        lse[-1, -1, -1] = -np.inf  # a row without any
+    os.environ["CUFLASH_BACKEND"] = "numpy"
+    expected_out, expected_lse = cuflash.merge_attn_states(outs, lses)
 
-    def problem() -> None:
-        results = []
-        for backend in ("numpy", "sim"):
-            os.environ["CUFLASH_BACKEND"] = backend
-            results.append(cuflash.merge_attn_states(outs, lses))
-        (a, lse_a), (b, lse_b) = results
-        np.testing.assert_allclose(np.asarray(lse_b), np.asarray(lse_a), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(np.asarray(b, np.float32), np.asarray(a, np.float32), rtol=2e-3, atol=2e-4)
+    def problem() -> Arrays:
+        os.environ["CUFLASH_BACKEND"] = "sim"
+        out, lse = cuflash.merge_attn_states(outs, lses)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected_out, np.float32), 1.1e-3, 1e-5)
+        return np.asarray(out), np.asarray(lse)
 
     return problem
 
 
-def problems() -> list[tuple[str, Callable[[], None]]]:
+def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
     """All problems by name."""
-    out = [(f"attention {case}", _attention(case, num_sm)) for case, num_sm in _cases()]
-    out += [(f"plan {seed}", _plan(seed)) for seed in range(24)]
-    out += [(f"merge {n} of {dim}", _merge(n, dim)) for n, dim in ((1, 64), (2, 72), (5, 128), (17, 256))]
+    out: list[tuple[str, Callable[[], Arrays | None]]] = [
+        (f"attention {case}", _attention(case, num_sm)) for case, num_sm in _cases()
+    ]
+    for rows, seqlens, num_sm, leftpad in (
+        (8, (0, 900, 40), 40, False),
+        (8, (0, 900, 40), 40, True),
+        (32, (0, 300, 40), 2, False),
+        (32, (0, 300, 40), 2, True),
+        (8, (0, 640), 16, False),
+        (8, (0, 640), 16, True),
+    ):
+        # With this seed the second sequence has a leftpad of 0.
+        case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
+        out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
+    out += _plans()
+    shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
+    for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
+        for k in range(2):
+            shape, spread = shapes[(n + 2 * k) % 5], (3.0, 60.0)[k]
+            out.append((f"merge {n} of {shape} {dim} {spread}", _merge(n, dim, shape, spread)))
     return out
