@@ -5,13 +5,14 @@ on that plan (:func:`flash_attn_with_kvcache`).
 """
 
 from .attention import flash_attn_with_kvcache, merge_attn_states
-from .scheduling import SchedulerMetadata, get_scheduler_metadata
+from .scheduling import SchedulerMetadata, compile, get_scheduler_metadata
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SchedulerMetadata",
     "__version__",
+    "compile",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attn_states",

@@ -144,6 +144,12 @@ def merge_variant(dtype: str) -> Variant:
     return Variant("merge", (*_element(dtype), ("WARPS", _ROW_WARPS)))
 
 
+def variants(problem: Problem, tiling: Tiling) -> tuple[Variant, ...]:
+    """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
+    appends = (append_variant(problem.qkv_dtype),) if problem.appends else ()
+    return Variant("plan"), *appends, decode_variant(problem, tiling)
+
+
 def _element(dtype: str) -> tuple[tuple[str, str | int], ...]:
     return ("ELEMENT", _ELEMENTS[dtype]), ("ELEMENT_BYTES", numpy_dtype(dtype).itemsize)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, repeat
+from . import backends, kernels, repeat
 from .arrays import empty, import_index, is_on_device
 from .device import Device
 from .planner import plan_cuts, plan_sequences, plan_words, visible_keys
@@ -317,6 +317,34 @@ def get_scheduler_metadata(
     if signature is not None and any(getattr(lengths, name) is not array for name, array in arrays.items()):
         signature = None  # one had to be copied
     return make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out, signature)
+
+
+def compile(scheduler_metadata: SchedulerMetadata) -> int:
+    """Compile and load all kernels that calls on a plan will launch, before the first call: for a server's start.
+
+    Kernels are compiled when they are first used (some 0.5 s each) and kept by content in a disk cache, CuPy's on a
+    GPU, so that another process loads them in milliseconds. A CUDA graph must be captured after its kernels are loaded.
+
+    Args:
+        scheduler_metadata: A plan, for whatever lengths.
+
+    Returns:
+        How many kernels had not been loaded by this process: 0 if all were there, and always 0 with NumPy.
+
+    Raises:
+        TypeError: If the argument is not a plan.
+        RuntimeError: If a kernel does not compile, naming variant and architecture.
+
+    Example:
+        >>> import cuflash, numpy as np
+        >>> meta = cuflash.get_scheduler_metadata(8, 1, 4096, 32, 8, 128, np.zeros(8, np.int32))
+        >>> cuflash.compile(meta)
+        0
+    """
+    if not isinstance(scheduler_metadata, SchedulerMetadata):
+        raise TypeError(f"scheduler_metadata must be a SchedulerMetadata, got {type(scheduler_metadata).__name__}")
+    backend, array = backends.select(scheduler_metadata.array), scheduler_metadata.array
+    return int(backend.prepare(kernels.variants(scheduler_metadata.problem, scheduler_metadata.tiling), array))
 
 
 def make_metadata(

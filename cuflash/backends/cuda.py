@@ -73,6 +73,16 @@ def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArr
         kernels.merge(_Gpu(), outs, lses, out, lse)
 
 
+def prepare(variants: tuple[kernels.Variant, ...], array: NativeArray) -> int:
+    """Compile and load kernels on the GPU of ``array``; return how many of them were not there yet."""
+    number = array.device.id
+    before = _function.cache_info().misses
+    with array.device:
+        for variant in variants:
+            _function(variant, number)
+    return _function.cache_info().misses - before
+
+
 @lru_cache(maxsize=None)
 def _device(number: int) -> Device:
     attributes = cupy.cuda.Device(number).attributes

@@ -49,6 +49,11 @@ def device(like: Array) -> Device:
     return host_device()
 
 
+def prepare(variants: tuple[Any, ...], array: Array) -> int:
+    """Compile nothing: this backend has no kernels."""
+    return 0
+
+
 def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
     """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
     if problem.appends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ..scheduling import Lengths, SchedulerMetadata
     from ..tiling import Tiling
 
-_modules: dict[tuple[kernels.Variant, str], Any] = {}
 
 USES_PLAN = True
 
@@ -42,8 +42,24 @@ def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArr
     kernels.merge(_machine, outs, lses, out, lse)
 
 
+def prepare(variants: tuple[kernels.Variant, ...], array: NativeArray) -> int:
+    """Compile kernels for the simulator; return how many of them were not there yet."""
+    before = _function.cache_info().misses
+    for variant in variants:
+        _function(variant, f"sm_{host_device().arch}")
+    return _function.cache_info().misses - before
+
+
+@lru_cache(maxsize=None)
+def _function(variant: kernels.Variant, arch: str) -> Any:
+    from ..simulator import SimModule
+
+    module = SimModule(kernels.source(variant.file), variant.options, arch=arch, name=variant.file)
+    return module.get_function(variant.kernel)
+
+
 class _Simulator:
-    """A :class:`cuflash.kernels.Machine` of fibers."""
+    """A :class:`cuflash.kernels.Machine`: the CPU, by way of the simulator."""
 
     def address(self, array: NativeArray) -> int:
         return array.ctypes.data
@@ -64,14 +80,7 @@ class _Simulator:
         params: np.ndarray,
         arrays: dict[str, NativeArray],
     ) -> None:
-        from ..simulator import SimModule
-
-        arch = f"sm_{host_device().arch}"
-        module = _modules.get((variant, arch))
-        if module is None:
-            module = SimModule(kernels.source(variant.file), variant.options, arch=arch, name=variant.file)
-            _modules[variant, arch] = module
-        function = module.get_function(variant.kernel)
+        function = _function(variant, f"sm_{host_device().arch}")
         function((grid,), (threads,), (params,), shared_mem=shared_bytes, arrays=arrays)
 
 
