@@ -63,6 +63,7 @@ def test_public_names():
     assert set(cuflash.__all__) == {
         "SchedulerMetadata",
         "__version__",
+        "compile",
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attn_states",
