@@ -11,7 +11,7 @@ import numpy as np
 from . import backends, repeat
 from .arrays import NativeArray, empty, export_array, import_array, import_index, is_on_device, is_writeable
 from .dtypes import dtype_name, numpy_dtype
-from .problem import Problem, boolean, first_difference, integer, make_problem, real
+from .problem import Problem, boolean, check_headdim, check_heads, first_difference, integer, make_problem, real
 from .scheduling import Lengths, SchedulerMetadata, make_lengths, make_metadata
 
 # 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
@@ -218,6 +218,9 @@ def flash_attn_with_kvcache(
     batch_size, seqlen_q = _query_shape(queries, cu_seqlens_q, max_seqlen_q)
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"v_cache must have the shape of k_cache but for the head dim, got {values.shape} (NHD)")
+    check_heads("q: num_heads_q", queries.shape[-2], "num_heads_kv of k_cache", keys.shape[2])
+    check_headdim("q: headdim", queries.shape[-1])
+    check_headdim("v_cache: headdim_v", values.shape[-1])
     problem = make_problem(
         batch_size,
         seqlen_q,

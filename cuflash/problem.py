@@ -150,10 +150,9 @@ def make_problem(
     max_seqlen_q = integer("max_seqlen_q", max_seqlen_q, 0)
     num_heads_q = integer("num_heads_q", num_heads_q, 1, 65536)
     num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
-    if num_heads_q % num_heads_kv:
-        raise ValueError(f"num_heads_q must be a multiple of num_heads_kv={num_heads_kv}, got {num_heads_q}")
-    headdim = _headdim("headdim", headdim)
-    headdim_v = headdim if headdim_v is None else _headdim("headdim_v", headdim_v)
+    check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
+    headdim = check_headdim("headdim", headdim)
+    headdim_v = headdim if headdim_v is None else check_headdim("headdim_v", headdim_v)
     q_name = dtype_name("qkv_dtype", qkv_dtype)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
     if q_name not in FLOAT_DTYPES:
@@ -246,7 +245,14 @@ def real(name: str, value: Any) -> float:
     return number
 
 
-def _headdim(name: str, value: Any) -> int:
+def check_heads(name: str, heads: int, kv_name: str, heads_kv: int) -> None:
+    """Refuse query heads that KV heads cannot be shared by, naming the arguments."""
+    if not heads_kv or not heads or heads % heads_kv:
+        raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}")
+
+
+def check_headdim(name: str, value: Any) -> int:
+    """Return a head dim that kernels can handle, or raise naming the argument."""
     number = integer(name, value, 8, MAX_HEADDIM)
     if number % 8:
         raise ValueError(f"{name} must be a multiple of 8, got {number}")

@@ -228,7 +228,7 @@ def get_scheduler_metadata(
     Args:
         batch_size: Number of sequences.
         max_seqlen_q: Query positions per sequence, with ``cu_seqlens_q`` the most.
-        max_seqlen_k: Upper bound of the key lengths; not binding.
+        max_seqlen_k: Upper bound of the key lengths; not binding. It tells small problems, which run on clusters.
         num_heads_q: Query heads.
         num_heads_kv: KV heads; divides ``num_heads_q``.
         headdim: Elements of a query and key row: a multiple of 8 up to 256.
