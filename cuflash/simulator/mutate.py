@@ -69,7 +69,10 @@ class Mutant:
         file: source file.
         line: source line.
         instruction: the PTX instruction before the change.
+        before: the four PTX instructions ahead of it.
         patch: the fields of the instruction that change.
+        threads: most threads of a block, as the kernel was compiled; 0: not stated.
+        cluster: blocks of a cluster, as the kernel was compiled; 0: not stated.
     """
 
     kernel: str
@@ -79,7 +82,10 @@ class Mutant:
     file: str
     line: int
     instruction: str
+    before: tuple[str, ...]
     patch: tuple[tuple[str, Any], ...]
+    threads: int = 0
+    cluster: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.kind}: {self.instruction}"
@@ -161,7 +167,10 @@ def mutants(kernel: Kernel) -> list[Mutant]:
                     file,
                     loc.line if loc else 0,
                     program.texts[pc],
+                    tuple(program.texts[max(pc - 4, 0) : pc]),
                     tuple(patch.items()),
+                    program.max_threads,
+                    program.cluster[0],
                 )
             )
     return out
@@ -173,22 +182,34 @@ class Equivalent:
 
     Attributes:
         reason: why.
-        file: name of the source file.
+        file: regular expression of the name of the source file.
         source: regular expression, searched for in the source line.
         kind: regular expression of the kind of change, the whole of it.
         instruction: regular expression, searched for in the PTX instruction.
+        context: regular expression, searched for in the instruction and the four ahead of it, a line each.
+        kernel: regular expression of the kernel's name.
+        unreached: of instructions alone that no problem executes.
+        variants: of kernels alone for which this is true.
     """
 
     reason: str
-    file: str
-    source: str
+    file: str = ".*"
+    source: str = ""
     kind: str = ".*"
     instruction: str = ""
+    context: str = ""
+    kernel: str = ".*"
+    unreached: bool = False
+    variants: Callable[[Mutant], bool] = lambda mutant: True
 
-    def matches(self, mutant: Mutant, line: str) -> bool:
+    def matches(self, mutant: Mutant, line: str, unreached: bool) -> bool:
         """Whether a mutant of this source line is one of the class."""
         return (
-            self.file == mutant.file
+            unreached >= self.unreached
+            and self.variants(mutant)
+            and re.fullmatch(self.file, mutant.file) is not None
+            and re.fullmatch(self.kernel, mutant.kernel) is not None
+            and re.search(self.context, "\n".join((*mutant.before, mutant.instruction))) is not None
             and re.search(self.source, line) is not None
             and re.fullmatch(self.kind, mutant.kind) is not None
             and re.search(self.instruction, mutant.instruction) is not None
@@ -204,6 +225,7 @@ class Report:
         survivors: those that no problem killed.
         equivalent: those that no problem can kill, each with the reason.
         contradictions: those that are listed as equivalent and were killed: the list says too much.
+        unreached: keys of kernels and numbers of instructions that no problem executes.
         seconds: time of the survey.
     """
 
@@ -211,6 +233,7 @@ class Report:
     survivors: list[Mutant] = field(default_factory=list)
     equivalent: list[tuple[Mutant, str]] = field(default_factory=list)
     contradictions: list[tuple[Mutant, str]] = field(default_factory=list)
+    unreached: set[tuple[str, int]] = field(default_factory=set)
     seconds: float = 0.0
 
     @property
@@ -232,7 +255,9 @@ class Report:
         lines += ["listed as equivalent, but killed:"] if self.contradictions else []
         lines += sorted(f"  {m}  ({reason})" for m, reason in self.contradictions)
         lines += ["alive:"] if self.survivors else []
-        lines += [f"  {m.kernel}  {m}" for m in sorted(self.survivors, key=lambda m: (m.kernel, m.file, m.line, m.pc))]
+        for m in sorted(self.survivors, key=lambda m: (m.kernel, m.file, m.line, m.pc)):
+            never = " (never executed)" if (m.key, m.pc) in self.unreached else ""
+            lines.append(f"  {m.kernel} {m.key[:4]} {m.pc}  {m}{never}")
         return "\n".join(lines)
 
 
@@ -271,13 +296,14 @@ class _Run:
 
     bits: list[bytes]
     traffic: list[tuple[Any, ...]]
+    launches: list[Launch] = field(compare=False, repr=False)
 
 
 def _run(problem: Callable[[], Any], number: int, time_limit: float) -> _Run:
     with _settings(number, time_limit) as launches:
         results = problem()
     bits = [] if results is None else [np.ascontiguousarray(array).tobytes() for array in results]
-    return _Run(bits, _traffic(launches, _is_fixed(number)))
+    return _Run(bits, _traffic(launches, _is_fixed(number)), launches)
 
 
 def _try(mutant: Mutant, users: Sequence[int]) -> tuple[int, str] | None:
@@ -299,6 +325,17 @@ def _try(mutant: Mutant, users: Sequence[int]) -> tuple[int, str] | None:
 
 
 _state: dict[str, Any] = {}
+
+
+def _unreached(kernels: dict[str, Kernel], runs: Sequence[_Run]) -> set[tuple[str, int]]:
+    executed = {key: np.zeros(len(kernel.program.code), bool) for key, kernel in kernels.items()}
+    for run in runs:
+        for launch in run.launches:
+            for key, kernel in kernels.items():
+                if launch.counters._program is kernel.program:
+                    executed[key] |= launch.counters._pcs["executed"] > 0
+        run.launches.clear()
+    return {(key, int(pc)) for key, done in executed.items() for pc in np.flatnonzero(~done)}
 
 
 def _work(index: int) -> tuple[int, tuple[int, str] | None]:
@@ -362,7 +399,7 @@ def survey(
     everyone = [m for key, one in kernels.items() if len(users[key]) >= min_problems for m in mutants(one)]
     if sample is not None and sample < len(everyone):
         everyone = random.Random(seed).sample(everyone, sample)
-    report = Report()
+    report = Report(unreached=_unreached(kernels, runs))
     kills = [0] * len(problems)
     _state.update(mutants=everyone, problems=problems, users=users, seconds=seconds, runs=runs, kills=kills)
     lines = _Lines(sources)
@@ -378,8 +415,8 @@ def survey(
             results = map(_work, range(len(everyone)))
         for index, killed in results:
             mutant = everyone[index]
-            line = lines(mutant.file, mutant.line)
-            reason = next((e.reason for e in equivalent if e.matches(mutant, line)), None)
+            line, unreached = lines(mutant.file, mutant.line), (mutant.key, mutant.pc) in report.unreached
+            reason = next((e.reason for e in equivalent if e.matches(mutant, line, unreached)), None)
             if killed is not None:
                 report.killed.append((mutant, problems[killed[0]][0], killed[1]))
                 if reason is not None:
@@ -437,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("problems", help="module:function or file.py:function that returns (name, callable) pairs")
     parser.add_argument("--kernel", default=".*", help="regular expression of kernel names")
+    parser.add_argument("--only", default="", help="regular expression of the names of the problems to use")
     parser.add_argument("--sample", type=int, help="number of mutants to try, at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -445,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     problems, equivalent, sources = _load(options.problems)
     report = survey(
-        problems,
+        [(name, problem) for name, problem in problems if re.search(options.only, name)],
         options.kernel,
         options.sample,
         options.seed,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ import cuflash
 from cuflash import planner
 from cuflash.backends import sim
 from cuflash.backends.sim import _Simulator as Simulated
+from cuflash.simulator.mutate import Equivalent, Mutant
 
 Arrays = tuple[np.ndarray, ...]
 SIM = Backend("sim", lambda array: array, np.asarray)
@@ -63,6 +65,137 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
     return problem
 
 
+def _has_cluster(mutant: Mutant) -> bool:
+    return mutant.cluster > 1
+
+
+def _has_8_rows(mutant: Mutant) -> bool:
+    """The variants of 8 warps and of clusters; that of many items has 4 warps, 32 rows and no cluster."""
+    return mutant.cluster > 1 or mutant.threads == 256
+
+
+SOURCES = [Path(__file__).parents[2] / "kernels_cu", Path(__file__).parents[2] / "kernels_cu/include"]
+EQUIVALENT = (
+    Equivalent(
+        "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
+        kind="add -> sub",
+        context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
+        file=r"(decode|plan|merge)\.cu|(ptx|types|combine|mma|segment)\.cuh",
+    ),
+    Equivalent(
+        "p - left is 0, the other choice, where p equals left",
+        file="schedule.cuh",
+        source=r"p > mask\.left",
+        kind="gt -> ge",
+        instruction=r"setp\.gt\.s32 %p\d+, %r\d+, %r\d+",
+    ),
+    Equivalent(
+        "the smaller of 0 rows and ROWS is the 0 of the other choice",
+        file="segment.cuh",
+        source=r"s\.valid_rows = max\(0",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block, whose first row is 0",
+        file="segment.cuh",
+        source=r"s\.lengths\.seqlen_q \* p\.group - s\.first_row",
+        kind="sub -> add",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "split_size is 0 or at least 64, so 1 decides nothing",
+        file=r"segment\.cuh|decode\.cu",
+        kind="lt -> le",
+        instruction=r"setp\.lt\.s32 %p\d+, %r\d+, 1$",
+        source=r"p\.split_size > 0",
+    ),
+    Equivalent(
+        "rows without keys have begin 0 and an end of at most 0; an end below its begin is raised to it",
+        file="schedule.cuh",
+        source=r"first_query > last_query \|\| begin >= end",
+        kind="or -> and",
+        kernel="decode",
+    ),
+    Equivalent(
+        "one pass for 16 vectors of a row: the comparison has read the old value, the new one is never used",
+        file="combine.cuh",
+        source=r"int vector = lane; vector <",
+        kind="add -> sub",
+        instruction=", 32$",
+    ),
+    Equivalent(
+        "a score that equals the threshold: the warp looks at its maxima, and none moves",
+        file="softmax.cuh",
+        source=r"exceeds \|= lane_maximum",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "a score that equals the threshold: either maximum is right, results differ by rounding at most",
+        file="softmax.cuh",
+        source=r"moves = top > threshold_",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "split_size has variants of at most 4 warps and no clusters: the others never split",
+        file=r"segment\.cuh|decode\.cu|schedule\.cuh|ptx\.cuh",
+        source=r"split|visible\.(begin|end)",
+        unreached=True,
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "unrolled copies of a loop that a thread passes once: 8 rows have fewer chunks than the block has threads",
+        file=r"decode\.cu",
+        source=r"i / kChunks|threadIdx\.x; i < kRows|row < s\.valid_rows|position|q_row_|query_flip|Swizzle|elements",
+        unreached=True,
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "a block of a cluster has one segment: its loader never walks to a second one",
+        file=r"(schedule|segment|loader)\.cuh",
+        source=r"sequence|seqlen|behind|begin|key_|end_|_head|item|row|mask|cu_seqlens|page",
+        unreached=True,
+        variants=_has_cluster,
+    ),
+    Equivalent(
+        "64-bit division, whose 32-bit shortcut gives the same quotient: without it no result changes",
+        file=r"(plan|merge)\.cu",
+        kind="and -> or",
+        instruction=r"and\.b64 .*, -4294967296$",
+    ),
+    Equivalent(
+        "the choice between 64-bit and 32-bit division; fewer than 2^32 rows, whose LSEs alone fill 16 GiB, fit both",
+        file=r"merge\.cu",
+        source=r"row (%|/) p\.heads",
+        kind="or -> and|eq -> ne|invert a branch",
+    ),
+    Equivalent(
+        "64-bit division for more than 2^32 rows",
+        file=r"merge\.cu",
+        source=r"row (%|/) p\.heads",
+        unreached=True,
+    ),
+    Equivalent(
+        "the logarithm of infinity: a sum of exp(lse - maximum) is at most the number of parts",
+        file=r"merge\.cu",
+        source="logf",
+        kind="lt -> le",
+        instruction="2139095040",
+    ),
+    Equivalent(
+        "all lanes of the warp hold the same value for the same word",
+        file=r"plan\.cu",
+        source=r"lane == 0\) warp_cuts|value \+= other",
+        kind="ne -> eq|invert a branch",
+        instruction=r"setp\.ne\.s32 %p\d+, %r\d+, 0|@%p",
+    ),
+    Equivalent(
+        "where both are equal, the assignment changes nothing",
+        file=r"plan\.cu",
+        source=r"aligned <= blocks &&",
+        kind="le -> lt|gt -> ge",
+        instruction=r"s32",
+    ),
+)
 MANY = (0, 64, 15, 16, 17, 40, 33, 0, 128, 5)
 LENGTHS = (
     (1,),
@@ -107,8 +240,8 @@ SPLITS: tuple[dict[str, Any], ...] = (
 )
 # Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
 HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
-    8: {1: ((8, 1), (6, 2), (7, 1)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2))},
-    32: {1: ((40, 1), (34, 2), (20, 1)), 2: ((20, 1), (24, 2)), 5: ((7, 1), (4, 1))},
+    8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2))},
+    32: {1: ((40, 1), (34, 2), (33, 1), (20, 1)), 2: ((20, 1), (24, 2)), 5: ((7, 1), (4, 1))},
 }
 
 
@@ -144,6 +277,25 @@ def _cases() -> Iterator[tuple[Case, int]]:
             if n % 2 == 1:
                 case = _case(options, 8, (640, *seqlens[:3]), seed + 2)
                 yield case, 8 * len(case.seqlens) * case.heads[1]
+    # As many parts as the loads of a merge that are in flight, up to twice as many, and more than a warp has lanes.
+    for n in range(15, 36, 2):
+        yield _case({"num_splits": 1000}, 8, (2600,), n), n
+        yield _case({"num_splits": 1000, "queries": 2, "sinks": True}, 8, (2700, 3), n), n + 1
+    yield _case({"split_size": 64}, 32, tuple(64 * n - 3 for n in range(15, 36)), 0), 7
+    # Cuts of a cluster at an item's first key.
+    for k, queries in enumerate((1, 2)):
+        yield _case({"window": (20, 0), "queries": queries}, 8, (640, 37, 53, 69, 38), k), 80
+    for k, scale in enumerate((None, 6.0)):  # the unrolled loop of 4 x 32 parts
+        yield _case({"num_splits": 1000, "scale": scale}, 8, (9200,), k), 150
+        yield _case({"split_size": 64, "scale": scale}, 32, (10300,), k + 3), 3
+    # Masks that begin and end at every place of a tile.
+    for k, options in enumerate(
+        ({"window": (40, 3)}, {"window": (50, 2), "queries": 2}, {"causal": True, "queries": 5})
+    ):
+        seqlens = tuple(range(100, 132))
+        yield _case({**options, "num_splits": 1000}, 8, seqlens, k), 70
+        yield _case(options, 32, seqlens, k), 5
+        yield _case(options, 8, (640, *seqlens), k), 600
     for k, options in enumerate(SPLITS):
         for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
             yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]
@@ -256,6 +408,8 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         for n, options in enumerate(({}, {"causal": True, "max_seqlen_q": 17}, {"window_size": (90, 3)})):
             step = _step(np.array(seqlens), 1 + k % 2, **{**options, "max_seqlen_k": 1000})
             yield f"plan for clusters {k} {n}", _twins(132, step)
+    step = _step(np.array((640, 37, 53, 69, 38)), 1, window_size=(20, 0), max_seqlen_k=1000)
+    yield "plan for clusters at an item's first key", _twins(400, step)
     for seed in range(4):
         yield f"plan of nonsense {seed}", _nonsense_plan(seed)
 
