@@ -1,0 +1,51 @@
+"""The problems of mutation_problems.py kill the mutants of the library's kernels; those that live are equivalent."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import mutation_problems
+import pytest
+
+from cuflash.simulator.mutate import Equivalent, Mutant, survey
+
+AT_LEAST = 0.95
+
+
+def test_a_class_of_equivalent_mutants() -> None:
+    mutant = Mutant("kernel", "key", 7, "lt -> le", "a.cu", 3, "setp.lt.s32 %p1, %r1, 1", ("mov.u32 %r1, 0",), ())
+    line = "if (n > 0) return;"
+    assert Equivalent("why").matches(mutant, line, False)
+    same = {
+        "file": r"a\.cu",
+        "source": "n > 0",
+        "kind": "lt -> le",
+        "instruction": ", 1$",
+        "context": r"mov.*\nsetp",
+        "kernel": "k.*",
+    }
+    assert Equivalent("why", **same).matches(mutant, line, False)
+    for name in same:
+        assert not Equivalent("why", **{**same, name: "other"}).matches(mutant, line, False), name
+    assert Equivalent("why", unreached=True).matches(mutant, line, True)
+    assert not Equivalent("why", unreached=True).matches(mutant, line, False)
+    assert not Equivalent("why", variants=lambda m: m.cluster > 1).matches(mutant, line, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "only"), [("decode", "attention|negative"), ("plan", ".*plan"), ("merge", "merge")])
+def test_at_least_95_percent_are_killed(kernel: str, only: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed sample; of decode in three variants. Equivalent mutants do not count."""
+    for name in ("CUFLASH_BACKEND", "CUFLASH_NUM_SM"):  # the problems set them
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    problems = [(name, problem) for name, problem in mutation_problems.problems() if re.match(only, name)]
+    report = survey(
+        problems,
+        kernel,
+        sample=200,
+        min_problems=16,
+        equivalent=mutation_problems.EQUIVALENT,
+        sources=mutation_problems.SOURCES,
+    )
+    assert report.share >= AT_LEAST, str(report)
