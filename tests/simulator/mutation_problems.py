@@ -103,6 +103,71 @@ EQUIVALENT = (
         variants=_has_8_rows,
     ),
     Equivalent(
+        "the larger of 1 and the number of rows is 1 either way where that is 1",
+        file=r"decode\.cu",
+        source=r"max\(segment\.valid_rows, 1\)",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "nothing hidden is the 0 of the other choice",
+        file="schedule.cuh",
+        source=r"hidden = max\(hidden, behind - mask\.right",
+        kind="gt -> ge",
+        instruction=", 0$",
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block: what is subtracted instead of added is its first row, 0",
+        file=r"(segment|softmax)\.cuh|decode\.cu",
+        source=r"query_of\(p, (s|segment)\.first_row \+",
+        kind="add -> sub",
+        instruction=r", %r\d+$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "a block of a cluster has one segment: the walker's next position ends the share in either form",
+        file="segment.cuh",
+        source=r"item > share\.end\.item|\+\+item|key = 0;|key = s\.keys\.end|if \(s\.last\)",
+        kind="le -> lt|swap a selection",
+        variants=_has_cluster,
+    ),
+    Equivalent(
+        "a cluster merges without this field",
+        file="segment.cuh",
+        source=r"s\.(starts|ends|split|last|item) = ",
+        variants=_has_cluster,
+    ),
+    Equivalent(
+        "the index of a second pass over the queries, which a block with more threads than chunks does not make",
+        file=r"decode\.cu",
+        source=r"i \+= kThreads|Swizzle<kKeyBytes>",
+        kind="add -> sub",
+        instruction=r"add\.s32 %r\d+, %r\d+, (128|256|512)$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "the remainder of an unrolled loop: all threads make the same number of passes",
+        file="segment.cuh",
+        source=r"item > share\.end\.item",
+        kind="and -> or",
+        instruction=r"and\.b32 .*, (128|256)$",
+    ),
+    Equivalent(
+        "with tiles of 16 keys, lanes l and l + 16 hold the same row: 8 lanes back is 8 lanes on",
+        file=r"ptx\.cuh",
+        source="__cvta_generic_to_shared",
+        kind="add -> sub",
+        instruction=r", 8$",
+        variants=_has_cluster,
+    ),
+    Equivalent(
+        "the last of max_splits, which variants without splits compute and never use",
+        file=r"ptx\.cuh",
+        source="__cvta_generic_to_shared",
+        kind="add -> sub",
+        instruction=r", -1$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
         "split_size is 0 or at least 64, so 1 decides nothing",
         file=r"segment\.cuh|decode\.cu",
         kind="lt -> le",
@@ -113,7 +178,7 @@ EQUIVALENT = (
         "rows without keys have begin 0 and an end of at most 0; an end below its begin is raised to it",
         file="schedule.cuh",
         source=r"first_query > last_query \|\| begin >= end",
-        kind="or -> and",
+        kind="or -> and|ge -> gt",
         kernel="decode",
     ),
     Equivalent(
@@ -241,7 +306,11 @@ SPLITS: tuple[dict[str, Any], ...] = (
 # Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
 HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
     8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2))},
-    32: {1: ((40, 1), (34, 2), (33, 1), (20, 1)), 2: ((20, 1), (24, 2)), 5: ((7, 1), (4, 1))},
+    32: {
+        1: ((40, 1), (34, 2), (33, 1), (28, 1), (20, 1), (44, 1)),
+        2: ((20, 1), (24, 2), (32, 1)),
+        5: ((7, 1), (16, 1), (4, 1)),
+    },
 }
 
 
