@@ -230,21 +230,29 @@ EQUIVALENT = (
     Equivalent(
         "the choice between 64-bit and 32-bit division; fewer than 2^32 rows, whose LSEs alone fill 16 GiB, fit both",
         file=r"merge\.cu",
-        source=r"row (%|/) p\.heads",
+        source=r"row (%|/) p\.heads|row >= rows",
         kind="or -> and|eq -> ne|invert a branch",
+        context=r"or\.b64 (.*\n){0,3}.*$",
     ),
     Equivalent(
         "64-bit division for more than 2^32 rows",
         file=r"merge\.cu",
-        source=r"row (%|/) p\.heads",
+        source=r"row (%|/) p\.heads|row >= rows",
         unreached=True,
     ),
     Equivalent(
-        "the logarithm of infinity: a sum of exp(lse - maximum) is at most the number of parts",
+        "the host refuses a merge of no parts",
+        file=r"merge\.cu",
+        source=r"i < p\.states",
+        kind="gt -> ge",
+        instruction=", 0$",
+    ),
+    Equivalent(
+        "the logarithm of infinity or of tiny numbers: a sum of exp(lse - maximum) is 1 to the number of parts",
         file=r"merge\.cu",
         source="logf",
         kind="lt -> le",
-        instruction="2139095040",
+        instruction="2139095040|0f00800000",
     ),
     Equivalent(
         "all lanes of the warp hold the same value for the same word",
