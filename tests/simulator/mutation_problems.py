@@ -485,6 +485,10 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         for n, options in enumerate(({}, {"causal": True, "max_seqlen_q": 17}, {"window_size": (90, 3)})):
             step = _step(np.array(seqlens), 1 + k % 2, **{**options, "max_seqlen_k": 1000})
             yield f"plan for clusters {k} {n}", _twins(132, step)
+    for k, options in enumerate(({}, {"attention_chunk": 99, "causal": True, "max_seqlen_q": 40}, {"num_splits": 0})):
+        seqlens = np.array((640, 900, 777))
+        options |= {"cache_leftpad": np.array((3, 0, 70)), "max_seqlen_k": 1000}
+        yield f"plan for clusters with leftpad {k}", _twins(400, _step(seqlens, 1, **options))
     step = _step(np.array((640, 37, 53, 69, 38)), 1, window_size=(20, 0), max_seqlen_k=1000)
     yield "plan for clusters at an item's first key", _twins(400, step)
     for seed in range(4):
