@@ -379,3 +379,15 @@ def test_many_sequences(backend: Backend) -> None:
     rng = np.random.default_rng(0)
     case = Case(heads=(2, 1), seqlens=tuple(rng.integers(0, 9, 1100).tolist()), page_size=4, plan="given")
     check(case, make_inputs(case), backend)
+
+
+@pytest.mark.parametrize("num_sm", ["3", "8", "20"])
+@pytest.mark.parametrize("heads, seqlens", [((20, 1), (1300,)), ((34, 2), (300, 2600))])
+@pytest.mark.parametrize("plan", ["given", "reused"])
+def test_splits_beyond_max_seqlen_k(
+    plan: str, heads: tuple[int, int], seqlens: tuple[int, ...], num_sm: str, backend: Backend, monkeypatch: Any
+) -> None:
+    """Keys beyond the bound that a plan was made with have no slots of their own: one split takes them all."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", num_sm)
+    case = Case(dtype="bfloat16", heads=heads, seqlens=seqlens, sinks=True, plan=plan, split_size=128, seed=2)
+    check(case, make_inputs(case), backend)

@@ -35,11 +35,7 @@ __device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
     return min(key / p.split_size, p.max_splits - 1);
 }
 
-__device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) {
-    Cut cut = plan_cuts(p.plan)[block];
-    if (p.split_size > 0) cut.key = min(cut.key, (p.max_splits - 1) * p.split_size);
-    return cut;
-}
+__device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
     return {p.window_left, p.window_right, kHasChunk ? p.attention_chunk : 0};
@@ -89,7 +85,11 @@ struct SegmentWalker {
         if (p.split_size > 0) {
             s.split = clamped_split(p, s.keys.begin);
             const int split_end = (s.split + 1) * p.split_size;
-            if (s.split < p.max_splits - 1 && split_end < s.keys.end) {
+            if (s.split == p.max_splits - 1) {
+                // The last split takes all the rest, and is not cut: it belongs to the block in which it begins.
+                const int split_begin = max(s.visible.begin, split_end - p.split_size);
+                s.keys.end = key <= split_begin && split_begin < part_end ? s.visible.end : s.keys.begin;
+            } else if (split_end < s.keys.end) {
                 s.keys.end = split_end;
                 s.last = false;
             }
