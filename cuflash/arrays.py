@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,16 @@ def is_on_device(native: NativeArray) -> bool:
 def is_device_type(kind: type) -> bool:
     """Whether arrays of a type that has come in before are CuPy's own, which come in as they are."""
     return _importers.get(kind) is _import_itself
+
+
+def to_host(native: NativeArray) -> np.ndarray:
+    """Return a native array's values in host memory: a wait and a copy for one on a GPU."""
+    return native.get() if is_on_device(native) else native
+
+
+def checks_values(on_device: bool) -> bool:
+    """Whether a call looks at what index arrays hold: always on the host, on a GPU if ``CUFLASH_VALIDATE`` asks."""
+    return not on_device or os.environ.get("CUFLASH_VALIDATE", "0") not in ("", "0")
 
 
 # ------------------------------------------------------------------------------------------------ kinds of arrays

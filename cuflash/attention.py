@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import backends, repeat
-from .arrays import NativeArray, empty, export_array, import_array, import_index, is_on_device, is_writeable
+from .arrays import (
+    NativeArray,
+    checks_values,
+    empty,
+    export_array,
+    import_array,
+    import_index,
+    is_on_device,
+    is_writeable,
+    to_host,
+)
 from .dtypes import dtype_name, numpy_dtype
 from .problem import Problem, boolean, check_headdim, check_heads, first_difference, integer, make_problem, real
 from .scheduling import Lengths, SchedulerMetadata, make_lengths, make_metadata
@@ -293,7 +302,7 @@ def flash_attn_with_kvcache(
         sinks=sink_logits,
     )
     _check_one_memory(operands, scheduler_metadata, on_device)
-    if not on_device or os.environ.get("CUFLASH_VALIDATE", "0") not in ("", "0"):
+    if checks_values(on_device):
         _check_values(problem, operands, capacity)
 
     backend = backends.select(queries)
@@ -567,16 +576,16 @@ def _check_one_memory(operands: Operands, metadata: SchedulerMetadata | None, on
 def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:
     """Check what index arrays hold; on a GPU this copies them to the host."""
     lengths = operands.lengths
-    seqlens = _host(lengths.cache_seqlens).astype(np.int64)
+    seqlens = to_host(lengths.cache_seqlens).astype(np.int64)
     if lengths.cu_seqlens_k_new is not None and operands.k is not None:
-        starts = _host(lengths.cu_seqlens_k_new)
+        starts = to_host(lengths.cu_seqlens_k_new)
         if starts[-1] > operands.k.shape[0]:
             raise ValueError(f"cu_seqlens_k_new must end by k's {operands.k.shape[0]} rows, got {starts[-1]}")
         new = np.diff(starts)
     else:
         new = np.full(problem.batch_size, problem.max_seqlen_k_new)
     if lengths.cu_seqlens_q is not None:
-        last = _host(lengths.cu_seqlens_q)[-1]
+        last = to_host(lengths.cu_seqlens_q)[-1]
         if last > operands.q.shape[0]:
             raise ValueError(f"cu_seqlens_q must end by q's {operands.q.shape[0]} rows, got {last}")
     total = seqlens + new
@@ -587,14 +596,14 @@ def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:
     rows = operands.k_cache.shape[0] if operands.page_table is None else operands.page_table.shape[0]
     row = np.arange(problem.batch_size)
     if operands.cache_batch_idx is not None:
-        row = _host(operands.cache_batch_idx)
+        row = to_host(operands.cache_batch_idx)
         if ((row < 0) | (row >= rows)).any():
             bad = int(((row < 0) | (row >= rows)).argmax())
             raise ValueError(f"cache_batch_idx must be in [0, {rows}), got {row[bad]} at [{bad}]")
     if operands.page_table is not None:
         _check_pages(problem, operands, row, total)
     if operands.rotary_cos is not None:
-        base = seqlens if operands.rotary_seqlens is None else _host(operands.rotary_seqlens).astype(np.int64)
+        base = seqlens if operands.rotary_seqlens is None else to_host(operands.rotary_seqlens).astype(np.int64)
         positions = operands.rotary_cos.shape[0]
         moved = np.full(problem.batch_size, problem.max_seqlen_q if operands.rotary_moves else 1)
         needed = base + np.maximum(new, moved)
@@ -612,9 +621,9 @@ def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:
 def _check_pages(problem: Problem, operands: Operands, row: Any, total: Any) -> None:
     """Check the page numbers that the call follows: those of the pages from the leftpad to the last key."""
     pages, page_size = operands.k_cache.shape[:2]
-    table = _host(operands.page_table)[row]
+    table = to_host(operands.page_table)[row]
     leftpad = operands.lengths.cache_leftpad
-    first = 0 if leftpad is None else _host(leftpad)[:, None] // page_size
+    first = 0 if leftpad is None else to_host(leftpad)[:, None] // page_size
     column = np.arange(table.shape[1])
     wrong = (column >= first) & (column * page_size < total[:, None]) & ((table < 0) | (table >= pages))
     if wrong.any():
@@ -701,7 +710,3 @@ def _longest(lengths: Lengths, capacity: int, on_device: bool, problem: Problem)
 
 def _address(array: NativeArray) -> int:
     return array.data.ptr if is_on_device(array) else array.ctypes.data
-
-
-def _host(array: NativeArray) -> np.ndarray:
-    return array.get() if is_on_device(array) else array

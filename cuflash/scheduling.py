@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, kernels, repeat
-from .arrays import empty, import_index, is_on_device
+from .arrays import checks_values, empty, import_index, is_on_device, to_host
 from .device import Device
 from .planner import plan_cuts, plan_sequences, plan_words, visible_keys
 from .problem import Problem, boolean, first_difference, integer, make_problem
@@ -97,7 +96,7 @@ class SchedulerMetadata:
             visible key of each (sequence, KV head, row block) stands in it exactly once. With ``split_size`` every
             part of an item has a line of its own.
         """
-        array = _to_host(self.array)
+        array = to_host(self.array)
         problem, heads, row_blocks = self.problem, self.problem.num_heads_kv, self.tiling.row_blocks
         used = int(array[0])
         cuts = plan_cuts(array, problem.batch_size)[:used]
@@ -186,7 +185,7 @@ class SchedulerMetadata:
 
     def _shares(self, work: NDArray[Any]) -> NDArray[np.int64]:
         """Return the keys that each block with work reads, (blocks,)."""
-        shares = np.zeros(int(_to_host(self.array[:1])[0]), np.int64)
+        shares = np.zeros(int(to_host(self.array[:1])[0]), np.int64)
         np.add.at(shares, work["block"], work["key_end"] - work["key_begin"])
         # Items without keys are work too; but a cluster has its blocks also where its item leaves them nothing.
         return shares if self.tiling.cluster == 1 else shares[shares > 0]
@@ -400,7 +399,6 @@ def make_lengths(
     cu_seqlens_q: Any = None,
     cu_seqlens_k_new: Any = None,
     cache_leftpad: Any = None,
-    validate: bool = False,
 ) -> Lengths:
     """Import the lengths of a step and check them.
 
@@ -410,7 +408,6 @@ def make_lengths(
         cu_seqlens_q: (batch + 1,) or None.
         cu_seqlens_k_new: (batch + 1,) or None.
         cache_leftpad: (batch,) or None.
-        validate: Whether to check values also on a GPU (a sync); ``CUFLASH_VALIDATE=1`` does the same.
 
     Raises:
         TypeError: If one is not an array of integers.
@@ -431,7 +428,7 @@ def make_lengths(
     on_device = is_on_device(seqlens)
     if any(is_on_device(array) != on_device for array in others):
         raise ValueError("cache_seqlens, cu_seqlens_q, cu_seqlens_k_new and cache_leftpad must be in one memory")
-    if not on_device or validate or os.environ.get("CUFLASH_VALIDATE", "0") not in ("", "0"):
+    if checks_values(on_device):
         _check_values(problem, lengths)
     return lengths
 
@@ -447,16 +444,16 @@ def _index(name: str, x: Any, size: int) -> NativeArray | None:
 
 
 def _check_values(problem: Problem, lengths: Lengths) -> None:
-    seqlens = _to_host(lengths.cache_seqlens)
+    seqlens = to_host(lengths.cache_seqlens)
     _refuse("cache_seqlens", "be at least 0", seqlens, seqlens < 0)
     if lengths.cache_leftpad is not None:
-        leftpad = _to_host(lengths.cache_leftpad)
+        leftpad = to_host(lengths.cache_leftpad)
         _refuse("cache_leftpad", "be at least 0", leftpad, leftpad < 0)
         _refuse("cache_leftpad", "be at most cache_seqlens", leftpad, leftpad > seqlens)
     for name in ("cu_seqlens_q", "cu_seqlens_k_new"):
         array = getattr(lengths, name)
         if array is not None:
-            starts = _to_host(array)
+            starts = to_host(array)
             _refuse(name, "begin with 0", starts, starts[:1] != 0)
             steps = np.diff(starts.astype(np.int64))
             _refuse(name, "never decrease", starts, steps < 0)
@@ -489,11 +486,6 @@ def _check_out(
     if difference is not None:
         field, planned, asked = difference
         raise ValueError(f"out was made for another problem: {field} was {planned!r}, got {asked!r}")
-
-
-def _to_host(array: NativeArray) -> NDArray[Any]:
-    host: NDArray[Any] = array.get() if is_on_device(array) else array
-    return host
 
 
 def _mask_name(problem: Problem) -> str:

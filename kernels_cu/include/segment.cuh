@@ -103,5 +103,4 @@ struct SegmentWalker {
         }
         return true;
     }
-
 };
