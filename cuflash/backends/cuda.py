@@ -85,9 +85,8 @@ def prepare(variants: tuple[kernels.Variant, ...], array: NativeArray) -> int:
 
 @lru_cache(maxsize=None)
 def _device(number: int) -> Device:
-    attributes = cupy.cuda.Device(number).attributes
-    arch = attributes["ComputeCapabilityMajor"] * 10 + attributes["ComputeCapabilityMinor"]
-    return Device(attributes["MultiProcessorCount"], arch)
+    gpu = cupy.cuda.Device(number)
+    return Device(gpu.attributes["MultiProcessorCount"], int(gpu.compute_capability))
 
 
 @lru_cache(maxsize=None)
