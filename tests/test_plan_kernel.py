@@ -87,6 +87,12 @@ def test_huge_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         check_twins(132, plain(seqlens, **options), monkeypatch)
 
 
+def test_huge_lengths_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 2**31 - 1  # far above max_seqlen_k, which does not bind
+    for options in ({}, {"window_size": (20, 0)}, {"window_size": (1000, 0)}, {"attention_chunk": 50}):
+        check_twins(400, plain(np.array([most, most - 5, 7]), 1, max_seqlen_k=1000, **options), monkeypatch)
+
+
 def test_more_blocks_than_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     check_twins(1000, plain(np.random.default_rng(0).integers(0, 20_000, 50)), monkeypatch)
 

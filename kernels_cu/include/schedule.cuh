@@ -34,6 +34,11 @@ constexpr int kPlanCuts = 8;
 
 __device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinterpret_cast<const Cut*>(plan + kPlanCuts); }
 
+// end - begin, or 0 where that is negative; unsigned, for it may need 32 bits.
+__device__ __forceinline__ unsigned difference(int begin, int end) {
+    return end > begin ? (unsigned)end - (unsigned)begin : 0u;
+}
+
 // The lengths of sequence s. Arrays that may be null are absent arguments.
 __device__ __forceinline__ Sequence sequence_lengths(
     int s,
@@ -44,11 +49,12 @@ __device__ __forceinline__ Sequence sequence_lengths(
     int max_seqlen_q, int seqlen_k_new) {
     Sequence sequence;
     sequence.leftpad = cache_leftpad ? max(cache_leftpad[s], 0) : 0;
-    long long new_keys = cu_seqlens_k_new ? max((long long)cu_seqlens_k_new[s + 1] - cu_seqlens_k_new[s], 0ll) : seqlen_k_new;
-    long long keys = max((long long)cache_seqlens[s] - sequence.leftpad, 0ll) + new_keys;
-    sequence.seqlen_k = (int)min(keys, 2147483647ll);
-    long long queries = cu_seqlens_q ? (long long)cu_seqlens_q[s + 1] - cu_seqlens_q[s] : max_seqlen_q;
-    sequence.seqlen_q = (int)min(max(queries, 0ll), (long long)max_seqlen_q);
+    const unsigned most = 2147483647;
+    const unsigned keys = difference(sequence.leftpad, cache_seqlens[s]);
+    const unsigned new_keys = cu_seqlens_k_new ? difference(cu_seqlens_k_new[s], cu_seqlens_k_new[s + 1]) : seqlen_k_new;
+    sequence.seqlen_k = (int)(keys + min(new_keys, most - keys));
+    const unsigned queries = cu_seqlens_q ? difference(cu_seqlens_q[s], cu_seqlens_q[s + 1]) : max_seqlen_q;
+    sequence.seqlen_q = (int)min(queries, (unsigned)max_seqlen_q);
     return sequence;
 }
 
@@ -99,8 +105,9 @@ __device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence,
 
 // Where part `part` of an item begins that a cluster cuts into `parts` equal ones, at multiples of 16 keys.
 __device__ __forceinline__ Cut cluster_cut(KeyRange keys, int item, int part, int parts) {
-    const int key = (int)(keys.begin + (long long)(keys.end - keys.begin) * part / parts + 8) / 16 * 16;
+    // Unsigned, since 2^31 - 1 keys rounded up are more than an int holds.
+    const unsigned key = ((unsigned)(keys.begin + (long long)(keys.end - keys.begin) * part / parts) + 8) / 16 * 16;
     if (part == 0) return {item, 0, 0, 0};
-    if (key >= keys.end) return {item + 1, 0, 0, 0};
-    return {item, key <= keys.begin ? 0 : key, 0, 0};
+    if (key >= (unsigned)keys.end) return {item + 1, 0, 0, 0};
+    return {item, key <= (unsigned)keys.begin ? 0 : (int)key, 0, 0};
 }

@@ -77,6 +77,13 @@ def _has_8_rows(mutant: Mutant) -> bool:
 SOURCES = [Path(__file__).parents[2] / "kernels_cu", Path(__file__).parents[2] / "kernels_cu/include"]
 EQUIVALENT = (
     Equivalent(
+        "a negative quotient is raised to 0, however it is rounded",
+        file=r"plan\.cu",
+        source=r"slack = max\(0ll",
+        kind="add -> sub",
+        context=r"shr\.u64 (%\w+), %\w+, 63\nadd\.s64 %\w+, %\w+, \1$",
+    ),
+    Equivalent(
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
         context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
@@ -223,7 +230,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "64-bit division, whose 32-bit shortcut gives the same quotient: without it no result changes",
-        file=r"(plan|merge)\.cu",
+        file=r"(plan|merge)\.cu|schedule\.cuh",
         kind="and -> or",
         instruction=r"and\.b64 .*, -4294967296$",
     ),
@@ -257,7 +264,7 @@ EQUIVALENT = (
     Equivalent(
         "all lanes of the warp hold the same value for the same word",
         file=r"plan\.cu",
-        source=r"lane == 0\) warp_cuts|value \+= other",
+        source=r"lane == 0\) (warp_cuts|starts)|value \+= other",
         kind="ne -> eq|invert a branch",
         instruction=r"setp\.ne\.s32 %p\d+, %r\d+, 0|@%p",
     ),
@@ -267,6 +274,40 @@ EQUIVALENT = (
         source=r"aligned <= blocks &&",
         kind="le -> lt|gt -> ge",
         instruction=r"s32",
+    ),
+    Equivalent(
+        "as many blocks as items: the divisor is their number too, or 0, which leaves the blocks as they are",
+        file=r"plan\.cu",
+        source=r"aligned = items <= blocks",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "a search among the slices of at least 32 threads",
+        file=r"plan\.cu",
+        source=r"before \+ blockDim\.x \+ 1",
+        kind="lt -> le",
+        instruction=r", 2$",
+    ),
+    Equivalent(
+        "one more pass, behind the last block, in which no cut is kept",
+        file=r"plan\.cu",
+        source=r"first < blocks",
+        kind="lt -> le",
+        instruction=r"setp\.lt\.s32 %p\d+, %r\d+, %r\d+$",
+    ),
+    Equivalent(
+        "a key is 0 or a multiple of 16",
+        file=r"plan\.cu",
+        source=r"if \(cut\.key > 0\)",
+        kind="lt -> le",
+        instruction=", 1$",
+    ),
+    Equivalent(
+        "what a row sees ends behind its beginning, except that of rows before the first key, which begins at 0",
+        file=r"schedule\.cuh",
+        source=r"first_query > last_query \|\| begin >= end",
+        kind="ge -> gt",
+        kernel="plan",
     ),
 )
 MANY = (0, 64, 15, 16, 17, 40, 33, 0, 128, 5)
@@ -477,10 +518,27 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"plan of {num_splits} splits", _twins(132, arguments)
     most = 2**31 - 1
     wide = {"window_size": (most, -1), "max_seqlen_q": 2, "attention_chunk": most}
-    huge = ({}, {"num_splits": 3}, {"split_size": 64}, {"split_size": 2**30}, wide, {"max_seqlen_k_new": most})
+    huge = ({}, {"num_splits": 7}, {"split_size": 64}, {"split_size": 2**30}, wide, {"max_seqlen_k_new": most})
     for k, options in enumerate(huge):
         yield f"huge plan {k}", _twins(132, _step(np.array([most, 0, most - 5, 7, most]), **options))
-    yield "plan of 1000 multiprocessors", _twins(1000, _step(rng.integers(0, 20_000, 50)))
+    yield "huge plan of few keys in the low 32 bits", _twins(132, _step(np.array((most, most, 10)), 1))
+    for k, options in enumerate(({"cache_leftpad": rng.integers(0, 9, 3099)}, {"window_size": (most, -1)})):
+        yield f"huge plan of slices {k}", _twins(132, _step(rng.choice((9, most), 3099), 3, **options))
+    # More blocks than threads, of which some have no work.
+    yield "plan of 1200 multiprocessors", _twins(1200, _step(rng.integers(0, 20_000, 401), num_splits=2))
+    # Slices of several sequences of several row blocks.
+    for k, options in enumerate(({"cu_seqlens_q": 8 * np.arange(1101)}, {"attention_chunk": 13})):
+        step = _step(rng.integers(0, 40, 1100), 2, max_seqlen_q=24, **options)
+        yield f"plan of sequences in slices {k}", _twins(132, step)
+    # Where a share's slack, and what num_splits bounds, are on their boundaries.
+    for num_sm, heads, seqlens, num_splits in (
+        (13, 3, (797, 1385, 138), 0),
+        (5, 2, (358, 232), 0),
+        (2, 2, (329, 356, 11), 2),
+        (2, 1, (1369, 1208), 2),
+    ):
+        yield f"plan of {seqlens} on {num_sm}", _twins(num_sm, _step(np.array(seqlens), heads, num_splits=num_splits))
+    yield "plan of parts in windows", _twins(132, _step(np.array((4000, 900, 70)), window_size=(1000, 0), num_splits=7))
     for k, seqlens in enumerate(((600,), (513, 40), (1000, 0, 1, 64, 65), (640,))):  # clusters
         for n, options in enumerate(({}, {"causal": True, "max_seqlen_q": 17}, {"window_size": (90, 3)})):
             step = _step(np.array(seqlens), 1 + k % 2, **{**options, "max_seqlen_k": 1000})
@@ -489,6 +547,19 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         seqlens = np.array((640, 900, 777))
         options |= {"cache_leftpad": np.array((3, 0, 70)), "max_seqlen_k": 1000}
         yield f"plan for clusters with leftpad {k}", _twins(400, _step(seqlens, 1, **options))
+    # Row blocks before the first key, also of ragged queries, under every mask, with and without leftpad and clusters.
+    masks = ({}, {"causal": True}, {"window_size": (90, 3)}, {"attention_chunk": 1}, {"attention_chunk": 13})
+    for k, options in enumerate(masks):
+        for n, max_seqlen_k in enumerate((8192, 8192, 1000, 1000)):
+            options |= {"max_seqlen_q": 40, "max_seqlen_k": max_seqlen_k}
+            if n % 2:
+                options |= {"cache_leftpad": np.array((3, 0, 70, 0)), "cu_seqlens_q": np.array((0, 8, 48, 72, 76))}
+                options |= {"cu_seqlens_k_new": np.array((0, 0, 3, 100, 107))}
+            yield f"plan of row blocks {k} {n}", _twins(400, _step(np.array((700, 5, 333, 0)), 1, **options))
+    yield "plan for clusters on 8 multiprocessors", _twins(8, _step(np.array((500,)), 1, max_seqlen_k=500))
+    for k, options in enumerate(({}, {"window_size": (20, 0)})):
+        seqlens = np.array((most, most - 5, 7))
+        yield f"huge plan for clusters {k}", _twins(400, _step(seqlens, 1, max_seqlen_k=1000, **options))
     step = _step(np.array((640, 37, 53, 69, 38)), 1, window_size=(20, 0), max_seqlen_k=1000)
     yield "plan for clusters at an item's first key", _twins(400, step)
     for seed in range(4):
