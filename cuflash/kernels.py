@@ -130,6 +130,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("CLUSTER", tiling.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
             ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
         ),
     )
 
@@ -309,7 +310,12 @@ def _decode_launch(
     for name, cache in (("k", operands.k_cache), ("v", operands.v_cache)):
         for axis, stride in zip(("page", "row", "head"), cache.strides, strict=False):
             values[f"{name}_{axis}_stride"] = stride // 16
-    for name, divisor in (("page_size", operands.k_cache.shape[1]), ("group", problem.group)):
+    for name, divisor in (
+        ("page_size", operands.k_cache.shape[1]),
+        ("group", problem.group),
+        ("row_blocks", tiling.row_blocks),
+        ("heads_kv", problem.num_heads_kv),
+    ):
         values[f"{name}_magic"], values[f"{name}_shift"] = _multiplier(divisor)
     scale = operands.softmax_scale * _LOG2E
     if problem.has_softcap:

@@ -99,6 +99,8 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     # warps of a block must not depend on the batch: they divide the keys of a split among them.
     items = problem.batch_size * problem.num_heads_kv * row_blocks
     if items <= device.num_sm and problem.split_size is None:
+        # A block that has the multiprocessor alone has the registers for more rows.
+        is_long |= problem.qkv_dtype != "float32" and row_bytes <= 256 and rows == 16
         shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
     choices = [(shape, 1) for shape in shapes]
     cluster = _cluster(problem, device, items, max_seqlen_k)
@@ -121,18 +123,20 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
 def _cluster(problem: Problem, device: Device, items: int, max_seqlen_k: int | None) -> int:
     """Return the blocks of a cluster for a problem that is small enough to gain from one, else 1.
 
-    A cluster cuts its item into equal parts of at most 512 keys: what a launch costs beside reading outweighs balance
-    between items there. Up to 17 MB of keys and values it won on an H200 with a kernel of this design, from 33 MB it
-    lost; the threshold follows the number of multiprocessors.
+    A cluster cuts its item into equal parts, whatever the other items are. Of so few keys, what a launch costs beside
+    reading outweighs balance: measured on an H100, clusters won at 512 keys a block with one sequence, which is always
+    in balance, and at 256 with several. They must all run at once. A cluster lies in one part (GPC) of the GPU, whose
+    multiprocessors are no multiple of 8 or 4: of 132 an H100 ran 128 as clusters of 2, but not as clusters of 4.
     """
     free = problem.num_splits == 0 and problem.split_size is None and problem.sm_margin == 0
     if device.arch < 90 or not free or not max_seqlen_k or not items:
         return 1
-    row_bytes = (problem.headdim + problem.headdim_v) * numpy_dtype(problem.kv_dtype).itemsize
-    if items * max_seqlen_k * row_bytes > device.num_sm * 128 * 1024:
-        return 1
-    sizes = (8, 4, 2)  # 16 is not portable
-    return next((c for c in sizes if items * c <= device.num_sm and 64 * c <= max_seqlen_k <= 512 * c), 1)
+    most_keys = 512 if problem.batch_size == 1 else 256
+    for cluster in (8, 4, 2):  # 16 is not portable
+        most_blocks = device.num_sm if cluster == 2 else device.num_sm * 7 // 8
+        if items * cluster <= most_blocks and 64 * cluster <= max_seqlen_k <= most_keys * cluster:
+            return cluster
+    return 1
 
 
 def _block_state_bytes(warps: int, rows: int) -> int:

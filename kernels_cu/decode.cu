@@ -22,22 +22,29 @@ using Math = MmaMath<Element>;
 using Math = FmaMath;
 #endif
 
-// Queries of the item to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero.
-__device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, unsigned char* query) {
+// Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero.
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
     constexpr int kChunks = kKeyBytes / 16;
     const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         const int row = i / kChunks, chunk = i % kChunks;
-        uint4 elements = {0, 0, 0, 0};
-        if (row < s.valid_rows && chunk * 16 < kHeadDim * Element::kBytes) {
-            const int packed = s.first_row + row, position = query_of(p, packed);
-            const int head = s.kv_head * p.group + packed - position * p.group;
-            const char* from = static_cast<const char*>(p.q) +
-                               (start + position * p.q_row_stride + head * p.q_head_stride) * Element::kBytes;
-            elements = reinterpret_cast<const uint4*>(from)[chunk];
-            elements.x ^= p.query_flip, elements.y ^= p.query_flip, elements.z ^= p.query_flip, elements.w ^= p.query_flip;
-        }
-        *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(row, chunk)) = elements;
+        const bool exists = row < s.valid_rows && chunk * 16 < kHeadDim * Element::kBytes;
+        const int packed = s.first_row + row, position = query_of(p, packed);
+        const int head = s.kv_head * p.group + packed - position * p.group;
+        const long long element = start + position * p.q_row_stride + head * p.q_head_stride;
+        const char* from = static_cast<const char*>(p.q) + (exists ? element * Element::kBytes + chunk * 16 : 0);
+        cp_async_16_or_zero(exists, query + Swizzle<kKeyBytes>::offset(row, chunk), from);
+    }
+    cp_async_commit();
+}
+
+// Turns the signs of the queries that this thread has copied; for a negative softmax_scale.
+__device__ __forceinline__ void flip_queries(u32 flip, unsigned char* query) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kKeyBytes / 16; i += kThreads) {
+        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(i / (kKeyBytes / 16), i % (kKeyBytes / 16)));
+        elements.x ^= flip, elements.y ^= flip, elements.z ^= flip, elements.w ^= flip;
     }
 }
 
@@ -52,7 +59,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     const bool whole = segment.starts && segment.ends;
     Parts parts;
     int slot;
-    if (p.split_size > 0) {
+    if constexpr (kHasSplitSize) {
         const int first_split = clamped_split(p, segment.visible.begin);
         parts.count = segment.visible.end > segment.visible.begin
                           ? clamped_split(p, segment.visible.end - 1) - first_split + 1
@@ -61,7 +68,6 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         slot = item_slot + segment.split;
         parts.first = item_slot + first_split;
         parts.next = parts.first;
-        parts.stride = 1;
     } else {
         // A block is the first of at most one split item, slot 2 b + 1, and goes on with at most one other, slot 2 b.
         const Cut cut = cut_item(share, segment);
@@ -69,11 +75,10 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         parts.count = cut.last_block - cut.first_block + 1;
         parts.first = 2 * cut.first_block + 1;
         parts.next = 2 * cut.first_block;
-        parts.stride = 2;
     }
-    const bool is_answer = whole && (p.split_size == 0 || parts.count <= 1);
+    const bool is_answer = whole && (!kHasSplitSize || parts.count <= 1);
     // An empty split has no slot; an empty part of a plan that balances has one, which the merge reads.
-    if (is_answer || p.split_size == 0 || segment.keys.end > segment.keys.begin) {
+    if (is_answer || !kHasSplitSize || segment.keys.end > segment.keys.begin) {
         merge_warps(segment, math, softmax, states, free_slot, [&](int row, int vector, float4 output, RowState state) {
             if (is_answer) {
                 const RowOutput at(p, segment, row);
@@ -124,12 +129,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
-        if (threadIdx.x == 0) block.share = cluster_share(p, block.segment);
     } else {
-        if (blockIdx.x >= p.plan[0]) return;
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+        __syncthreads();
     }
-    __syncthreads();
     // Shared addresses of the half-stage that is read and of the one just left. They hold the warp's place: as an offset that is
     // the same in all warps, ptxas would put it in a uniform register, which the copies cannot share with their cache policy.
     const u32 ring = shared_address(shared) + warp * kRingBytes;
@@ -141,25 +144,30 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     };
 
     Loader loader(p, block.share, warp, lane);
-    // Two half-stages before the first: the loader begins without a tile, and looks one up.
-#pragma unroll 1
-    for (int h = -2; h < kStages - 1; h += 2) {
-        loader.load_keys(ring + h * kSlotBytes);
-        loader.load_values(ring + (h + 1) * kSlotBytes);
-    }
-
     Math math(shared_address(query), lane);
     Softmax softmax(p);
 
-    bool is_empty = true;
-    for (SegmentWalker walker(block.share);;) {
+    bool is_first = true;
+    for (Walker walker(block.share);;) {
         int key, end, full_begin, full_end;
         {
             Segment segment;
             if (!walker.next(p, block.share, segment)) break;
-            is_empty = false;
             if (threadIdx.x == 0) block.segment = segment;
-            load_queries(p, segment, query);
+            load_queries(p, segment, shared_address(query));
+            if (is_first) {  // its keys come after its queries: they wait for the page table
+                is_first = false;
+                loader.start(walker, segment);
+#pragma unroll 1
+                for (int h = -2; h < kStages - 1; h += 2) {
+                    loader.load_keys(ring + h * kSlotBytes, h >= 0);
+                    loader.load_values(ring + (h + 1) * kSlotBytes);
+                }
+                cp_async_wait<kStages - 1>();
+            } else {
+                cp_async_wait<0>();
+            }
+            if (p.query_flip) flip_queries(p.query_flip, query);
             key = segment.keys.begin + warp * kTileKeys;
             end = segment.keys.end;
             // Between these keys every row sees every key.
@@ -168,6 +176,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int last_query = query_of(p, segment.first_row + max(segment.valid_rows, 1) - 1);
             full_begin = first_visible(mask_of(p), keys, queries, last_query);
             full_end = min(end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
+            pin(full_begin), pin(full_end);
         }
         __syncthreads();
         math.begin_item();
@@ -202,10 +211,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         }
     }
     if constexpr (kCluster > 1) {
-        if (is_empty) {
-            cluster_wait();
-            put_empty_part(parts);
-        }
         cluster_arrive();
         cluster_wait();
         if (cluster_rank() == 0) merge_cluster(p, block.segment, parts);

@@ -34,13 +34,16 @@ def cluster(batch: int, heads: int, seqlen: int, arch: int = 90, **options: Any)
 def test_small_problems_have_clusters() -> None:
     assert cluster(1, 4, 1024) == 8
     assert cluster(1, 8, 4096) == 8
-    assert cluster(4, 8, 1024) == 4
+    assert cluster(3, 8, 1024) == 4
+    assert cluster(8, 8, 512) == 2
     assert cluster(1, 1, 128) == 2
 
 
 def test_others_have_none() -> None:
     assert cluster(32, 8, 4096) == 1  # more items than multiprocessors
     assert cluster(1, 8, 32768) == 1  # reading takes longer than merging
+    assert cluster(8, 8, 1024) == 1  # sequences of other lengths would wait for the longest
+    assert cluster(4, 8, 1024) == 1  # clusters of 4 do not fill the GPU
     assert cluster(1, 4, 100) == 1  # fewer than 64 keys a block
     assert cluster(1, 4, 1024, arch=80) == 1  # clusters came with sm_90
     for options in ({"num_splits": 4}, {"num_splits": 1}, {"split_size": 64}, {"sm_margin": 4}):

@@ -7,22 +7,13 @@
 
 // The parts of the item, in the shared memory of the cluster's first block.
 struct ClusterParts {
-    float4 output[kCluster][kRows][kVectors];  // unnormalised; unwritten where the sum is 0
+    float4 output[kCluster][kRows][kVectors];  // unnormalised; of no use where the sum is 0
     float2 state[kCluster][kRows];             // (maximum, sum)
 };
 
 static_assert(kCluster == 1 || BLOCK_STATE_BYTES % 16 == 0, "the parts follow the block's state");
 
 __device__ __forceinline__ int cluster_rank() { return blockIdx.x % kCluster; }
-
-// The share of this block; `segment` receives the item as a whole. For one thread.
-__device__ __forceinline__ Share cluster_share(const DecodeParams& p, Segment& segment) {
-    const int item = blockIdx.x / kCluster, rank = cluster_rank();
-    const Share whole = {{item, 0, 0, 0}, {item + 1, 0, 0, 0}};
-    SegmentWalker(whole).next(p, whole, segment);
-    const Cut begin = cluster_cut(segment.visible, item, rank, kCluster);
-    return {begin, rank + 1 == kCluster ? whole.end : cluster_cut(segment.visible, item, rank + 1, kCluster)};
-}
 
 // Stores a float4 of this block's part where the first block finds it.
 __device__ __forceinline__ void put_part(ClusterParts& parts, int row, int vector, float4 output, RowState state) {
@@ -31,13 +22,6 @@ __device__ __forceinline__ void put_part(ClusterParts& parts, int row, int vecto
     if (vector == 0) {
         store_cluster(shared_of_block(shared_address(&parts.state[rank][row]), 0), make_float2(state.maximum, state.sum));
     }
-}
-
-// A block without keys: its outputs are never read.
-__device__ __forceinline__ void put_empty_part(ClusterParts& parts) {
-    const int row = threadIdx.x;
-    if (row >= kRows) return;
-    store_cluster(shared_of_block(shared_address(&parts.state[cluster_rank()][row]), 0), make_float2(kLowest, 0.0f));
 }
 
 // Merges the parts and writes the answer: a row per warp.

@@ -53,7 +53,7 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, Row
         return 0.0f;
     }
     lse = (state.maximum + log2_approx(state.sum)) * kLn2;
-    return factor / state.sum;
+    return factor * reciprocal_approx(state.sum);
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
@@ -88,12 +88,15 @@ __device__ __forceinline__ void merge_warps(const Segment& segment, const Math& 
     if (lane == 0) states.slot[warp] = free_slot;
     __syncwarp();  // all lanes have read the values that lay in the slot
 
-#pragma unroll
-    for (int g = 0; g < kRowGroups; ++g) {
-        if (g * 8 >= segment.valid_rows) break;
+#pragma unroll 1
+    for (int g = 0; g * 8 < segment.valid_rows; ++g) {
         if (g > 0) __syncthreads();
-        math.store(g, free_slot, lane);
+#pragma unroll
+        for (int r = 0; r < kRowGroups; ++r) {
+            if (r == g) math.store(r, free_slot, lane);  // registers have no index
+        }
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < 8 * kVectors; i += kThreads) {
             const int row = g * 8 + i / kVectors, vector = i % kVectors;
             if (row >= segment.valid_rows) break;
@@ -113,14 +116,16 @@ __device__ __forceinline__ void merge_warps(const Segment& segment, const Math& 
     }
 }
 
-// Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * stride`.
+// Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * kStride`.
 struct Parts {
-    int first, next, stride, count;
+    // A block has two slots: for the item that starts in it, and for the one that it goes on with.
+    static constexpr int kStride = kHasSplitSize ? 1 : 2;
+    int first, next, count;
 
-    __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * stride; }
+    __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * kStride; }
 };
 
-// Merges the parts of an item and writes the answer: a row per warp, kWide loads in flight.
+// Merges the parts of an item and writes the answer: a row per warp, kWide parts at a time, all of their loads in flight.
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts) {
     constexpr int kWide = 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -129,53 +134,49 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
         const RowOutput at(p, segment, row);
 #pragma unroll 1
         for (int vector = lane; vector < (kVectors + 31) / 32 * 32; vector += 32) {
-            float4 part[kWide];
-            const auto load_parts = [&](int begin) {
-                const long long step = static_cast<long long>(parts.stride) * kRows * kVectors;
-                const float4* from = partial_output(p, parts.next) + row * kVectors + vector + begin * step;
-#pragma unroll
-                for (int i = 0; i < kWide; ++i) {
-                    part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    if (vector < kVectors && begin + i < parts.count) {
-                        const bool is_first = i == 0 && begin == 0;
-                        part[i] = load_cg(is_first ? partial_output(p, parts.first) + row * kVectors + vector : from);
-                    }
-                    from += step;
-                }
-            };
-            load_parts(0);  // on their way before the weights are known
-
+            const bool exists = vector < kVectors;
             RowState merged = {kLowest, 0.0f};
-            for (int i = lane; i < parts.count; i += 32) {
-                merged.maximum = fmaxf(merged.maximum, load_cg(partial_states(p, parts.slot(i)) + row).x);
-            }
-#pragma unroll
-            for (int lanes = 16; lanes > 0; lanes /= 2) {
-                merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
-            }
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
             for (int begin = 0; begin < parts.count; begin += kWide) {
-                if (begin > 0) load_parts(begin);
+                const int number = exists ? parts.count - begin : 0;
+                const float4* const from = partial_output(p, parts.next + begin * Parts::kStride) + row * kVectors + vector;
+                float4 part[kWide];
+                part[0] = load_cg_if(number > 0, partial_output(p, parts.slot(begin)) + row * kVectors + vector);
+#pragma unroll
+                for (int i = 1; i < kWide; ++i) {
+                    part[i] = load_cg_if(i < number, from + i * Parts::kStride * kRows * kVectors);
+                }
                 // Lane i % kWide weighs part begin + i.
                 const int mine = begin + lane % kWide;
-                float my_weight = 0.0f, my_sum = 0.0f;
+                RowState state = {kLowest, 0.0f};
                 if (mine < parts.count) {
-                    const float2 state = load_cg(partial_states(p, parts.slot(mine)) + row);
-                    my_weight = exp2_approx(state.x - merged.maximum);
-                    my_sum = my_weight * state.y;
+                    const float2 loaded = load_cg(partial_states(p, parts.slot(mine)) + row);
+                    state = {loaded.x, loaded.y};
                 }
+                float maximum = state.maximum;
+#pragma unroll
+                for (int lanes = kWide / 2; lanes > 0; lanes /= 2) {
+                    maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, lanes));
+                }
+                maximum = fmaxf(maximum, merged.maximum);
+                const float alpha = exp2_approx(merged.maximum - maximum);
+                const float weight = exp2_approx(state.maximum - maximum);
+                float sum = weight * state.sum;
+#pragma unroll
+                for (int lanes = kWide / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+                merged = {maximum, merged.sum * alpha + sum};
+                o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
 #pragma unroll
                 for (int i = 0; i < kWide; ++i) {
-                    const float weight = __shfl_sync(kFullWarp, my_weight, i);
-                    merged.sum += __shfl_sync(kFullWarp, my_sum, i);
-                    o.x += weight * part[i].x, o.y += weight * part[i].y;
-                    o.z += weight * part[i].z, o.w += weight * part[i].w;
+                    const float factor = __shfl_sync(kFullWarp, weight, i);
+                    o.x += factor * part[i].x, o.y += factor * part[i].y;
+                    o.z += factor * part[i].z, o.w += factor * part[i].w;
                 }
             }
             float lse;
             const float factor = finish_row(p, at.head, merged, lse);
-            if (vector < kVectors) store_answer(p, at, vector, o, factor);
+            if (exists) store_answer(p, at, vector, o, factor);
             if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
         }
     }

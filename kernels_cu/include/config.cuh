@@ -13,6 +13,7 @@ constexpr int kStages = STAGES;                // half-stages of a warp's ring, 
 constexpr int kCluster = CLUSTER;              // blocks that share an item and their shared memory, or 1
 constexpr bool kHasSoftcap = HAS_SOFTCAP;
 constexpr bool kHasChunk = HAS_CHUNK;          // attention_chunk
+constexpr bool kHasSplitSize = HAS_SPLIT_SIZE;  // items are cut at multiples of split_size keys
 
 constexpr int kThreads = kWarps * 32;
 constexpr int kTileKeys = TILE_KEYS;           // keys of one warp's tile: 16 or 32

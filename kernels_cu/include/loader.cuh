@@ -29,17 +29,24 @@ public:
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
         keys_to_ = Keys::lane_offset(lane);
         values_to_ = Values::lane_offset(lane);
-        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_);
-        if constexpr (kRows < 32) pin(lane_);  // 32 rows leave no register for it
+        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
         key_ = end_ = 0;
         key_head_ = value_head_ = page_ = row_in_page_ = 0;
     }
 
-    // Starts the copy of the next tile's keys to a slot of the ring, and looks up the tile after it.
-    __device__ __forceinline__ void load_keys(u32 slot) {
+    // Begins with a segment that `walker` has just found: nobody walks to the first one twice. The first load_keys comes
+    // before the first tile: it only looks that up.
+    __device__ __forceinline__ void start(const Walker& walker, const Segment& segment) {
+        walker_ = walker;
+        enter(segment);
+        key_ -= kWarps * kTileKeys;
+    }
+
+    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
+    __device__ __forceinline__ void load_keys(u32 slot, bool is_tile = true) {
         // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
         const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
-        const bool exists = key_ < end_;
+        const bool exists = is_tile && key_ < end_;
         value_units_ = exists ? page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_ : kNoTile;
         copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         cp_async_commit();
@@ -55,24 +62,28 @@ public:
     }
 
 private:
+    __device__ __forceinline__ void enter(const Segment& segment) {
+        key_ = segment.lengths.leftpad + segment.keys.begin + warp_ * kTileKeys;
+        end_ = segment.lengths.leftpad + segment.keys.end;
+        key_head_ = segment.kv_head * p_.k_head_stride;
+        value_head_ = segment.kv_head * p_.v_head_stride;
+        page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
+        pages_ = p_.page_table + page_ * p_.page_table_stride;
+    }
+
     // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup. At the end
     // of the share `key_` stays behind `end_`.
     __device__ __forceinline__ void find_tile() {
         while (key_ >= end_) {
             Segment segment;
             if (!walker_.next(p_, share_, segment)) return;
-            key_ = segment.lengths.leftpad + segment.keys.begin + warp_ * kTileKeys;
-            end_ = segment.lengths.leftpad + segment.keys.end;
-            key_head_ = segment.kv_head * p_.k_head_stride;
-            value_head_ = segment.kv_head * p_.v_head_stride;
-            page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
-            pages_ = p_.page_table + page_ * p_.page_table_stride;
+            enter(segment);
         }
         // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
         const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1);
         const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
         row_in_page_ = key - page_index * p_.page_size;
-        if (p_.page_table) page_ = __ldg(offset_by<4>(pages_, page_index));
+        if (p_.page_table) page_ = load_page(offset_by<4>(pages_, page_index));
     }
 
     template <int kDim, int kRowBytes>
@@ -107,7 +118,7 @@ private:
 
     const DecodeParams& p_;
     const Share& share_;
-    SegmentWalker walker_;
+    Walker walker_;
     u64 policy_;
     const char* keys_from_;    // first byte of this lane's chunks in row 0
     const char* values_from_;

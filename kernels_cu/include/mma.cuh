@@ -21,13 +21,13 @@ class MmaMath {
     using Values = Swizzle<kValueBytes>;
 
 public:
-    __device__ __forceinline__ MmaMath(u32 query, int lane) : query_(query) {
+    __device__ __forceinline__ MmaMath(u32 query, int lane) {
         // Lane l addresses key l % 16 and element half l / 16 of K; of V, transposed, key l % 8 + 8 (l / 16) and half l / 8 % 2.
         key_lane_ = Keys::offset(lane % 16, lane / 16);
         value_lane_ = Values::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         // Of Q: row l % 8, 8-element column l / 8 of 32 elements.
-        query_lane_ = Keys::offset(lane % 8, lane / 8);
-        pin(key_lane_), pin(value_lane_);
+        query_lane_ = query + Keys::offset(lane % 8, lane / 8);
+        pin(key_lane_), pin(value_lane_), pin(query_lane_);
     }
 
     // Reads the item's queries, which lie in shared memory as rows of kKeyBytes.
@@ -114,12 +114,14 @@ public:
 
     // Stores row group g as rows of kPaddedHeadDimV floats, columns exclusive-or'ed by OutputTile.
     __device__ __forceinline__ void store(int g, u32 slot, int lane) const {
+        const u32 lane_address = slot + OutputTile::offset(lane % 4 * 2, lane / 4);
 #pragma unroll
         for (int t = 0; t < kColumns; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int row = lane % 4 * 2 + i % 2, column = t * 16 + lane / 4 + i / 2 * 8;
-                store_shared(slot + OutputTile::offset(row, column), output_[g][t][i]);
+                // Row lane % 4 * 2 + i % 2, column t * 16 + i / 2 * 8 + lane / 4: the exclusive or meets bits 3 and 4 of it.
+                const u32 address = lane_address ^ (t % 2 * 16 + i / 2 * 8) * 4;
+                store_shared(address + t / 2 * 128 + i % 2 * OutputTile::kRowBytes, output_[g][t][i]);
             }
         }
     }
@@ -128,7 +130,7 @@ private:
     // Two steps of row group g: {b0, b1} of both.
     __device__ __forceinline__ void load_query(int g, int step, u32* two_steps) const {
         u32 b[4];
-        ldmatrix_x4(b, step_address<Keys>(query_ + g * 8 * kQueryBytes + query_lane_, step));
+        ldmatrix_x4(b, step_address<Keys>(query_lane_ + g * 8 * kQueryBytes, step));
 #pragma unroll
         for (int i = 0; i < 4; ++i) two_steps[i] = b[i];
     }
@@ -140,7 +142,6 @@ private:
         return (lane_address ^ (step % kPeriod * 32)) + step / kPeriod * kPeriod * 32;
     }
 
-    u32 query_;
     u32 key_lane_, value_lane_, query_lane_;
     u32 queries_[kRowGroups][kQueryInRegisters ? (kSteps + 1) / 2 * 4 : 1];
     float output_[kRowGroups][kColumns][4];

@@ -39,13 +39,17 @@ struct DecodeParams {
     unsigned int group_magic;  // row / group == row * magic >> shift, see divided()
     int group_shift;
     int row_blocks;
+    unsigned int row_blocks_magic;
+    int row_blocks_shift;
+    unsigned int heads_kv_magic;
+    int heads_kv_shift;
     int page_size;
     unsigned int page_size_magic;
     int page_size_shift;
     int window_left;  // -1: unbounded
     int window_right;
     int attention_chunk;  // 0: none
-    int split_size;       // 0: parts come from the plan alone
+    int split_size;       // with HAS_SPLIT_SIZE
     int max_splits;       // slots per item with split_size
     int num_slots;
     unsigned int query_flip;  // sign bits to turn where softmax_scale is negative: queries are negated instead

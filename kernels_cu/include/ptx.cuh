@@ -53,6 +53,11 @@ __device__ __forceinline__ void cp_async_zero_if(bool exists, u32 to, const void
                  : "memory");
 }
 
+// Copies 16 bytes, or fills them with zeros; `from` is a valid address either way.
+__device__ __forceinline__ void cp_async_16_or_zero(bool exists, u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -121,12 +126,19 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 last) {
     return old;
 }
 
+// A page number, and its neighbours to L2: the next tiles ask for those.
+__device__ __forceinline__ u32 load_page(const int* from) {
+    u32 page;
+    asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(page) : "l"(from));
+    return page;
+}
+
 // Reads past L1, which may hold a line from before another block wrote it.
-__device__ __forceinline__ float4 load_cg(const float4* from) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from)
+__device__ __forceinline__ float4 load_cg_if(bool exists, const float4* from) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(from), "r"(static_cast<u32>(exists))
                  : "memory");
     return v;
 }

@@ -51,30 +51,34 @@ __device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
     return divided(row, p.group_magic, p.group_shift);
 }
 
+// Which rows an item has, and which keys they see; the fields that depend on the item alone.
+__device__ __forceinline__ void describe_item(const DecodeParams& p, int item, Segment& s) {
+    const int item_of_kv_head = divided(item, p.row_blocks_magic, p.row_blocks_shift);
+    s.item = item;
+    s.sequence = divided(item_of_kv_head, p.heads_kv_magic, p.heads_kv_shift);
+    s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
+    s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
+    s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
+                                 p.max_seqlen_q, p.max_seqlen_k_new);
+    s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
+    s.visible = {0, 0};
+    if (s.valid_rows > 0) {
+        s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
+                                 query_of(p, s.first_row + s.valid_rows - 1));
+    }
+}
+
 // Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
-struct SegmentWalker {
+struct ShareWalker {
     int item;
     int key;  // plan coordinate at which the next segment begins; 0 is the item's beginning
 
-    __device__ __forceinline__ explicit SegmentWalker(const Share& share)
-        : item(share.begin.item), key(share.begin.key) {}
+    __device__ __forceinline__ explicit ShareWalker(const Share& share) : item(share.begin.item), key(share.begin.key) {}
 
     // Writes the next segment; false at the end of the share.
     __device__ __forceinline__ bool next(const DecodeParams& p, const Share& share, Segment& s) {
         if (item > share.end.item || (item == share.end.item && key >= share.end.key)) return false;
-        const int item_of_kv_head = item / p.row_blocks;
-        s.item = item;
-        s.sequence = item_of_kv_head / p.num_heads_kv;
-        s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
-        s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
-        s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                     p.max_seqlen_q, p.max_seqlen_k_new);
-        s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
-        s.visible = {0, 0};
-        if (s.valid_rows > 0) {
-            s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
-                                     query_of(p, s.first_row + s.valid_rows - 1));
-        }
+        describe_item(p, item, s);
         const int part_end = item == share.end.item ? share.end.key : kItemEnd;
         s.starts = item != share.begin.item || share.begin.key == 0;
         s.ends = part_end == kItemEnd;
@@ -82,7 +86,7 @@ struct SegmentWalker {
         s.keys.end = min(s.visible.end, part_end);
         s.split = 0;
         s.last = true;
-        if (p.split_size > 0) {
+        if constexpr (kHasSplitSize) {
             s.split = clamped_split(p, s.keys.begin);
             const int split_end = (s.split + 1) * p.split_size;
             if (s.split == p.max_splits - 1) {
@@ -104,3 +108,31 @@ struct SegmentWalker {
         return true;
     }
 };
+
+// The one segment of a block of a cluster: its part of the cluster's item, whatever the plan says.
+struct ClusterWalker {
+    bool is_done = false;
+
+    __device__ __forceinline__ explicit ClusterWalker(const Share&) {}
+
+    __device__ __forceinline__ bool next(const DecodeParams& p, const Share&, Segment& s) {
+        if (is_done) return false;
+        is_done = true;
+        describe_item(p, blockIdx.x / kCluster, s);
+        const int part = blockIdx.x % kCluster;
+        s.keys = {part_begin(s, part), part_begin(s, part + 1)};
+        return true;
+    }
+
+private:
+    static __device__ __forceinline__ int part_begin(const Segment& s, int part) {
+        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster);
+        return part == kCluster || cut.item > s.item ? s.visible.end : max(cut.key, s.visible.begin);
+    }
+};
+
+#if CLUSTER > 1
+using Walker = ClusterWalker;
+#else
+using Walker = ShareWalker;
+#endif
