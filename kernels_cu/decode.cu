@@ -133,9 +133,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
         __syncthreads();
     }
-    // Shared addresses of the half-stage that is read and of the one just left. They hold the warp's place: as an offset that is
-    // the same in all warps, ptxas would put it in a uniform register, which the copies cannot share with their cache policy.
-    const u32 ring = shared_address(shared) + warp * kRingBytes;
+    // Shared addresses of the half-stage that is read and of the one just left. Not in uniform registers, where ptxas would put
+    // what all lanes share: beside a cache policy it makes illegal copies of them (seen with 13.0 and 13.5).
+    const u32 ring = shared_address(shared) + warp * kRingBytes + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
     const auto advance = [&] {
         free_slot = slot;
@@ -158,10 +158,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             if (is_first) {  // its keys come after its queries: they wait for the page table
                 is_first = false;
                 loader.start(walker, segment);
+                u32 to = ring - 2 * kSlotBytes;
 #pragma unroll 1
                 for (int h = -2; h < kStages - 1; h += 2) {
-                    loader.load_keys(ring + h * kSlotBytes, h >= 0);
-                    loader.load_values(ring + (h + 1) * kSlotBytes);
+                    loader.load_keys(to, h >= 0);
+                    loader.load_values(to + kSlotBytes);
+                    to += 2 * kSlotBytes;
                 }
                 cp_async_wait<kStages - 1>();
             } else {

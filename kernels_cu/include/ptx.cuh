@@ -17,6 +17,14 @@ __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value))
 __device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
 
+// Zero, but no compiler knows it, nor that it is the same in all lanes: what it is added to stays in a vector register.
+__device__ __forceinline__ u32 zero_of_each_lane() {
+    u32 mine, before;
+    asm volatile("mov.u32 %0, %%lanemask_eq;" : "=r"(mine));
+    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(before));
+    return mine & before;
+}
+
 // ---- asynchronous copies, global to shared -----------------------------------------------------------------------
 
 // The KV cache is read once per launch: let it leave L2 first. Before sm_90 the policy would have to be moved to uniform
