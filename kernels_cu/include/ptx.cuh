@@ -157,7 +157,11 @@ __device__ __forceinline__ float2 load_cg(const float2* from) {
     return v;
 }
 
-// A plain float4 store may compile to four scalar ones.
+// Plain stores of vectors may compile to scalar ones, which ask for each sector several times.
+__device__ __forceinline__ void store_global(uint2* to, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 __device__ __forceinline__ void store_global(float4* to, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");

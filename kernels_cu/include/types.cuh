@@ -63,11 +63,11 @@ struct Float32 {
 template <typename T>
 __device__ __forceinline__ void store4(void* base, long long index, float4 v) {
     uint2 packed = {T::pack(v.x, v.y), T::pack(v.z, v.w)};
-    *reinterpret_cast<uint2*>(static_cast<unsigned short*>(base) + index) = packed;
+    store_global(reinterpret_cast<uint2*>(static_cast<unsigned short*>(base) + index), packed);
 }
 template <>
 __device__ __forceinline__ void store4<Float32>(void* base, long long index, float4 v) {
-    *reinterpret_cast<float4*>(static_cast<float*>(base) + index) = v;
+    store_global(reinterpret_cast<float4*>(static_cast<float*>(base) + index), v);
 }
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of kRowBytes: rows are exclusive-or'ed over the banks

@@ -47,8 +47,11 @@ class Problem:
         table = np.zeros((batch, max(pages)), np.int32)
         table[np.arange(max(pages)) < np.array(pages)[:, None]] = rng.permutation(sum(pages))
         q = rng.standard_normal((batch, 1, self.heads[0], self.headdim), np.float32).astype(ml_dtypes.bfloat16)
+        # Like memory of a GPU, the output begins with a sector: NumPy aligns to 16 bytes.
+        room = np.empty(q.size + 128, np.uint16)
+        out = room[-room.ctypes.data % 256 // 2 :][: q.size].view(ml_dtypes.bfloat16).reshape(q.shape)
         return {
-            "q": q, "k_cache": k_cache, "v_cache": v_cache, "page_table": table,
+            "q": q, "k_cache": k_cache, "v_cache": v_cache, "page_table": table, "out": out,
             "cache_seqlens": np.array(self.seqlens, np.int32),
         }  # fmt: skip
 
@@ -66,15 +69,16 @@ PROBLEMS = {
     "ragged": Problem((5000, 17, 1200, 3000, 1, 800), (16, 2), 64),
     "one sequence": Problem((8192,), (8, 1), 256),
 }
-# Name here: (metric of ncu, the most by which the two may differ, relative to the simulator's figure). What the planner
-# and the page table read may hit L1, and a merge reads what L1 does not keep.
+# Name here: (metric of ncu, the most by which the two may differ, relative to this figure of the simulator). The
+# simulator has no caches: on a GPU lengths and page numbers hit L1, and L1 sends stores to one sector together. What a
+# wavefront of copies to shared memory is, ncu and the simulator see differently; of conflicts, both see next to none.
 METRICS = {
-    "read_sectors": ("lts__t_sectors_srcunit_tex_op_read.sum", 0.02),
-    "write_sectors": ("lts__t_sectors_srcunit_tex_op_write.sum", 0.02),
-    "wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", 0.10),
-    "bank_conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", None),
-    "mma": ("sm__inst_executed_pipe_tensor.sum", 0.0),
-    "dram_read_bytes": ("dram__bytes_read.sum", None),
+    "read_sectors": ("lts__t_sectors_srcunit_tex_op_read.sum", 0.05, "read_sectors"),
+    "write_sectors": ("lts__t_sectors_srcunit_tex_op_write.sum", 0.05, "write_sectors"),
+    "wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", None, "wavefronts"),
+    "bank_conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 0.02, "wavefronts"),
+    "mma": ("sm__inst_executed_pipe_tensor.sum", 0.0, "mma"),
+    "dram_read_bytes": ("dram__bytes_read.sum", None, "dram_read_bytes"),
 }
 
 
@@ -85,7 +89,8 @@ def simulated(problem: Problem, num_sm: int, arch: int) -> dict[str, float]:
     with plan_for(num_sm, arch, "sim"), record(Checks.cheap()) as launches:
         problem.call(problem.arguments())
     counters = launches[-1].counters
-    arrays = counters.arrays.values()
+    # On a GPU no LSE is written that nobody asks for, and atomics are no stores.
+    arrays = [a for name, a in counters.arrays.items() if name not in ("softmax_lse", "counters")]
     return {
         "read_sectors": sum(a.read_sectors for a in arrays),
         "write_sectors": sum(a.write_sectors for a in arrays),
@@ -141,10 +146,10 @@ def compare(ncu: str) -> list[report.Record]:
     records = []
     for name, problem in PROBLEMS.items():
         ours = simulated(problem, num_sm, arch)
-        theirs = profiled(name, [metric for metric, _ in metrics.values()], ncu)
-        for key, (metric, most) in metrics.items():
+        theirs = profiled(name, [metric for metric, _, _ in metrics.values()], ncu)
+        for key, (metric, most, scale) in metrics.items():
             ratio = theirs[metric] / ours[key] if metric in theirs and ours[key] else None
-            ok = None if most is None or ratio is None else abs(ratio - 1) <= most
+            ok = None if most is None or ratio is None else abs(theirs[metric] - ours[key]) <= most * ours[scale]
             records.append(
                 {"problem": name, "counter": key, "simulator": int(ours[key]), "ncu": theirs.get(metric),
                  "ratio": ratio, "ok": ok}
