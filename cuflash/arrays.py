@@ -94,8 +94,7 @@ def export_array(native: NativeArray, like: Any) -> Any:
     # The array API standard's way to the namespace; torch and others have from_dlpack at the top of the package.
     namespace = getattr(like, "__array_namespace__", None)
     module = namespace() if namespace is not None else sys.modules[_root(kind)]
-    # On a GPU, from_dlpack tells CuPy the framework's current stream, which then waits for CuPy's current stream
-    # (documented, not yet run on a GPU by this project's tests).
+    # On a GPU, from_dlpack tells CuPy the framework's current stream, which then waits for CuPy's current stream.
     return module.from_dlpack(native if is_on_device(native) else _Exporter(native))
 
 

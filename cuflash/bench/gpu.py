@@ -30,7 +30,8 @@ from .gpu_timing import (
     medians,
     number_of_calls,
     number_of_copies,
-    read_sampler,
+    read_samplers,
+    read_us,
 )
 from .report import Record
 
@@ -264,7 +265,7 @@ def measure(
     arch = f"sm_{_arch()}"
     l2_bytes = facts["l2_bytes"]
     bulk = max(4 << 30, 16 * l2_bytes) if l2_bytes > 1 << 20 else 1 << 22
-    bandwidth = bulk / medians({"read": read_sampler(kernels, bulk, l2_bytes)}, rounds=5)["read"] / 1e6  # TB/s
+    bandwidth = bulk / read_us(medians(read_samplers(kernels, bulk, l2_bytes), rounds=5)) / 1e6  # TB/s
     yield {"variant": "machine", "arch": arch, "workload": "plain read of 4 GiB", "read_tb_s": bandwidth, **facts}
     for shape in chosen:
         record: Record = {
@@ -305,7 +306,7 @@ def _measured(shape: Shape, kernels: Kernels, l2_bytes: int, peers: Sequence[str
 
     ours("given", metadata)
     ours("unplanned", None)
-    samplers["read"] = read_sampler(kernels, shape.kv_bytes, l2_bytes)
+    samplers |= read_samplers(kernels, shape.kv_bytes, l2_bytes)
     for name in peers:
         try:
             peer = gpu_peers.PEERS[name](inputs)
@@ -319,12 +320,12 @@ def _measured(shape: Shape, kernels: Kernels, l2_bytes: int, peers: Sequence[str
     times = medians(samplers, rounds)
     best = min((times[name] for name in peers if name in times), default=None)
     return {
-        "read_us": times["read"],
+        "read_us": read_us(times),
         "given_us": times["given"],
         "unplanned_us": times["unplanned"],
         "target_us": shape.target_us,
         "share": 0.0,  # of the read bandwidth; the caller knows it
-        "to_read": times["given"] / times["read"],
+        "to_read": times["given"] / read_us(times),
         "best_peer_us": best,
         "to_best_peer": None if best is None else times["given"] / best,
         "blocks": int(metadata.array[:1].get()[0]),

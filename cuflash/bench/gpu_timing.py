@@ -15,17 +15,21 @@ _SOURCE = r"""
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Reads `count` units of 16 bytes, once each and past L1; the sink keeps the compiler from leaving it out.
-extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* from, u64 count, u32* sink) {
+// Reads `count` units of 16 bytes, once each and past L1; the sink keeps the compiler from leaving it out. All blocks
+// go through memory side by side, or each through a slice of its own: which is faster depends on the GPU and the size.
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* from, u64 count, u32 slices, u32* sink) {
     constexpr int kInFlight = 8;
-    const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
+    const u64 slice = slices ? (count + gridDim.x - 1) / gridDim.x : count;
+    const u64 step = slices ? blockDim.x : static_cast<u64>(gridDim.x) * blockDim.x;
+    const u64 begin = slices ? blockIdx.x * slice : static_cast<u64>(blockIdx.x) * blockDim.x;
+    const u64 end = slices ? min(begin + slice, count) : count;
     u32 sum = 0;
     uint4 v[kInFlight];
-    for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += kInFlight * step) {
+    for (u64 i = begin + threadIdx.x; i < end; i += kInFlight * step) {
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
             v[k] = {0, 0, 0, 0};
-            if (i + k * step < count) {
+            if (i + k * step < end) {
                 asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                              : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w)
                              : "l"(from + i + k * step));
@@ -71,11 +75,11 @@ class Kernels:
         self._sink = cupy.zeros(1, np.uint32)
         self._u32, self._u64 = np.uint32, np.uint64
 
-    def read(self, array: Any) -> None:
-        """Read a contiguous array."""
+    def read(self, array: Any, slices: bool) -> None:
+        """Read a contiguous array, all blocks side by side or each in a slice of its own."""
         count = array.nbytes // 16
         blocks = max(1, min(self._blocks, -(-count // 512)))
-        self._read((blocks,), (512,), (array, self._u64(count), self._sink))
+        self._read((blocks,), (512,), (array, self._u64(count), self._u32(slices), self._sink))
 
     def fill(self, array: Any, seed: int) -> None:
         """Fill a contiguous array of bfloat16 with random numbers."""
@@ -180,8 +184,12 @@ def number_of_calls(expected_us: float, copies: int) -> int:
     return max(20, copies, min(400, math.ceil(2000 / expected_us)))
 
 
-def read_sampler(kernels: Kernels, size: int, l2_bytes: int) -> Sampler:
-    """Return a plain read of ``size`` bytes, at changing places of a buffer larger than the L2 cache."""
+def read_samplers(kernels: Kernels, size: int, l2_bytes: int) -> dict[str, Sampler]:
+    """Return plain reads of ``size`` bytes, at changing places of a buffer larger than the L2 cache.
+
+    Returns:
+        One of each pattern, by names that begin with "read"; see :func:`read_us`.
+    """
     import cupy
     import numpy as np
 
@@ -190,10 +198,17 @@ def read_sampler(kernels: Kernels, size: int, l2_bytes: int) -> Sampler:
     kernels.fill(buffer.view(np.uint16), 1)
     places = buffer.size // size
 
-    def call(place: int) -> Callable[[], None]:
-        return lambda: kernels.read(buffer[place * size : (place + 1) * size])
+    def call(place: int, slices: bool) -> Callable[[], None]:
+        return lambda: kernels.read(buffer[place * size : (place + 1) * size], slices)
 
-    return CupyGraph([call(i % places) for i in range(number_of_calls(3 + size / 4e6, places))])
+    calls = number_of_calls(3 + size / 4e6, places)
+    patterns = {"read, side by side": False, "read, in slices": True}
+    return {name: CupyGraph([call(i % places, slices) for i in range(calls)]) for name, slices in patterns.items()}
+
+
+def read_us(times: Mapping[str, float]) -> float:
+    """Return the time of the faster pattern of :func:`read_samplers`."""
+    return min(time for name, time in times.items() if name.startswith("read"))
 
 
 def machine_facts() -> dict[str, Any]:

@@ -74,7 +74,7 @@ PROBLEMS = {
 # wavefront of copies to shared memory is, ncu and the simulator see differently; of conflicts, both see next to none.
 METRICS = {
     "read_sectors": ("lts__t_sectors_srcunit_tex_op_read.sum", 0.05, "read_sectors"),
-    "write_sectors": ("lts__t_sectors_srcunit_tex_op_write.sum", 0.05, "write_sectors"),
+    "write_sectors": ("lts__t_sectors_srcunit_tex_op_write.sum", 0.06, "write_sectors"),
     "wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", None, "wavefronts"),
     "bank_conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 0.02, "wavefronts"),
     "mma": ("sm__inst_executed_pipe_tensor.sum", 0.0, "mma"),
