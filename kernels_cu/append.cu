@@ -4,6 +4,7 @@
 // warp takes one row (token, head): first all rows of q, if they are rotated, then those of k, then those of v.
 // Rotation is computed in float32 without fused multiply-adds, so that its bits do not depend on the compiler.
 #include "append_params.cuh"
+#include "stream.cuh"
 #include "types.cuh"
 
 using Bits = ELEMENT::Bits;
@@ -62,6 +63,8 @@ __device__ __forceinline__ long long cache_row(const AppendParams& p, int sequen
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_constant__ AppendParams p) {
+    wait_for_turn();
+    launch_next();
     long long row = static_cast<long long>(blockIdx.x) * kWarps + threadIdx.x / 32;
 
     const long long query_rows = static_cast<long long>(p.query_tokens) * p.num_heads_q;

@@ -14,6 +14,7 @@
 #include "params.cuh"
 #include "segment.cuh"
 #include "softmax.cuh"
+#include "stream.cuh"
 #if ELEMENT_BYTES == 2
 #include "mma.cuh"
 using Math = MmaMath<Element>;
@@ -129,7 +130,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
+        wait_for_turn();
     } else {
+        wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
         __syncthreads();
     }
@@ -208,6 +211,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             merge_warps(block.segment, math, softmax, block.warps, free_slot,
                         [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
         } else {
+            launch_next();  // not earlier: its blocks would settle where this kernel leaves room, and lie unevenly
             finish_segment(p, block.share, block.segment, math, softmax, block.warps, free_slot);
             __syncthreads();  // the queries, the segment and the free slots are about to change
         }
@@ -215,6 +219,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     if constexpr (kCluster > 1) {
         cluster_arrive();
         cluster_wait();
+        launch_next();
         if (cluster_rank() == 0) merge_cluster(p, block.segment, parts);
     }
 }

@@ -1,5 +1,6 @@
 // Merges partial results over disjoint keys: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
 // One warp a row (batch, query, head); a part without keys (LSE -inf) counts as nothing, whatever its output holds.
+#include "stream.cuh"
 #include "types.cuh"
 
 using Bits = ELEMENT::Bits;
@@ -18,6 +19,8 @@ struct MergeParams {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_constant__ MergeParams p) {
+    wait_for_turn();
+    launch_next();
     const float kNone = -infinity();
     const long long rows = static_cast<long long>(p.batch_size) * p.queries * p.heads;
     const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;

@@ -5,6 +5,7 @@
 // the cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts
 // that fell together. cuflash/planner.py is the same in NumPy, bit for bit: change both.
 #include "schedule.cuh"
+#include "stream.cuh"
 
 struct PlanParams {
     int* plan;                    // schedule.cuh; every word is written
@@ -101,6 +102,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const int parts = 1 << p.slice_shift;
     int* planned = p.plan + kPlanCuts + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
 
+    wait_for_turn();
+    launch_next();
     // Pass 1: the keys of a slice, and the lengths as planned.
     int s = min((thread >> p.slice_shift) * p.slice_sequences, p.batch_size);
     int row_block = s < p.batch_size ? min((thread & (parts - 1)) * p.slice_units, p.row_blocks) : 0;

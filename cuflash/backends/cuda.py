@@ -14,6 +14,7 @@ import numpy as np
 from .. import kernels
 from ..arrays import NativeArray
 from ..device import Device
+from .launch import launch
 
 if TYPE_CHECKING:
     from ..attention import Operands
@@ -152,7 +153,7 @@ class _Gpu:
     def __init__(self) -> None:
         stream = cupy.cuda.get_current_stream().ptr
         thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
-        self._number = cupy.cuda.runtime.getDevice()
+        self._number, self._stream = cupy.cuda.runtime.getDevice(), stream
         self._key = self._number, stream, thread
         self._taken = 0
 
@@ -184,11 +185,5 @@ class _Gpu:
         arrays: dict[str, NativeArray],
     ) -> None:
         function = _function(variant, self._number)
-        # The struct as plain bytes: CuPy would describe its fields in every launch, which takes longer than the launch.
-        plain = params.view(_bytes_of(params.dtype))
-        function((grid,), (threads,), (plain,), shared_mem=shared_bytes)
-
-
-@lru_cache(maxsize=None)
-def _bytes_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.dtype((np.void, dtype.itemsize))
+        can_wait = _device(self._number).arch >= 90
+        launch(function.ptr, grid, threads, shared_bytes, self._stream, params.ctypes.data, can_wait)

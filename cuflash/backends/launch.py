@@ -1,0 +1,75 @@
+"""Launches through the CUDA driver, with the one attribute that CuPy's launches lack.
+
+Programmatic dependent launch (CUDA C++ Programming Guide): a kernel is launched while the one ahead of it in the stream
+still runs, and waits on the GPU for its turn (``kernels_cu/include/stream.cuh``), so that the time that a launch takes
+is not in between. CUDA graphs keep the attribute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from typing import Any
+
+from cupy.cuda import driver
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id and a union of 64 bytes, of which this attribute uses an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_EARLY = ctypes.pointer(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
+
+
+@lru_cache(maxsize=None)
+def _driver() -> Any:
+    function = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+    return function
+
+
+@lru_cache(maxsize=1024)
+def _config(grid: int, threads: int, shared_bytes: int, stream: int, early: bool) -> Any:
+    return ctypes.byref(_Config((grid, 1, 1), (threads, 1, 1), shared_bytes, stream, _EARLY, early))
+
+
+def launch(
+    function: int, grid: int, threads: int, shared_bytes: int, stream: int, params: int, waits_for_its_turn: bool
+) -> None:
+    """Launch a kernel of one parameter on the current device.
+
+    Args:
+        function: The kernel's CUfunction.
+        grid: Blocks.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        stream: The stream's handle.
+        params: Address of the parameter.
+        waits_for_its_turn: Whether the kernel itself waits for the one ahead of it (sm_90 and later), and so may be
+            launched early.
+
+    Raises:
+        cupy.cuda.driver.CUDADriverError: If the driver refuses.
+    """
+    config = _config(grid, threads, shared_bytes, stream, waits_for_its_turn)
+    status = _driver()(config, function, ctypes.byref(ctypes.c_void_p(params)), None)
+    if status:
+        driver.check_status(status)
