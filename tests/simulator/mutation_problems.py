@@ -130,18 +130,18 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a variant of 8 rows has one row block: what is subtracted instead of added is its first row, 0",
-        file=r"(segment|softmax)\.cuh|decode\.cu",
-        source=r"query_of\(p, (s|segment)\.first_row \+",
+        file=r"(segment|softmax|combine)\.cuh|decode\.cu",
+        source=r"query_of\(p, (s|segment)\.first_row \+|packed = s\.first_row \+ row",
         kind="add -> sub",
         instruction=r", %r\d+$",
         variants=_has_8_rows,
     ),
     Equivalent(
-        "the index of a second pass over the queries, which a block with more threads than chunks does not make",
+        "a second pass over the queries, which a block with more threads than chunks does not make",
         file=r"decode\.cu",
         source=r"i \+= kThreads|Swizzle<kKeyBytes>",
-        kind="add -> sub",
-        instruction=r"add\.s32 %r\d+, %r\d+, (128|256|512)$",
+        kind="add -> sub|lt -> le",
+        instruction=r"add\.s32 %r\d+, %r\d+, (128|256)$|setp\.lt\.s32 %p\d+, %r\d+, -(64|192)$",
         variants=_has_8_rows,
     ),
     Equivalent(
@@ -149,6 +149,132 @@ EQUIVALENT = (
         file="schedule.cuh",
         source=r"first_query > last_query \|\| begin >= end",
         kind="or -> and|ge -> gt",
+        kernel="decode",
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from it, nor from "
+        "rows behind it",
+        file=r"(segment|schedule)\.cuh",
+        source=r"divided\(row, |if \(s\.valid_rows > 0\)|mask\.right >= 0",
+        kind="add -> sub|lt -> le",
+        instruction=r"add\.s32 .*, -2$|setp\.lt\.s32 .*, 0$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row group, whose first row is 0",
+        file="combine.cuh",
+        source=r"row = g \* 8 \+ i / kVectors",
+        kind="add -> sub",
+        instruction=r", %r\d+$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "a second pass over the vectors of a row group of 8 rows begins at row 8, which does not exist",
+        file="combine.cuh",
+        source=r"i < 8 \* kVectors; i \+= kThreads",
+        kind="lt -> le|invert a branch",
+        context=r"setp\.lt\.s32 (%p\d+), %r\d+, (0|-128)(\n.*)?(\n@\1 bra.*)?$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "one pass over the vectors of a row group: the comparison has read the old value, the new one is never used",
+        file="combine.cuh",
+        source=r"i < 8 \* kVectors; i \+= kThreads",
+        kind="add -> sub",
+        instruction=", (128|256)$",
+    ),
+    Equivalent(
+        "one more pass over no parts adds zeros",
+        file="combine.cuh",
+        source=r"begin < parts\.count; begin \+= kWide",
+        kind="gt -> ge",
+        instruction=r", %r\d+$",
+    ),
+    Equivalent(
+        "zero_of_each_lane() is 0",
+        file=r"decode\.cu",
+        source=r"zero_of_each_lane\(\)",
+        kind="add -> sub",
+        context=r"and\.b32 (%r\d+), .*\nadd\.s32 %r\d+, %r\d+, \1$",
+    ),
+    Equivalent(
+        "shared memory begins at address 0",
+        file="types.cuh",
+        source=r"return row \* kRowBytes",
+        kind="add -> sub",
+        context=r"shl\.b32 (%r\d+), %r\d+, 7\nand.*\nxor.*\nshl.*\nadd\.s32 %r\d+, \1, %r\d+$",
+    ),
+    Equivalent(
+        "a part of a cluster is no negative number of keys: the term that rounds the quotient towards zero is 0",
+        file="schedule.cuh",
+        source=r"\* part / parts",
+        kind="add -> sub",
+        context=r"shr\.u64 (%rd\d+), %rd\d+, 62\nadd\.s64 %rd\d+, %rd\d+, \1$",
+        kernel="decode",
+    ),
+    Equivalent(
+        "a part that begins at the item's first key: the larger of both is that key",
+        file="schedule.cuh",
+        source=r"key <= \(unsigned\)keys\.begin",
+        kind="gt -> ge",
+        kernel="decode",
+    ),
+    Equivalent(
+        "with tiles of 32 keys, a lane is its own remainder: what is subtracted is 0",
+        file="segment.cuh",
+        source=r"ShareWalker\(const Share& share\)",
+        kind="sub -> add",
+        context=r"and\.b32 (%r\d+), %r\d+, -32\nsub\.s32 %r\d+, %r\d+, \1$",
+    ),
+    Equivalent(
+        "with tiles of 16 keys, lanes 16 to 31 look up rows that no copy asks them for",
+        file=r"decode\.cu",
+        source=r"int h = -2",
+        kind="sub -> add",
+        context=r"and\.b32 (%r\d+), %r\d+, -16\nsub\.s32 %r\d+, %r\d+, \1$",
+        variants=_has_cluster,
+    ),
+    Equivalent(
+        "behind the queries lie two groups without copies, one of which need not be waited for",
+        file="ptx.cuh",
+        kind="wait for one group less",
+        instruction=r"cp\.async\.wait_group (4|6)$",
+    ),
+    Equivalent(
+        "32 rows have more chunks than the block has threads",
+        file=r"decode\.cu",
+        source=r"warp = threadIdx\.x / 32",
+        kind="gt -> ge",
+        instruction=", 255$",
+        variants=lambda mutant: not _has_8_rows(mutant),
+    ),
+    Equivalent(
+        "a key of a cut is 0 or a multiple of 16",
+        file="segment.cuh",
+        source=r"item > share\.end\.item",
+        kind="lt -> le",
+        instruction=", 1$",
+    ),
+    Equivalent(
+        "a split that ends with its item or share: its end is the same; for the loader an empty segment follows",
+        file="segment.cuh",
+        source=r"split_end < s\.keys\.end",
+        kind="lt -> le",
+    ),
+    Equivalent(
+        "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",
+        file="softmax.cuh",
+        source=r"key < begin \|\|",
+        kind="lt -> le",
+        context=r"add\.s32 (%r\d+), %r\d+, (8|16|24)\nsetp\.lt\.s32 %p\d+, \1, %r\d+$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "more than 2^31 - 1 keys: the host refuses them, no cache holds them, and the walk along them overflows before",
+        file="schedule.cuh",
+        source=r"min\(new_keys, most - keys\)",
+        kind="sub -> add|drop.*",
+        instruction=r"sub\.s32",
         kernel="decode",
     ),
     Equivalent(
@@ -289,7 +415,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"ragged": True, "queries": 2, "causal": True, "page_size": 16, "sinks": True},
     {"ragged": True, "queries": 2, "leftpad": True, "window": (5, 1), "plan": "stale"},
     {"queries": 5, "causal": True, "page_size": 3, "layout": "HND"},
-    {"queries": 5, "window": (2, 4), "batch_idx": True, "plan": "given"},
+    {"queries": 5, "window": (2, 3), "batch_idx": True, "plan": "given"},
     {"queries": 5, "window": (40, -1), "leftpad": True},
     {"queries": 2, "new": 2, "rotary": "half", "page_size": 16, "causal": True},
     {"new": "ragged", "leftpad": True, "page_size": 3, "batch_idx": True},
@@ -302,14 +428,16 @@ SPLITS: tuple[dict[str, Any], ...] = (
     {"split_size": 64, "queries": 5, "causal": True, "plan": "stale"},
     {"split_size": 64, "plan": "stale", "queries": 2, "window": (90, 3)},
     {"split_size": 128, "scale": -0.3, "ragged": True, "queries": 2, "window": (70, 5)},
+    {"split_size": 64, "plan": "given"},
 )
 # Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
 HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
-    8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2))},
+    8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2)), 8: ((1, 1),)},
     32: {
         1: ((40, 1), (34, 2), (33, 1), (28, 1), (20, 1), (44, 1)),
         2: ((20, 1), (24, 2), (32, 1)),
         5: ((7, 1), (16, 1), (4, 1)),
+        32: ((1, 1), (2, 1)),
     },
 }
 
@@ -359,20 +487,39 @@ def _cases() -> Iterator[tuple[Case, int]]:
         yield _case({"split_size": 64, "scale": scale}, 32, (10300,), k + 3), 3
     # Masks that begin and end at every place of a tile.
     for k, options in enumerate(
-        ({"window": (40, 3)}, {"window": (50, 2), "queries": 2}, {"causal": True, "queries": 5})
+        ({"window": (40, 3)}, {"window": (50, 2), "queries": 5}, {"causal": True, "queries": 5})
     ):
         seqlens = tuple(range(100, 132))
         yield _case({**options, "num_splits": 1000}, 8, seqlens, k), 70
         yield _case(options, 32, seqlens, k), 5
         yield _case(options, 8, (640, *seqlens), k), 5 * (1 + len(seqlens))
+    # Windows that begin at every key of a tile, where no two rows see the same keys.
+    for k, seqlens in enumerate((tuple(range(85, 116)), (300, 17, 40, *range(64, 100)))):
+        options = {"queries": 32, "window": (20, (0, 7)[k]), "plan": ("none", "stale")[k]}
+        yield _case({**options, "split_size": 64}, 32, seqlens, k), 3 + k
+        yield _case({**options, "plan": "stale"}, 32, seqlens, k), 12
+        yield _case({**options, "queries": 8, "num_splits": 1000}, 8, seqlens, k), 50
+        yield _case({**options, "queries": 8}, 8, (640, *seqlens), k), 5 * (1 + len(seqlens))
     # A copy that is far ahead of the arithmetic walks to sequences of which everything differs.
-    everything = {"ragged": True, "queries": 2, "leftpad": True, "new": "ragged", "batch_idx": True, "causal": True}
+    everything = {"ragged": True, "queries": 2, "leftpad": True, "batch_idx": True, "new": (70, 0, 130, 60, 0, 90, 10)}
     seqlens = (1300, 500, 1100, 400, 1500, 850, 700)
-    for k, page_size in enumerate((None, 16)):
-        everything["page_size"] = page_size
-        yield _case({**everything, "num_splits": 1000}, 8, tuple(2 * n for n in seqlens), 2 * k), len(seqlens)
-        yield _case(everything, 32, seqlens, k), 2 + k
-        yield _case({**everything, "split_size": (640, 512)[k]}, 32, seqlens, k), 2 + k
+    for k, options in enumerate(({"causal": True}, {"window": (333, 0), "page_size": 16})):
+        options = {**everything, **options}
+        yield _case({**options, "num_splits": 1000}, 8, tuple(2 * n for n in seqlens), 2 * k), len(seqlens)
+        yield _case(options, 32, seqlens, k), 2 + k
+        yield _case({**options, "split_size": (640, 512)[k]}, 32, seqlens, k), 2 + k
+    # Row blocks that see as many keys as tiles have, or one more.
+    for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
+        yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
+    # Many parts of an item, beside items without keys.
+    for k, parts in enumerate((6, 15, 16, 17, 33)):
+        yield _case({"sinks": k == 1}, 32, (64 * parts, *(0,) * 44), 2 + k), 20
+    # Parts of a cluster that are longer than its ring.
+    for k, options in enumerate(({"page_size": 16}, {"page_size": 3, "leftpad": True})):
+        yield _case({**options, "window": (1007, 0)}, 8, (1023, 40), k), 10 + 10 * k
+    # Cuts at the beginning of the last split.
+    for k, seqlens in enumerate(((1920,), (1920, 1920), (1900, 970, 960))):
+        yield _case({"split_size": 64, "plan": "given"}, 32, seqlens, 3), k + 1
     for k, options in enumerate(SPLITS):
         for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
             yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]
