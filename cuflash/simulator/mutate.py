@@ -73,6 +73,7 @@ class Mutant:
         patch: the fields of the instruction that change.
         threads: most threads of a block, as the kernel was compiled; 0: not stated.
         cluster: blocks of a cluster, as the kernel was compiled; 0: not stated.
+        copy: how many mutants of the same kind and source line come before it: unrolled loops, inlined functions.
     """
 
     kernel: str
@@ -86,6 +87,7 @@ class Mutant:
     patch: tuple[tuple[str, Any], ...]
     threads: int = 0
     cluster: int = 0
+    copy: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.kind}: {self.instruction}"
@@ -154,10 +156,12 @@ def mutants(kernel: Kernel) -> list[Mutant]:
         {int(program.code[pc]["o"][3]) for pc, n in enumerate(program.names) if n == "shfl"} & set(constants)
     )
     out = []
+    copies: Counter[tuple[str, int, str]] = Counter()
     for pc in range(len(program.code)):
         loc = program.locs[pc]
         for kind, patch in _changes(program, pc, numbers, offsets):
             file = PurePosixPath(program.files.get(loc.file, "?")).name if loc else "?"
+            line = loc.line if loc else 0
             out.append(
                 Mutant(
                     program.name,
@@ -165,14 +169,16 @@ def mutants(kernel: Kernel) -> list[Mutant]:
                     pc,
                     kind,
                     file,
-                    loc.line if loc else 0,
+                    line,
                     program.texts[pc],
                     tuple(program.texts[max(pc - 4, 0) : pc]),
                     tuple(patch.items()),
                     program.max_threads,
                     program.cluster[0],
+                    copies[file, line, kind],
                 )
             )
+            copies[file, line, kind] += 1
     return out
 
 

@@ -270,6 +270,14 @@ EQUIVALENT = (
         variants=_has_8_rows,
     ),
     Equivalent(
+        "the window of a row of row group g begins at most 8 g + 7 keys behind the beginning of its segment: no key of "
+        "an eighth e > g of a tile is its first one",
+        file="softmax.cuh",
+        source=r"key < begin \|\|",
+        kind="lt -> le",
+        variants=lambda mutant: not _has_8_rows(mutant) and mutant.copy % 4 > mutant.copy // 8,
+    ),
+    Equivalent(
         "more than 2^31 - 1 keys: the host refuses them, no cache holds them, and the walk along them overflows before",
         file="schedule.cuh",
         source=r"min\(new_keys, most - keys\)",
@@ -503,7 +511,7 @@ def _cases() -> Iterator[tuple[Case, int]]:
     # A copy that is far ahead of the arithmetic walks to sequences of which everything differs.
     everything = {"ragged": True, "queries": 2, "leftpad": True, "batch_idx": True, "new": (70, 0, 130, 60, 0, 90, 10)}
     seqlens = (1300, 500, 1100, 400, 1500, 850, 700)
-    for k, options in enumerate(({"causal": True}, {"window": (333, 0), "page_size": 16})):
+    for k, options in enumerate(({"causal": True}, {"queries": 5, "window": (333, 2), "page_size": 16})):
         options = {**everything, **options}
         yield _case({**options, "num_splits": 1000}, 8, tuple(2 * n for n in seqlens), 2 * k), len(seqlens)
         yield _case(options, 32, seqlens, k), 2 + k
@@ -511,7 +519,14 @@ def _cases() -> Iterator[tuple[Case, int]]:
     # Row blocks that see as many keys as tiles have, or one more.
     for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
         yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
+    yield (
+        _case(
+            {"split_size": 64, "plan": "stale", "window": (90, 0)}, 32, (1300, 1200, 1400, 1250, 1100, 1500, 1210), 3
+        ),
+        3,
+    )
     # Many parts of an item, beside items without keys.
+    yield _case({}, 32, (*range(5 * 64, 17 * 64, 64), *(0,) * 130), 3), 128
     for k, parts in enumerate((6, 15, 16, 17, 33)):
         yield _case({"sinks": k == 1}, 32, (64 * parts, *(0,) * 44), 2 + k), 20
     # Parts of a cluster that are longer than its ring.
