@@ -249,6 +249,14 @@ EQUIVALENT = (
         variants=lambda mutant: not _has_8_rows(mutant),
     ),
     Equivalent(
+        "with tiles of 32 keys: a shuffle from 16 lanes back is one from 16 lanes on",
+        file=r"segment\.cuh|decode\.cu",
+        source=r"\+\+item;|key \+= kWarps \* kTileKeys|u32 slot = ring",
+        kind="add -> sub",
+        instruction=r"add\.s32 .*, 16$",
+        variants=lambda mutant: not _has_cluster(mutant),
+    ),
+    Equivalent(
         "a key of a cut is 0 or a multiple of 16",
         file="segment.cuh",
         source=r"item > share\.end\.item",
@@ -519,14 +527,12 @@ def _cases() -> Iterator[tuple[Case, int]]:
     # Row blocks that see as many keys as tiles have, or one more.
     for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
         yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
-    yield (
-        _case(
-            {"split_size": 64, "plan": "stale", "window": (90, 0)}, 32, (1300, 1200, 1400, 1250, 1100, 1500, 1210), 3
-        ),
-        3,
-    )
+    # Cuts of a stale plan before the last split, in which a window begins.
+    for k, seqlens in enumerate(((1300, 1200, 1400, 1250, 1100, 1500, 1210), tuple(range(1490, 1560, 10)))):
+        yield _case({"split_size": 64, "plan": "stale", "window": ((90, 0), (500, 0))[k]}, 32, seqlens, 3), 3 - k
     # Many parts of an item, beside items without keys.
-    yield _case({}, 32, (*range(5 * 64, 17 * 64, 64), *(0,) * 130), 3), 128
+    for k in range(3):
+        yield _case({}, 32, (*range((5 - k) * 64 + 30 * k, 17 * 64, 64), *(0,) * 130), 3), 128
     for k, parts in enumerate((6, 15, 16, 17, 33)):
         yield _case({"sinks": k == 1}, 32, (64 * parts, *(0,) * 44), 2 + k), 20
     # Parts of a cluster that are longer than its ring.
