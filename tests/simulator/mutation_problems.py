@@ -184,6 +184,13 @@ EQUIVALENT = (
         instruction=", (128|256)$",
     ),
     Equivalent(
+        "one more pass over a row group of which no row exists writes nothing",
+        file="combine.cuh",
+        source=r"g \* 8 < segment\.valid_rows",
+        kind="lt -> le",
+        instruction=r", %r\d+$",
+    ),
+    Equivalent(
         "one more pass over no parts adds zeros",
         file="combine.cuh",
         source=r"begin < parts\.count; begin \+= kWide",
@@ -202,7 +209,8 @@ EQUIVALENT = (
         file="types.cuh",
         source=r"return row \* kRowBytes",
         kind="add -> sub",
-        context=r"shl\.b32 (%r\d+), %r\d+, 7\nand.*\nxor.*\nshl.*\nadd\.s32 %r\d+, \1, %r\d+$",
+        context=r"(shl\.b32 (%r\d+), %r\d+, 7\nand.*\nxor.*\nshl.*\nadd\.s32 %r\d+, \2, %r\d+"
+        r"|and\.b32 (%r\d+), %r\d+, 896\nadd\.s32 %r\d+, \3, %r\d+)$",
     ),
     Equivalent(
         "a part of a cluster is no negative number of keys: the term that rounds the quotient towards zero is 0",
@@ -250,8 +258,8 @@ EQUIVALENT = (
     ),
     Equivalent(
         "with tiles of 32 keys: a shuffle from 16 lanes back is one from 16 lanes on",
-        file=r"segment\.cuh|decode\.cu",
-        source=r"\+\+item;|key \+= kWarps \* kTileKeys|u32 slot = ring",
+        file=r"(segment|loader|mma|ptx)\.cuh|decode\.cu",
+        source=r"\+\+item;|key_? [+-]= kWarps \* kTileKeys|u32 slot = ring|\*= alpha\[g\]|mad\.wide\.u32",
         kind="add -> sub",
         instruction=r"add\.s32 .*, 16$",
         variants=lambda mutant: not _has_cluster(mutant),
@@ -264,10 +272,11 @@ EQUIVALENT = (
         instruction=", 1$",
     ),
     Equivalent(
-        "a split that ends with its item or share: its end is the same; for the loader an empty segment follows",
+        "the smaller of equal numbers, for the arithmetic's walker; whether more follows is another comparison there",
         file="segment.cuh",
         source=r"split_end < s\.keys\.end",
         kind="lt -> le",
+        variants=lambda mutant: mutant.copy == 0,
     ),
     Equivalent(
         "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",
@@ -527,6 +536,11 @@ def _cases() -> Iterator[tuple[Case, int]]:
     # Row blocks that see as many keys as tiles have, or one more.
     for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
         yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
+    for k, options in enumerate(({}, {"split_size": 64})):
+        yield _case({**options, "queries": 5, "causal": True}, 32, (*(129,) * 9, *(65,) * 5), 1), 2 + 3 * k
+    # Row blocks of one row, behind long ones.
+    for options in ({}, {"split_size": 256}):
+        yield _case(options, 32, (900, 700, 800, 600), 2), 2
     # Cuts of a stale plan before the last split, in which a window begins.
     for k, seqlens in enumerate(((1300, 1200, 1400, 1250, 1100, 1500, 1210), tuple(range(1490, 1560, 10)))):
         yield _case({"split_size": 64, "plan": "stale", "window": ((90, 0), (500, 0))[k]}, 32, seqlens, 3), 3 - k
