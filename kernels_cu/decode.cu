@@ -152,7 +152,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
 
     bool is_first = true;
     for (Walker walker(block.share);;) {
-        int key, end, full_begin, full_end;
+        u32 key, end;  // unsigned: beyond the last tile it may pass 2^31
+        int full_begin, full_end;
         {
             Segment segment;
             if (!walker.next(p, block.share, segment)) break;
@@ -180,7 +181,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int first_query = query_of(p, segment.first_row);
             const int last_query = query_of(p, segment.first_row + max(segment.valid_rows, 1) - 1);
             full_begin = first_visible(mask_of(p), keys, queries, last_query);
-            full_end = min(end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
+            full_end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
             pin(full_begin), pin(full_end);
         }
         __syncthreads();
@@ -196,7 +197,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             advance();
 
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            if (key < full_begin || key > full_end) mask_scores(p, block.segment, key, lane, scores);
+            const int first_key = key;
+            if (first_key < full_begin || first_key > full_end) mask_scores(p, block.segment, first_key, lane, scores);
             softmax.update(scores, math);
 
             cp_async_wait<kStages - 2>();

@@ -391,3 +391,22 @@ def test_splits_beyond_max_seqlen_k(
     monkeypatch.setenv("CUFLASH_NUM_SM", num_sm)
     case = Case(dtype="bfloat16", heads=heads, seqlens=seqlens, sinks=True, plan=plan, split_size=128, seed=2)
     check(case, make_inputs(case), backend)
+
+
+@pytest.mark.parametrize("short", [1, 16, 70])
+def test_lengths_up_to_2_31(short: int, backend: Backend) -> None:
+    """A sequence as long as an int32 says, in a table that names one page again and again: no key number overflows."""
+    rng = np.random.default_rng(short)
+    length, window, page_size = 2**31 - short, 20, 1024
+    q = rng.standard_normal((1, 1, 8, 64), np.float32)
+    k, v = rng.standard_normal((2, 1, page_size, 1, 64), np.float32)
+    out = cuflash.flash_attn_with_kvcache(
+        backend.to_native(q), backend.to_native(k), backend.to_native(v),
+        cache_seqlens=backend.to_native(np.array([length], np.int32)),
+        page_table=backend.to_native(np.zeros((1, 2**31 // page_size), np.int32)), window_size=(window, 0),
+    )  # fmt: skip
+    seen = np.arange(length - window - 1, length) % page_size
+    scores = q[0, 0].astype(np.float64) @ k[0, seen, 0].T / 8
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ v[0, seen, 0]
+    np.testing.assert_allclose(backend.to_numpy(out)[0, 0], wanted, atol=1e-5)

@@ -63,8 +63,9 @@ public:
 
 private:
     __device__ __forceinline__ void enter(const Segment& segment) {
-        key_ = segment.lengths.leftpad + segment.keys.begin + warp_ * kTileKeys;
-        end_ = segment.lengths.leftpad + segment.keys.end;
+        const u32 first_slot = segment.lengths.leftpad;
+        key_ = first_slot + segment.keys.begin + warp_ * kTileKeys;
+        end_ = first_slot + segment.keys.end;
         key_head_ = segment.kv_head * p_.k_head_stride;
         value_head_ = segment.kv_head * p_.v_head_stride;
         page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
@@ -125,6 +126,6 @@ private:
     const int* pages_;         // of the segment's sequence
     u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
-    int key_, end_;  // slots of the cache: next tile, end of its segment
+    u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     u32 key_head_, value_head_, page_, row_in_page_, value_units_;
 };
