@@ -295,7 +295,7 @@ EQUIVALENT = (
         variants=lambda mutant: not _has_8_rows(mutant) and mutant.copy % 4 > mutant.copy // 8,
     ),
     Equivalent(
-        "more than 2^31 - 1 keys: the host refuses them, no cache holds them, and the walk along them overflows before",
+        "more than 2^31 - 1 keys: the host refuses them, and no cache holds them",
         file="schedule.cuh",
         source=r"min\(new_keys, most - keys\)",
         kind="sub -> add|drop.*",
