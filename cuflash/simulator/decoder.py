@@ -158,10 +158,13 @@ class Program:
     files: dict[int, str]
     max_threads: int = 0
     cluster: tuple[int, int, int] = (0, 0, 0)
-    dynamic_offset: int = 0
     variables: dict[int, tuple[str, int]] = field(
         default_factory=dict
     )  # row of `constants`: variable and offset whose address it is
+
+
+# Shared memory of a block that the driver keeps for itself, as on sm_80 and later: a program's own begins behind it.
+SYSTEM_SHARED = 1024
 
 
 def _align(value: int, to: int) -> int:
@@ -218,7 +221,7 @@ class Decoder:
         self.params_size = at
         shared: list[Symbol] = [s for s in self.module.symbols.values() if s.space == "shared"]
         shared += [s for s in self.fn.symbols.values() if s.space == "shared"]
-        at, self.shared_symbols = 0, []
+        at, self.shared_symbols = SYSTEM_SHARED, []
         for sym in shared:
             if sym.size:
                 at = _align(at, sym.align)
@@ -227,11 +230,10 @@ class Decoder:
                 at += sym.size
         dynamic = [s for s in shared if not s.size]
         at = _align(at, max([s.align for s in dynamic] + [16]))
-        self.dynamic_offset = at
         for sym in dynamic:
             self.offsets[sym.name] = ("shared", at)
             self.shared_symbols.append((sym.name, at, 0))
-        self.static_shared = at
+        self.static_shared = at - SYSTEM_SHARED
         at = 0
         entry_params = {s.name for s in self.fn.params}
         for sym in self.fn.symbols.values():
@@ -544,7 +546,6 @@ class Decoder:
             dict(self.module.files),
             threads,
             (cluster[0], cluster[1], cluster[2]),
-            self.dynamic_offset,
             {
                 row: self.variables[value]
                 for row, (width, value) in enumerate(constants)

@@ -660,7 +660,8 @@ struct Engine {
         L.warps = (L.threads + 31) / 32;
         L.cluster_size = L.cluster[0] * L.cluster[1] * L.cluster[2];
         L.dynamic_shared = args.dynamic_shared;
-        L.shared_size = args.static_shared + args.dynamic_shared;
+        L.system_shared = args.system_shared;
+        L.shared_size = args.system_shared + args.static_shared + args.dynamic_shared;
         L.checks = args.checks;
         L.races.shared = L.check(C_RACE_SHARED);
         L.races.global = L.check(C_RACE_GLOBAL);

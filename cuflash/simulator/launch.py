@@ -15,6 +15,7 @@ import numpy as np
 from .compile import compile_ptx, digest, load_machine
 from .counters import PC_COUNT, REGION_COUNT, Counters
 from .decode import INS, Program
+from .decoder import SYSTEM_SHARED
 from .image import load_image
 from .report import Finding, SimulationError, describe
 
@@ -186,6 +187,7 @@ class _LaunchArgs(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("cluster", ctypes.c_uint32 * 3),
+        ("system_shared", ctypes.c_uint32),
         ("static_shared", ctypes.c_uint32),
         ("dynamic_shared", ctypes.c_uint32),
         ("local_size", ctypes.c_uint32),
@@ -507,6 +509,7 @@ class Kernel:
             grid,
             block,
             dims,
+            SYSTEM_SHARED,
             program.static_shared,
             shared_mem,
             program.local_size,

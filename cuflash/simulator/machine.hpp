@@ -73,7 +73,7 @@ struct LaunchArgs {
     const Ins *code;
     u64 instructions;
     u32 grid[3], block[3], cluster[3];
-    u32 static_shared, dynamic_shared, local_size, slots;
+    u32 system_shared, static_shared, dynamic_shared, local_size, slots;
     const u64 *constants;  // triples: slot, bytes of a lane, value
     u64 constant_count;
     const u8 *params;
@@ -97,7 +97,7 @@ struct Launch {
     const Ins *code = nullptr;
     u32 grid[3], block[3], cluster[3];
     u32 warps = 0, threads = 0, cluster_size = 1;
-    u32 dynamic_shared = 0, shared_size = 0;
+    u32 system_shared = 0, dynamic_shared = 0, shared_size = 0;  // addresses from system_shared to shared_size are valid
     u32 checks = 0, jitter = 0, cp_async = 0, multiprocessors = 132;
     bool random = false;
     Random rng;

@@ -191,11 +191,11 @@ void shared_bounds(Warp &w, u32 m, const u64 *a, u32 bytes, SharedAt &s, bool wr
                 report(w, K_BOUNDS_SHARED, l, a[l], "shared memory of block %u of the cluster, which has exited",
                        rank - 1);
         }
-        if ((a[l] >> 32) != 0 || u64(s.off[l]) + bytes > L.shared_size) {
+        if ((a[l] >> 32) != 0 || s.off[l] < L.system_shared || u64(s.off[l]) + bytes > L.shared_size) {
             finding_at(w, K_BOUNDS_SHARED, l, a[l]).size = bytes;
             L.args->finding->write = write;
             report(w, K_BOUNDS_SHARED, l, a[l], "a %s of %u bytes; the block has %u bytes of shared memory",
-                   write ? "write" : "read", bytes, L.shared_size);
+                   write ? "write" : "read", bytes, L.shared_size - L.system_shared);
         }
     }
 }

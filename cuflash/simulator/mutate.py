@@ -70,6 +70,7 @@ class Mutant:
         line: source line.
         instruction: the PTX instruction before the change.
         before: the four PTX instructions ahead of it.
+        operands: the PTX instructions that write the registers it reads, wherever they are.
         patch: the fields of the instruction that change.
         threads: most threads of a block, as the kernel was compiled; 0: not stated.
         cluster: blocks of a cluster, as the kernel was compiled; 0: not stated.
@@ -84,6 +85,7 @@ class Mutant:
     line: int
     instruction: str
     before: tuple[str, ...]
+    operands: tuple[str, ...]
     patch: tuple[tuple[str, Any], ...]
     threads: int = 0
     cluster: int = 0
@@ -147,8 +149,43 @@ def _changes(
         yield "drop a not", {"flags": int(row["flags"]) & ~NOT_C}
 
 
+def _registers(text: str) -> tuple[list[str], list[str]]:
+    """The registers that an instruction writes and those that it reads."""
+    guard, opcode, operands = re.fullmatch(r"(@!?%?\w+ )?(\S+) ?(.*)", text).groups("")  # type: ignore[union-attr]
+    result = re.match(r"\{[^}]*\}|%?\w+(\|%?\w+)?(?=,|$)", operands)
+    names = r"%?\b[a-z]+\d*\b"
+    written = result.group() if result and not opcode.startswith(("bra", "bar", "fence")) else ""
+    return re.findall(names, written), re.findall(names, guard + operands[len(written) :])
+
+
+class _Flow:
+    """Where the registers of a program are written and read."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._registers = [_registers(text) if text else ([], []) for text in texts]
+        self._writers: dict[str, list[int]] = {}
+        for pc, (written, _) in enumerate(self._registers):
+            for name in written:
+                self._writers.setdefault(name, []).append(pc)
+        self._read = {name for _, read in self._registers for name in read}
+
+    def operands(self, pc: int) -> tuple[str, ...]:
+        """What writes the operands of an instruction: the last one above it, or else, in a loop, the first below."""
+        found = []
+        for name in dict.fromkeys(self._registers[pc][1]):
+            writers = self._writers.get(name, [])
+            found += [max((w for w in writers if w < pc), default=writers[0])] if writers else []
+        return tuple(self._texts[w] for w in found)
+
+    def is_unread(self, pc: int) -> bool:
+        """Whether an instruction has results, of which no instruction reads any; compilers leave some."""
+        written = self._registers[pc][0]
+        return bool(written) and self._read.isdisjoint(written)
+
+
 def mutants(kernel: Kernel) -> list[Mutant]:
-    """All mutants of a kernel, in the order of its instructions."""
+    """All mutants of a kernel, in the order of its instructions; none of those whose results are never read."""
     program = kernel.program
     numbers = {name: k for k, name in enumerate(kernel.handlers())}
     constants = {int(slot): int(value) for slot, _, value in program.constants}
@@ -157,7 +194,10 @@ def mutants(kernel: Kernel) -> list[Mutant]:
     )
     out = []
     copies: Counter[tuple[str, int, str]] = Counter()
+    flow = _Flow(program.texts)
     for pc in range(len(program.code)):
+        if flow.is_unread(pc) and not program.names[pc].startswith("atom"):
+            continue
         loc = program.locs[pc]
         for kind, patch in _changes(program, pc, numbers, offsets):
             file = PurePosixPath(program.files.get(loc.file, "?")).name if loc else "?"
@@ -172,6 +212,7 @@ def mutants(kernel: Kernel) -> list[Mutant]:
                     line,
                     program.texts[pc],
                     tuple(program.texts[max(pc - 4, 0) : pc]),
+                    flow.operands(pc),
                     tuple(patch.items()),
                     program.max_threads,
                     program.cluster[0],
@@ -193,6 +234,7 @@ class Equivalent:
         kind: regular expression of the kind of change, the whole of it.
         instruction: regular expression, searched for in the PTX instruction.
         context: regular expression, searched for in the instruction and the four ahead of it, a line each.
+        operands: regular expression, searched for in the instructions that write its operands, a line each.
         kernel: regular expression of the kernel's name.
         unreached: of instructions alone that no problem executes.
         variants: of kernels alone for which this is true.
@@ -204,6 +246,7 @@ class Equivalent:
     kind: str = ".*"
     instruction: str = ""
     context: str = ""
+    operands: str = ""
     kernel: str = ".*"
     unreached: bool = False
     variants: Callable[[Mutant], bool] = lambda mutant: True
@@ -216,6 +259,7 @@ class Equivalent:
             and re.fullmatch(self.file, mutant.file) is not None
             and re.fullmatch(self.kernel, mutant.kernel) is not None
             and re.search(self.context, "\n".join((*mutant.before, mutant.instruction))) is not None
+            and re.search(self.operands, "\n".join(mutant.operands)) is not None
             and re.search(self.source, line) is not None
             and re.fullmatch(self.kind, mutant.kind) is not None
             and re.search(self.instruction, mutant.instruction) is not None

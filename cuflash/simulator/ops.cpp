@@ -1024,7 +1024,7 @@ void special(Warp &w, const Ins &i, u32 m) {  // i.a: which; i.b: the register h
             case 22: x = L.clock(); break;
             case 23: x = L.clock() >> 32; break;
             case 24: x = L.dynamic_shared; break;
-            case 25: x = L.shared_size; break;
+            case 25: x = L.shared_size - L.system_shared; break;
             case 26:
             case 27:
             case 28: x = B.id[i.a - 26] / L.cluster[i.a - 26]; break;

@@ -153,6 +153,16 @@ def test_misalignment() -> None:
     assert (finding.check, finding.line, finding.address) == ("misalignment", 3, "argument 0 + 4")
 
 
+def test_shared_memory_begins_behind_the_drivers_own() -> None:
+    """Address 0 is no place of the kernel's: an address that lacks its base is found."""
+    text = "  __shared__ float s[32];\n  s[t] = n;\n  float* p = s + LESS;\n  out[t] = p[t] + shared_address(s) % 1024;"
+    values = args(3)
+    run(body(text.replace("LESS", "0")), 1, 32, values)
+    assert (values[0][:32] == 3).all()
+    finding = found(body(text.replace("LESS", "- 256")), 1, 32, args())
+    assert (finding.check, finding.address, finding.thread) == ("bounds", "shared + 0", (0, 0, 0))
+
+
 EXCHANGE = "  __shared__ float s[32];\n  s[t] = t;\n  SYNC\n  out[t] = s[31 - t];"
 
 

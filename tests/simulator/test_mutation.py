@@ -14,7 +14,8 @@ AT_LEAST = 0.95
 
 
 def test_a_class_of_equivalent_mutants() -> None:
-    mutant = Mutant("kernel", "key", 7, "lt -> le", "a.cu", 3, "setp.lt.s32 %p1, %r1, 1", ("mov.u32 %r1, 0",), ())
+    texts = ("mov.u32 %r1, 0", "ld.global.u32 %r1, [%rd1]")  # the instruction before it, what it reads
+    mutant = Mutant("kernel", "key", 7, "lt -> le", "a.cu", 3, "setp.lt.s32 %p1, %r1, 1", texts[:1], texts[1:], ())
     line = "if (n > 0) return;"
     assert Equivalent("why").matches(mutant, line, False)
     same = {
@@ -23,6 +24,7 @@ def test_a_class_of_equivalent_mutants() -> None:
         "kind": "lt -> le",
         "instruction": ", 1$",
         "context": r"mov.*\nsetp",
+        "operands": r"ld.* \[%rd1\]",
         "kernel": "k.*",
     }
     assert Equivalent("why", **same).matches(mutant, line, False)
