@@ -101,7 +101,11 @@ def export_array(native: NativeArray, like: Any) -> Any:
 def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
     """Return a new, uninitialised array where ``like`` lives, aligned so that every framework can take it over."""
     if is_on_device(like):
-        return sys.modules["cupy"].empty(shape, dtype)
+        cupy, number = sys.modules["cupy"], like.data.device_id
+        if number == cupy.cuda.runtime.getDevice():
+            return cupy.empty(shape, dtype)
+        with cupy.cuda.Device(number):
+            return cupy.empty(shape, dtype)
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
@@ -122,6 +126,11 @@ def is_on_device(native: NativeArray) -> bool:
 def is_device_type(kind: type) -> bool:
     """Whether arrays of a type that has come in before are CuPy's own, which come in as they are."""
     return _importers.get(kind) is _import_itself
+
+
+def device_number(x: Any) -> int | None:
+    """Return the number of the GPU on which an array of CuPy's lives, None for anything else."""
+    return int(x.data.device_id) if is_device_type(type(x)) else None
 
 
 def to_host(native: NativeArray) -> np.ndarray:

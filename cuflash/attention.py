@@ -11,6 +11,7 @@ from . import backends, repeat
 from .arrays import (
     NativeArray,
     checks_values,
+    device_number,
     empty,
     export_array,
     import_array,
@@ -21,7 +22,7 @@ from .arrays import (
 )
 from .dtypes import dtype_name, numpy_dtype
 from .problem import Problem, boolean, check_headdim, check_heads, first_difference, integer, make_problem, real
-from .scheduling import Lengths, SchedulerMetadata, make_lengths, make_metadata
+from .scheduling import Lengths, Refill, SchedulerMetadata, make_lengths, make_metadata
 
 # 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
 _MAX_CACHE_BYTES = 64 * 2**30 - 16
@@ -185,23 +186,30 @@ def flash_attn_with_kvcache(
         >>> out.shape
         (2, 1, 8, 64)
     """
-    signature = None
-    if isinstance(scheduler_metadata, SchedulerMetadata):
-        given = {
-            "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
-            "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens, "cache_seqlens": cache_seqlens,
-            "cache_leftpad": cache_leftpad, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new,
-            "cache_batch_idx": cache_batch_idx, "page_table": page_table, "sinks": sinks, "out": out,
-            "softmax_lse": softmax_lse,
-        }  # fmt: skip
-        options = (
-            qv, q_descale, k_descale, v_descale, max_seqlen_q, softmax_scale, causal, attention_chunk, softcap,
-            rotary_interleaved, num_splits, pack_gqa, sm_margin, return_softmax_lse, split_size, kv_dtype, layout,
-            scheduler_metadata.max_seqlen_k,
-        )  # fmt: skip
-        signature, call = repeat.find(scheduler_metadata.calls, tuple(given.values()), options, window_size)
-        if call is not None and _are_aligned(given):
-            return call(given, scheduler_metadata)
+    if scheduler_metadata is None:
+        # All else that a plan depends on is in the signature: the bound of the lengths is the capacity.
+        calls, planned_for = repeat.unplanned, device_number(q)
+    elif isinstance(scheduler_metadata, SchedulerMetadata):
+        calls, planned_for = scheduler_metadata.calls, scheduler_metadata.max_seqlen_k
+    else:
+        raise TypeError(
+            f"scheduler_metadata must come from get_scheduler_metadata, got {type(scheduler_metadata).__name__}"
+        )
+    given = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens, "cache_seqlens": cache_seqlens,
+        "cache_leftpad": cache_leftpad, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new,
+        "cache_batch_idx": cache_batch_idx, "page_table": page_table, "sinks": sinks, "out": out,
+        "softmax_lse": softmax_lse,
+    }  # fmt: skip
+    options = (
+        qv, q_descale, k_descale, v_descale, max_seqlen_q, softmax_scale, causal, attention_chunk, softcap,
+        rotary_interleaved, num_splits, pack_gqa, sm_margin, return_softmax_lse, split_size, kv_dtype, layout,
+        planned_for,
+    )  # fmt: skip
+    signature, call = repeat.find(calls, tuple(given.values()), options, window_size)
+    if call is not None and _are_aligned(given):
+        return call(given, scheduler_metadata)
 
     for name, value in (("qv", qv), ("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
         if value is not None:
@@ -306,13 +314,13 @@ def flash_attn_with_kvcache(
         _check_values(problem, operands, capacity)
 
     backend = backends.select(queries)
-    metadata = scheduler_metadata
+    metadata, refill = scheduler_metadata, None
     if metadata is None and backend.USES_PLAN:
-        metadata = make_metadata(problem, lengths, _longest(lengths, capacity, on_device, problem), pack_gqa)
+        longest = _longest(lengths, capacity, on_device, problem)
+        metadata, refill = make_metadata(problem, lengths, longest, pack_gqa)
     launches = backend.attend(problem, operands, metadata)
-    if scheduler_metadata is not None and launches is not None and _are_as_given(operands, given):
-        call = _Call(backend, launches, result, lse_shape, return_softmax_lse)
-        repeat.remember(scheduler_metadata.calls, signature, call)
+    if launches is not None and _are_as_given(operands, given):
+        repeat.remember(calls, signature, _Call(backend, launches, refill, result, lse_shape, return_softmax_lse))
     # Exported also where it was given: that makes a framework's own stream wait for the result.
     exported = export_array(result, q if out is None else out)
     answer = exported if out is None else out
@@ -376,20 +384,29 @@ class _Call:
     """A call that has been checked and prepared, for calls with the same signature."""
 
     def __init__(
-        self, backend: Any, launches: Any, out: NativeArray, lse_shape: tuple[int, ...], return_softmax_lse: bool
+        self,
+        backend: Any,
+        launches: Any,
+        refill: Refill | None,
+        out: NativeArray,
+        lse_shape: tuple[int, ...],
+        return_softmax_lse: bool,
     ) -> None:
-        self._backend, self._launches = backend, launches
+        self._backend, self._launches, self._refill = backend, launches, refill
         self._out, self._lse = (out.shape, out.dtype), lse_shape
         self._return_lse = return_softmax_lse
 
-    def __call__(self, arrays: dict[str, Any], metadata: SchedulerMetadata) -> Any:
-        """Attend; the arrays are those of the caller, by the names of the arguments."""
+    def __call__(self, arrays: dict[str, Any], metadata: SchedulerMetadata | None) -> Any:
+        """Attend, on a new plan without one; the arrays are those of the caller, by the names of the arguments."""
         out, lse = arrays["out"], arrays["softmax_lse"]
         if out is None:
             arrays["out"] = out = empty(*self._out, arrays["q"])
         if lse is None and self._return_lse:
             arrays["softmax_lse"] = lse = empty(self._lse, np.float32, out)
-        arrays["plan"] = metadata.array
+        if metadata is not None:
+            arrays["plan"] = metadata.array
+        elif self._refill is not None:
+            self._refill(arrays, empty(self._refill.shape, np.int32, out))
         self._backend.repeat(self._launches, arrays)
         return (out, lse) if self._return_lse else out
 
@@ -444,10 +461,8 @@ def _new_seqlen(k: NativeArray | None, v: NativeArray | None, cu_seqlens_k_new: 
     return k.shape[1]
 
 
-def _planned(problem: Problem, metadata: Any, pack_gqa: bool | None) -> Problem:
+def _planned(problem: Problem, metadata: SchedulerMetadata, pack_gqa: bool | None) -> Problem:
     """Return the plan's problem, which must be the call's but for what the call leaves to the plan."""
-    if not isinstance(metadata, SchedulerMetadata):
-        raise TypeError(f"scheduler_metadata must come from get_scheduler_metadata, got {type(metadata).__name__}")
     planned = metadata.problem
     if planned == problem and pack_gqa is None:
         return planned

@@ -2,7 +2,7 @@
 
 A model calls attention once per layer, with other arrays of the same shapes, and refills a plan once per step. A plan
 remembers such calls by their signatures: everything that decides about a call but the addresses (and, on a GPU, what
-the arrays hold).
+the arrays hold). Calls that plan for themselves are remembered here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from .arrays import is_device_type
 _MOST = 64  # calls that a plan remembers
 
 Calls = dict[Hashable, Any]
+
+unplanned: Calls = {}  # calls without a plan
 
 
 def find(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -281,12 +280,10 @@ def get_scheduler_metadata(
             max_seqlen_k_new, causal, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin, split_size,
             kv_dtype,
         )  # fmt: skip
-        signature, call = repeat.find(out.calls, tuple(arrays.values()), options, window_size)
-        if call is not None:
-            backend, launches = call
+        signature, refill = repeat.find(out.calls, tuple(arrays.values()), options, window_size)
+        if refill is not None:
             out.max_seqlen_k = max_seqlen_k
-            arrays["plan"] = out.array
-            backend.repeat(launches, arrays)
+            refill(arrays, out.array)
             return out
 
     problem = make_problem(
@@ -315,7 +312,10 @@ def get_scheduler_metadata(
     lengths = make_lengths(problem, cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad)
     if signature is not None and any(getattr(lengths, name) is not array for name, array in arrays.items()):
         signature = None  # one had to be copied
-    return make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out, signature)
+    metadata, refill = make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out)
+    if refill is not None:
+        repeat.remember(metadata.calls, signature, refill)
+    return metadata
 
 
 def compile(scheduler_metadata: SchedulerMetadata) -> int:
@@ -352,8 +352,7 @@ def make_metadata(
     max_seqlen_k: int,
     pack_gqa: bool | None = None,
     out: SchedulerMetadata | None = None,
-    signature: Hashable | None = None,
-) -> SchedulerMetadata:
+) -> tuple[SchedulerMetadata, Refill | None]:
     """Plan ``problem`` for ``lengths`` on the backend that they belong to; the arguments are checked.
 
     Args:
@@ -362,7 +361,9 @@ def make_metadata(
         max_seqlen_k: Upper bound of the key lengths.
         pack_gqa: As given.
         out: A plan to refill.
-        signature: Under what ``out`` remembers the call, or None; see ``repeat.py``.
+
+    Returns:
+        The plan, and on a GPU what fills a plan of this problem again.
 
     Raises:
         TypeError: If ``out`` is not a plan.
@@ -388,9 +389,27 @@ def make_metadata(
         _check_out(out, problem, device, pack_gqa, is_on_device(lengths.cache_seqlens))
         out.max_seqlen_k = max_seqlen_k
     launches = backend.plan(problem, tiles, num_blocks, lengths, out.array)
-    if launches is not None:
-        repeat.remember(out.calls, signature, (backend, launches))
-    return out
+    return out, None if launches is None else Refill(backend, launches, out.array.shape)
+
+
+@dataclass(frozen=True)
+class Refill:
+    """Fills plans of one problem, whose arguments have been checked.
+
+    Attributes:
+        backend: The backend that does it.
+        launches: What the backend launches.
+        shape: (words,) of a plan's array.
+    """
+
+    backend: Any
+    launches: Any
+    shape: tuple[int, ...]
+
+    def __call__(self, arrays: dict[str, Any], array: NativeArray) -> None:
+        """Fill ``array``; ``arrays`` holds the lengths by the names of the arguments, and then the plan, too."""
+        arrays["plan"] = array
+        self.backend.repeat(self.launches, arrays)
 
 
 def make_lengths(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import attention, scheduling
+from cuflash import attention, repeat, scheduling
 from cuflash.backends import sim
 from cuflash.bench.standin import DeviceArray, Machine, gpu
 from cuflash.device import Device
@@ -155,6 +156,43 @@ def test_a_repeated_call_does_what_a_first_one_does(
     assert machine.launched == (["append", "decode"] if "k" in kind(1) else ["decode"]) * 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repeated_call_without_a_plan_plans_again(
+    kind: Any, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = []
+    for seed in (1, 2):
+        arguments = on_device(kind(seed))
+        expected.append(call(arguments, plan(arguments)))
+    call(on_device(kind(3)), None)
+    machine.launched.clear()
+    forbid_checks(monkeypatch)
+    for seed in (1, 2):  # on a plan of their own lengths: the same bits
+        for found, wanted in zip(call(on_device(kind(seed)), None), expected[seed - 1], strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert machine.launched == (["plan", "append", "decode"] if "k" in kind(1) else ["plan", "decode"]) * 2
+
+
+def test_a_repeated_call_without_a_plan_keeps_no_array(machine: SimulatedGpu) -> None:
+    arguments = on_device(with_everything_else(1))
+    arrays = [x for x in arguments.values() if isinstance(x, DeviceArray)]
+    references = [sys.getrefcount(array) for array in arrays]
+    call(arguments, None)
+    assert repeat.unplanned
+    assert references == [sys.getrefcount(array) for array in arrays]
+
+
+def test_a_call_without_a_plan_on_another_gpu_is_prepared_anew(
+    machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = on_device(paged(1))
+    call(arguments, None)
+    arguments["q"].data.device_id = 1
+    forbid_checks(monkeypatch)
+    with pytest.raises(AssertionError, match="checked again"):
+        call(arguments, None)
+
+
 def test_a_repeated_call_writes_to_the_arrays_it_is_given(machine: SimulatedGpu) -> None:
     arguments = on_device(with_everything_else(1))
     metadata = plan(arguments)
@@ -231,9 +269,25 @@ def test_what_a_first_call_refuses_a_later_one_refuses_alike(wrong: str, machine
     assert str(later.value) == str(first.value)
 
 
-def test_a_cache_between_16_byte_boundaries_is_refused_also_later(machine: SimulatedGpu) -> None:
+@pytest.mark.parametrize("wrong", WRONG)
+def test_without_a_plan_a_later_call_does_what_a_first_one_does(wrong: str, machine: SimulatedGpu) -> None:
+    def outcome() -> Any:
+        try:
+            return [array.tobytes() for array in call(arguments | WRONG[wrong], None)]
+        except (TypeError, ValueError, NotImplementedError) as error:
+            return type(error), str(error)
+
+    arguments = on_device(paged(1)) | {"window_size": (-1, -1)}
+    first = outcome()
+    repeat.unplanned.clear()
+    call(arguments, None)
+    assert outcome() == first
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_cache_between_16_byte_boundaries_is_refused_also_later(is_planned: bool, machine: SimulatedGpu) -> None:
     arguments = on_device(paged(1))
-    metadata = plan(arguments)
+    metadata = plan(arguments) if is_planned else None
     call(arguments, metadata)
     cache = arguments["k_cache"].host
     shifted = np.empty(cache.size + 8, np.float32)
@@ -298,6 +352,13 @@ def test_a_plan_remembers_a_bounded_number_of_calls(machine: SimulatedGpu) -> No
     for i in range(70):
         call(arguments, metadata, softmax_scale=0.1 + 0.001 * i)
     assert 0 < len(metadata.calls) <= 64
+
+
+def test_few_calls_without_a_plan_are_remembered(machine: SimulatedGpu) -> None:
+    arguments = on_device(paged(1))
+    for i in range(70):
+        call(arguments, None, softmax_scale=0.1 + 0.001 * i)
+    assert 0 < len(repeat.unplanned) <= 64
 
 
 def test_a_plan_that_remembers_calls_can_be_copied(machine: SimulatedGpu) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays, backends, kernels
+from .. import repeat as repeated
 from ..device import Device
 
 
@@ -125,14 +126,20 @@ def gpu(device: Device, machine: kernels.Machine) -> Iterator[SimpleNamespace]:
         launches(machine, arrays)
 
     backend = SimpleNamespace(USES_PLAN=True, device=lambda array: device, plan=plan, attend=attend, repeat=repeat)
-    cupy, select = sys.modules.get("cupy"), backends.select
+    cupy, select, unplanned = sys.modules.get("cupy"), backends.select, dict(repeated.unplanned)
+    repeated.unplanned.clear()
+    runtime = SimpleNamespace(getDevice=lambda: 0)
     arrays._importers[DeviceArray] = arrays._import_itself
-    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty)  # type: ignore[assignment]
+    sys.modules["cupy"] = SimpleNamespace(  # type: ignore[assignment]
+        ndarray=DeviceArray, empty=empty, cuda=SimpleNamespace(runtime=runtime)
+    )
     backends.select = lambda array: backend  # type: ignore[assignment, return-value]
     try:
         yield backend
     finally:
         backends.select = select
+        repeated.unplanned.clear()
+        repeated.unplanned.update(unplanned)
         del arrays._importers[DeviceArray]
         if cupy is None:
             del sys.modules["cupy"]
