@@ -173,7 +173,7 @@ class Inputs:
         return table
 
     def contiguous(self, i: int) -> tuple[Any, Any, Any]:
-        """Return copy i as q, k and v (batch, length, heads, headdim); all sequences have the same length."""
+        """Return copy i as q, k and v (batch, longest, heads, headdim)."""
         copy = self.copies[i]
         if self.shape.page_size is None:
             return copy["q"], copy["k_cache"], copy["v_cache"]
@@ -183,10 +183,10 @@ class Inputs:
         return self._contiguous[i]
 
     def _gathered(self, cache: Any, table: Any) -> Any:
-        """Return the pages of equally long sequences one after another."""
+        """Return the pages of all sequences one after another; what lies behind a length is of no meaning."""
         rows = cache.view(np.uint16)[table]  # (batch, pages, page_size, heads, headdim)
         batch, pages, page_size, *rest = rows.shape
-        return rows.reshape(batch, pages * page_size, *rest)[:, : int(self.shape.lengths[0])].view(_BFLOAT16)
+        return rows.reshape(batch, pages * page_size, *rest)[:, : int(self.shape.lengths.max())].view(_BFLOAT16)
 
     def plan(self, copy: int = 0, out: SchedulerMetadata | None = None) -> SchedulerMetadata:
         """Plan the step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -116,14 +117,20 @@ def flashinfer(inputs: Inputs) -> Peer:
 
 
 def flash_attention_3(inputs: Inputs) -> Peer:
-    """FlashAttention-3 with its metadata given."""
-    library, torch = importlib.import_module("flash_attn_interface"), _torch()
-    shape = inputs.shape
+    """FlashAttention-3 with its metadata given; the wheel ``fa3-fwd`` has no paged caches and gets contiguous ones."""
+    is_paged = importlib.util.find_spec("flash_attn_interface") is not None
+    library = importlib.import_module("flash_attn_interface" if is_paged else "fa3_fwd_interface")
+    torch, shape = _torch(), inputs.shape
     names = ("q", "k_cache", "v_cache", "cache_seqlens", "page_table")
     copies = [{name: _tensor(torch, c[name]) for name in names if name in c} for c in inputs.copies]
+    if not is_paged:
+        for i, copy in enumerate(copies):
+            copy.update(zip(names, (_tensor(torch, x) for x in inputs.contiguous(i)), strict=False))
+            copy.pop("page_table", None)
     metadata = library.get_scheduler_metadata(
         len(shape.lengths), 1, int(shape.lengths.max()), shape.heads_q, shape.heads_kv, shape.headdim,
-        copies[0]["cache_seqlens"], qkv_dtype=torch.bfloat16, page_size=shape.page_size, causal=True,
+        copies[0]["cache_seqlens"], qkv_dtype=torch.bfloat16,
+        page_size=shape.page_size if is_paged else None, causal=True,
     )  # fmt: skip
 
     def call(i: int) -> Any:

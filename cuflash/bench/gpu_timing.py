@@ -92,7 +92,7 @@ class CupyGraph:
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         import cupy
 
-        self._count = len(calls)
+        self._calls = calls  # a graph holds addresses alone: what lies there must stay
         self._cupy = cupy
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # What the calls allocate while they are captured belongs to the graph: to a pool that nobody else uses.
@@ -120,14 +120,14 @@ class CupyGraph:
         self._graph.launch(self._stream)
         end.record(self._stream)
         end.synchronize()
-        return 1e3 * float(self._cupy.cuda.get_elapsed_time(begin, end)) / self._count
+        return 1e3 * float(self._cupy.cuda.get_elapsed_time(begin, end)) / len(self._calls)
 
 
 class TorchGraph:
     """Calls of torch's, captured once."""
 
     def __init__(self, torch: Any, calls: Sequence[Callable[[], Any]]) -> None:
-        self._torch, self._count = torch, len(calls)
+        self._torch, self._calls = torch, calls  # a graph holds addresses alone: what lies there must stay
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             for call in calls[:2]:
@@ -146,7 +146,7 @@ class TorchGraph:
         self._graph.replay()
         end.record()
         end.synchronize()
-        return 1e3 * float(begin.elapsed_time(end)) / self._count
+        return 1e3 * float(begin.elapsed_time(end)) / len(self._calls)
 
 
 class JaxProgram:
