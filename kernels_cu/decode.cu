@@ -23,9 +23,10 @@ using Math = MmaMath<Element>;
 using Math = FmaMath;
 #endif
 
+constexpr int kChunks = kKeyBytes / 16;  // pieces of 16 bytes of a query in shared memory
+
 // Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
-    constexpr int kChunks = kKeyBytes / 16;
     const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
@@ -43,8 +44,8 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
 // Turns the signs of the queries that this thread has copied; for a negative softmax_scale.
 __device__ __forceinline__ void flip_queries(u32 flip, unsigned char* query) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kKeyBytes / 16; i += kThreads) {
-        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(i / (kKeyBytes / 16), i % (kKeyBytes / 16)));
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(i / kChunks, i % kChunks));
         elements.x ^= flip, elements.y ^= flip, elements.z ^= flip, elements.w ^= flip;
     }
 }
@@ -169,7 +170,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
                     loader.load_values(to + kSlotBytes);
                     to += 2 * kSlotBytes;
                 }
-                cp_async_wait<kStages - 1>();
+                cp_async_wait<kStages + 1>();  // all but the groups of this loop
             } else {
                 cp_async_wait<0>();
             }

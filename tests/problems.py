@@ -70,7 +70,8 @@ class Case:
         rotary: None, "interleaved" or "half".
         rotary_dim: Rotated elements; 0 for all.
         rotary_seqlens: Whether positions differ from the lengths.
-        plan: "none", "given", "stale" (made for other lengths) or "reused" (used by two calls).
+        plan: "none", "given", "stale" (made for other lengths), "long" (made for 1000 keys each) or "reused" (used by
+            two calls).
         num_splits: As in the call.
         split_size: As in the call.
         poison: Whether unseen slots hold NaN and Inf.
@@ -243,6 +244,8 @@ def make_plan(case: Case, inputs: dict[str, Any], backend: Backend) -> cuflash.S
     if case.plan == "stale":
         # 61 is prime: as good as random, and some sequences grow while others shrink.
         seqlens = (inputs.get("cache_leftpad", 0) + (7 + 61 * np.arange(len(seqlens))) % 190).astype(np.int32)
+    if case.plan == "long":
+        seqlens = np.full(len(seqlens), 1000, np.int32)
     lengths = {
         name: backend.to_native(inputs[name])
         for name in ("cu_seqlens_q", "cu_seqlens_k_new", "cache_leftpad")

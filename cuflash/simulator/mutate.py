@@ -36,6 +36,7 @@ import numpy as np
 
 from .decoder import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
 from .launch import Kernel, Launch, mutated, record, watch_kernels
+from .ptx import Loc
 
 __all__ = ["Equivalent", "Mutant", "Report", "mutants", "survey"]
 
@@ -68,6 +69,7 @@ class Mutant:
         kind: such as "drop a barrier".
         file: source file.
         line: source line.
+        inlined_at: file and line of the call, in a function that was inlined.
         instruction: the PTX instruction before the change.
         before: the four PTX instructions ahead of it.
         operands: the PTX instructions that write the registers it reads, wherever they are.
@@ -83,6 +85,7 @@ class Mutant:
     kind: str
     file: str
     line: int
+    inlined_at: tuple[str, int]
     instruction: str
     before: tuple[str, ...]
     operands: tuple[str, ...]
@@ -184,6 +187,10 @@ class _Flow:
         return bool(written) and self._read.isdisjoint(written)
 
 
+def _place(program: Program, loc: Loc | None) -> tuple[str, int]:
+    return (PurePosixPath(program.files.get(loc.file, "?")).name, loc.line) if loc else ("?", 0)
+
+
 def mutants(kernel: Kernel) -> list[Mutant]:
     """All mutants of a kernel, in the order of its instructions; none of those whose results are never read."""
     program = kernel.program
@@ -200,8 +207,7 @@ def mutants(kernel: Kernel) -> list[Mutant]:
             continue
         loc = program.locs[pc]
         for kind, patch in _changes(program, pc, numbers, offsets):
-            file = PurePosixPath(program.files.get(loc.file, "?")).name if loc else "?"
-            line = loc.line if loc else 0
+            file, line = _place(program, loc)
             out.append(
                 Mutant(
                     program.name,
@@ -210,6 +216,7 @@ def mutants(kernel: Kernel) -> list[Mutant]:
                     kind,
                     file,
                     line,
+                    _place(program, loc.inlined_at if loc else None),
                     program.texts[pc],
                     tuple(program.texts[max(pc - 4, 0) : pc]),
                     flow.operands(pc),
@@ -231,6 +238,7 @@ class Equivalent:
         reason: why.
         file: regular expression of the name of the source file.
         source: regular expression, searched for in the source line.
+        call: regular expression, searched for in the source line of the call, in a function that was inlined.
         kind: regular expression of the kind of change, the whole of it.
         instruction: regular expression, searched for in the PTX instruction.
         context: regular expression, searched for in the instruction and the four ahead of it, a line each.
@@ -243,6 +251,7 @@ class Equivalent:
     reason: str
     file: str = ".*"
     source: str = ""
+    call: str = ""
     kind: str = ".*"
     instruction: str = ""
     context: str = ""
@@ -251,8 +260,8 @@ class Equivalent:
     unreached: bool = False
     variants: Callable[[Mutant], bool] = lambda mutant: True
 
-    def matches(self, mutant: Mutant, line: str, unreached: bool) -> bool:
-        """Whether a mutant of this source line is one of the class."""
+    def matches(self, mutant: Mutant, line_of: Callable[[str, int], str], unreached: bool) -> bool:
+        """Whether a mutant is one of the class; `line_of` is the text of a line of a source file."""
         return (
             unreached >= self.unreached
             and self.variants(mutant)
@@ -260,7 +269,8 @@ class Equivalent:
             and re.fullmatch(self.kernel, mutant.kernel) is not None
             and re.search(self.context, "\n".join((*mutant.before, mutant.instruction))) is not None
             and re.search(self.operands, "\n".join(mutant.operands)) is not None
-            and re.search(self.source, line) is not None
+            and re.search(self.source, line_of(mutant.file, mutant.line)) is not None
+            and re.search(self.call, line_of(*mutant.inlined_at)) is not None
             and re.fullmatch(self.kind, mutant.kind) is not None
             and re.search(self.instruction, mutant.instruction) is not None
         )
@@ -465,8 +475,8 @@ def survey(
             results = map(_work, range(len(everyone)))
         for index, killed in results:
             mutant = everyone[index]
-            line, unreached = lines(mutant.file, mutant.line), (mutant.key, mutant.pc) in report.unreached
-            reason = next((e.reason for e in equivalent if e.matches(mutant, line, unreached)), None)
+            unreached = (mutant.key, mutant.pc) in report.unreached
+            reason = next((e.reason for e in equivalent if e.matches(mutant, lines, unreached)), None)
             if killed is not None:
                 report.killed.append((mutant, problems[killed[0]][0], killed[1]))
                 if reason is not None:

@@ -84,7 +84,6 @@ struct ShareWalker {
         s.ends = part_end == kItemEnd;
         s.keys.begin = max(s.visible.begin, key);
         s.keys.end = min(s.visible.end, part_end);
-        s.split = 0;
         s.last = true;
         if constexpr (kHasSplitSize) {
             s.split = clamped_split(p, s.keys.begin);

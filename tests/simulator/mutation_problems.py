@@ -133,13 +133,13 @@ EQUIVALENT = (
         file=r"(segment|softmax|combine)\.cuh|decode\.cu",
         source=r"query_of\(p, (s|segment)\.first_row \+|packed = s\.first_row \+ row",
         kind="add -> sub",
-        instruction=r", %r\d+$",
+        operands=r"(^|\n)(shl\.b32 .*, 3|ld\.shared\.(v\d\.)?u32 .*)$",
         variants=_has_8_rows,
     ),
     Equivalent(
         "a second pass over the queries, which a block with more threads than chunks does not make",
         file=r"decode\.cu",
-        source=r"i \+= kThreads|Swizzle<kKeyBytes>",
+        source=r"i \+= kThreads|Swizzle<kKeyBytes>::offset\(row",
         kind="add -> sub|lt -> le",
         instruction=r"add\.s32 %r\d+, %r\d+, (128|256)$|setp\.lt\.s32 %p\d+, %r\d+, -(64|192)$",
         variants=_has_8_rows,
@@ -152,13 +152,35 @@ EQUIVALENT = (
         kernel="decode",
     ),
     Equivalent(
-        "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from it, nor from "
-        "rows behind it",
-        file=r"(segment|schedule)\.cuh",
-        source=r"divided\(row, |if \(s\.valid_rows > 0\)|mask\.right >= 0",
-        kind="add -> sub|lt -> le",
-        instruction=r"add\.s32 .*, -2$|setp\.lt\.s32 .*, 0$",
+        "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from it",
+        file="schedule.cuh",
+        source=r"mask\.right >= 0|return seqlen_k - hidden",
+        call=r"end = last_visible\(",
+        kind="lt -> le|sub -> add",
         variants=_has_8_rows,
+    ),
+    Equivalent(
+        "likewise, where the compiler asks for the window's right side first",
+        file="segment.cuh",
+        source=r"if \(s\.valid_rows > 0\)",
+        kind="lt -> le",
+        instruction=", 0$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from rows behind it",
+        file="segment.cuh",
+        source=r"__umulhi\(number << 1",
+        kind="add -> sub",
+        context=r"shr\.u32 .*\nadd\.s32 .*\nshl\.b32 (%r\d+), %r\d+, 1\nadd\.s32 %r\d+, \1, -2$",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
+        "of the number of rows a loader uses the last one alone: in a variant of 8 rows, nothing is hidden behind it",
+        file="segment.cuh",
+        source=r"s\.valid_rows = max\(0",
+        kind="min -> max",
+        variants=lambda mutant: _has_8_rows(mutant) and mutant.copy > 0,
     ),
     Equivalent(
         "a variant of 8 rows has one row group, whose first row is 0",
@@ -200,17 +222,52 @@ EQUIVALENT = (
     Equivalent(
         "zero_of_each_lane() is 0",
         file=r"decode\.cu",
-        source=r"zero_of_each_lane\(\)",
+        source=r"zero_of_each_lane\(\)|int h = -2|to = ring",
         kind="add -> sub",
-        context=r"and\.b32 (%r\d+), .*\nadd\.s32 %r\d+, %r\d+, \1$",
+        operands=r"(^|\n)and\.b32 %r\d+, %r\d+, %r\d+$",
     ),
     Equivalent(
-        "shared memory begins at address 0",
-        file="types.cuh",
-        source=r"return row \* kRowBytes",
+        "all lanes that hold a piece of a row hold its state: which of them stores it is the same",
+        file="cluster.cuh",
+        source=r"if \(vector == 0\)",
+        kind="ne -> eq|invert a branch",
+    ),
+    Equivalent(
+        "h is even",
+        file="loader.cuh",
+        source=r"exists = is_tile &&",
+        kind="gt -> ge",
+        instruction=", -1$",
+    ),
+    Equivalent(
+        "a flip by 0 changes nothing, and 32 rows have a piece for every thread",
+        file=r"decode\.cu",
+        source=r"if \(p\.query_flip\)",
+        kind="or -> and",
+        variants=lambda mutant: not _has_8_rows(mutant),
+    ),
+    Equivalent(
+        "an item that is cut has two parts or more",
+        file="combine.cuh",
+        source=r"lse = s\.sequence \*",
+        kind="lt -> le",
+        instruction=", 0$",
+    ),
+    Equivalent(
+        "a part that begins at the item's end is empty: it ends there, or where it begins",
+        file="schedule.cuh",
+        source=r"key >= \(unsigned\)keys\.end",
+        kind="lt -> le|and -> or",
+        kernel="decode",
+    ),
+    Equivalent(
+        "with tiles of 16 keys, lanes 16 to 31 repeat what lanes 0 to 15 look up: a shuffle from 8 lanes back is one "
+        "from 8 lanes on",
+        file=r"decode\.cu",
+        source=r"int h = -2|to = ring",
         kind="add -> sub",
-        context=r"(shl\.b32 (%r\d+), %r\d+, 7\nand.*\nxor.*\nshl.*\nadd\.s32 %r\d+, \2, %r\d+"
-        r"|and\.b32 (%r\d+), %r\d+, 896\nadd\.s32 %r\d+, \3, %r\d+)$",
+        instruction=", 8$",
+        variants=_has_cluster,
     ),
     Equivalent(
         "a part of a cluster is no negative number of keys: the term that rounds the quotient towards zero is 0",
@@ -241,12 +298,6 @@ EQUIVALENT = (
         kind="sub -> add",
         context=r"and\.b32 (%r\d+), %r\d+, -16\nsub\.s32 %r\d+, %r\d+, \1$",
         variants=_has_cluster,
-    ),
-    Equivalent(
-        "behind the queries lie two groups without copies, one of which need not be waited for",
-        file="ptx.cuh",
-        kind="wait for one group less",
-        instruction=r"cp\.async\.wait_group (4|6)$",
     ),
     Equivalent(
         "32 rows have more chunks than the block has threads",
@@ -283,7 +334,7 @@ EQUIVALENT = (
         file="softmax.cuh",
         source=r"key < begin \|\|",
         kind="lt -> le",
-        context=r"add\.s32 (%r\d+), %r\d+, (8|16|24)\nsetp\.lt\.s32 %p\d+, \1, %r\d+$",
+        operands=r"^add\.s32 %r\d+, %r\d+, (8|16|24)\n",
         variants=_has_8_rows,
     ),
     Equivalent(
@@ -555,6 +606,26 @@ def _cases() -> Iterator[tuple[Case, int]]:
     # Cuts at the beginning of the last split.
     for k, seqlens in enumerate(((1920,), (1920, 1920), (1900, 970, 960))):
         yield _case({"split_size": 64, "plan": "given"}, 32, seqlens, 3), k + 1
+    # A block goes on behind a long item: its loader enters the next ones from the main loop.
+    options = {"queries": 2, "ragged": True, "causal": True, "leftpad": True, "batch_idx": True}
+    for first in (4128, 4144):
+        yield _case({**options, "new": (16, 5, 70, 0, 9, 4)}, 8, (first, 3, 1, 3000, 7, 2000), 2), 6
+    for k, options in enumerate(({"leftpad": True, "page_size": 16}, {"batch_idx": True})):
+        seqlens = ((2500, 2700, 1900, 2300, 20), (1600, 2000, 2100, 1700, 300))[k]
+        yield _case({**options, "queries": 5, "window": (1500, (3, 1)[k])}, 8, seqlens, k), 5 * (1 + k)
+    yield _case({"queries": 5, "ragged": True, "window": (6000, 2)}, 8, (5000, 40, 9000, 9000, 40, 300), 0), 6
+    # Row blocks of one row behind short ones.
+    yield _case({}, 32, (40, 30, 50, 20), 2), 1
+    # Keys behind the row itself, of which the first row of a block sees less; one of three runs in fixed order.
+    for k in range(3):
+        yield _case({"queries": 8, "window": (200, 6)}, 8, (640, 300, 41, 77 + k, 95), k), 40
+        yield _case({"queries": 8, "window": (200, 6)}, 8, (1640, 300, 41, 77 + k, 995), k), 5
+        yield _case({"queries": 32, "window": (90, 30), "split_size": 64}, 32, (300, 500, 40 + k), k), 1 + k
+        yield _case({"queries": 32, "window": (90, 30)}, 32, (300, 500, 40 + k), k), 1 + k
+    # Plans with cuts in items that are now empty, or that now begin at the last split.
+    yield _case({"split_size": 64, "plan": "long"}, 32, (0, 1461, 0, 700, 0), 3), 1
+    for seqlens in ((1461,) * 7, (1461,) * 15, (30, 1461) * 7 + (30,)):
+        yield _case({"split_size": 64, "plan": "long", "window": (500, 0)}, 32, seqlens, 3), 4
     for k, options in enumerate(SPLITS):
         for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
             yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]

@@ -15,24 +15,30 @@ AT_LEAST = 0.95
 
 def test_a_class_of_equivalent_mutants() -> None:
     texts = ("mov.u32 %r1, 0", "ld.global.u32 %r1, [%rd1]")  # the instruction before it, what it reads
-    mutant = Mutant("kernel", "key", 7, "lt -> le", "a.cu", 3, "setp.lt.s32 %p1, %r1, 1", texts[:1], texts[1:], ())
-    line = "if (n > 0) return;"
-    assert Equivalent("why").matches(mutant, line, False)
+    mutant = Mutant(
+        "kernel", "key", 7, "lt -> le", "a.cu", 3, ("b.cu", 9), "setp.lt.s32 %p1, %r1, 1", texts[:1], texts[1:], ()
+    )
+
+    def line_of(file: str, line: int) -> str:
+        return {("a.cu", 3): "if (n > 0) return;", ("b.cu", 9): "leave(m);"}[file, line]
+
+    assert Equivalent("why").matches(mutant, line_of, False)
     same = {
         "file": r"a\.cu",
         "source": "n > 0",
+        "call": "leave",
         "kind": "lt -> le",
         "instruction": ", 1$",
         "context": r"mov.*\nsetp",
         "operands": r"ld.* \[%rd1\]",
         "kernel": "k.*",
     }
-    assert Equivalent("why", **same).matches(mutant, line, False)
+    assert Equivalent("why", **same).matches(mutant, line_of, False)
     for name in same:
-        assert not Equivalent("why", **{**same, name: "other"}).matches(mutant, line, False), name
-    assert Equivalent("why", unreached=True).matches(mutant, line, True)
-    assert not Equivalent("why", unreached=True).matches(mutant, line, False)
-    assert not Equivalent("why", variants=lambda m: m.cluster > 1).matches(mutant, line, False)
+        assert not Equivalent("why", **{**same, name: "other"}).matches(mutant, line_of, False), name
+    assert Equivalent("why", unreached=True).matches(mutant, line_of, True)
+    assert not Equivalent("why", unreached=True).matches(mutant, line_of, False)
+    assert not Equivalent("why", variants=lambda m: m.cluster > 1).matches(mutant, line_of, False)
 
 
 @pytest.mark.slow
@@ -51,3 +57,4 @@ def test_at_least_95_percent_are_killed(kernel: str, only: str, monkeypatch: pyt
         sources=mutation_problems.SOURCES,
     )
     assert report.share >= AT_LEAST, str(report)
+    assert not report.contradictions, str(report)
