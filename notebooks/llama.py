@@ -222,11 +222,26 @@ class Llama:
         Returns:
             Logits after the last new token of each sequence, float32, (sequences, vocabulary).
         """
-        xp, config = self.xp, self.config
         lengths = [len(new) for new in tokens]
         cache.plan(range(len(tokens)) if rows is None else rows, lengths)
+        last = self.xp.asarray(np.cumsum(lengths) - 1)
+        logits = self.forward(self.xp.asarray(np.concatenate(tokens)), last, cache)
+        cache.advance()
+        return logits
 
-        x = self.embedding[xp.asarray(np.concatenate(tokens))]  # (total, hidden)
+    def forward(self, tokens: Array, last: Array, cache: Cache) -> Array:
+        """Runs a step that the cache has planned; nothing in it waits for the GPU, so that it can become a CUDA graph.
+
+        Args:
+            tokens: New tokens of all sequences, one sequence behind the other.
+            last: Where in `tokens` the last token of each sequence stands.
+            cache: Where the sequences live.
+
+        Returns:
+            Logits after the last new token of each sequence, float32, (sequences, vocabulary).
+        """
+        xp, config = self.xp, self.config
+        x = self.embedding[tokens]  # (total, hidden)
         total = len(x)
         cuts = np.cumsum([config.num_heads_q, config.num_heads_kv]).tolist()
         for i, layer in enumerate(self.layers):
@@ -235,10 +250,7 @@ class Llama:
             x = x + cache.attend(i, q, k, v).reshape(total, -1) @ layer.attention_out
             gate, up = xp.split(self._normalise(x, layer.mlp_norm) @ layer.gate_up, 2, axis=1)
             x = x + (gate * sigmoid(gate, xp) * up) @ layer.down
-        cache.advance()
-
-        last = x[xp.asarray(np.cumsum(lengths) - 1)]
-        return (self._normalise(last, self.norm) @ self.embedding.T).astype(np.float32)
+        return (self._normalise(x[last], self.norm) @ self.embedding.T).astype(np.float32)
 
     def _normalise(self, x: Array, weight: Array) -> Array:
         """RMSNorm over the last axis, in float32 whatever the dtype."""
@@ -295,7 +307,7 @@ class PagedCache:
 
     def plan(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Gives every sequence the pages that it needs, and plans the attention of all layers."""
-        xp, config = self._model.xp, self._model.config
+        xp = self._model.xp
         rows = list(rows)
         for row, end in zip(rows, self.seqlens[rows] + lengths):
             missing = np.flatnonzero(self.page_table[row, : -(-end // self.page_size)] < 0)
@@ -309,25 +321,38 @@ class PagedCache:
             "cu_seqlens_q": cu_seqlens,
             "cu_seqlens_k_new": cu_seqlens,
         }
-        self.meta = self._cuflash.get_scheduler_metadata(
-            batch_size=len(rows),
-            max_seqlen_q=max(lengths),
-            max_seqlen_k=self.page_table.shape[1] * self.page_size,
-            num_heads_q=config.num_heads_q,
-            num_heads_kv=config.num_heads_kv,
-            headdim=config.headdim,
-            qkv_dtype=self._model.dtype,
-            page_size=self.page_size,
-            max_seqlen_k_new=max(lengths),
-            causal=True,
-            out=self._plans.get(len(rows)) if decode else None,
-            **self._step,
-        )
+        self.meta = self._plans.get(len(rows)) if decode else None
+        self.schedule()
         if decode:
             self._plans[len(rows)] = self.meta
         else:
             self._step["max_seqlen_q"] = max(lengths)
         self._step["page_table"] = xp.asarray(self.page_table[rows])
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens in the cache, for each sequence of the step, as the kernels read them."""
+        return self._step["cache_seqlens"]
+
+    def schedule(self) -> None:
+        """Plans the attention of all layers for `lengths`; a plan that is there is filled anew, without a sync."""
+        config = self._model.config
+        self.meta = self._cuflash.get_scheduler_metadata(
+            batch_size=len(self._rows),
+            max_seqlen_q=max(self._lengths),
+            max_seqlen_k=self.page_table.shape[1] * self.page_size,
+            num_heads_q=config.num_heads_q,
+            num_heads_kv=config.num_heads_kv,
+            headdim=config.headdim,
+            cache_seqlens=self.lengths,
+            qkv_dtype=self._model.dtype,
+            cu_seqlens_q=self._step["cu_seqlens_q"],
+            cu_seqlens_k_new=self._step["cu_seqlens_k_new"],
+            page_size=self.page_size,
+            max_seqlen_k_new=max(self._lengths),
+            causal=True,
+            out=self.meta,
+        )
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """One call: rotates q and k, writes k and v into their pages, attends on the plan of the step."""
