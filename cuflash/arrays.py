@@ -128,9 +128,9 @@ def is_device_type(kind: type) -> bool:
     return _importers.get(kind) is _import_itself
 
 
-def device_number(x: Any) -> int | None:
-    """Return the number of the GPU on which an array of CuPy's lives, None for anything else."""
-    return int(x.data.device_id) if is_device_type(type(x)) else None
+def memory_of(native: NativeArray) -> str:
+    """Name the memory in which a native array lives."""
+    return f"the memory of GPU {native.data.device_id}" if is_on_device(native) else "host memory"
 
 
 def to_host(native: NativeArray) -> np.ndarray:

@@ -11,13 +11,13 @@ from . import backends, repeat
 from .arrays import (
     NativeArray,
     checks_values,
-    device_number,
     empty,
     export_array,
     import_array,
     import_index,
     is_on_device,
     is_writeable,
+    memory_of,
     to_host,
 )
 from .dtypes import dtype_name, numpy_dtype
@@ -187,10 +187,9 @@ def flash_attn_with_kvcache(
         (2, 1, 8, 64)
     """
     if scheduler_metadata is None:
-        # All else that a plan depends on is in the signature: the bound of the lengths is the capacity.
-        calls, planned_for = repeat.unplanned, device_number(q)
+        calls, max_seqlen_k = repeat.unplanned, None  # the capacity, which the shapes say
     elif isinstance(scheduler_metadata, SchedulerMetadata):
-        calls, planned_for = scheduler_metadata.calls, scheduler_metadata.max_seqlen_k
+        calls, max_seqlen_k = scheduler_metadata.calls, scheduler_metadata.max_seqlen_k
     else:
         raise TypeError(
             f"scheduler_metadata must come from get_scheduler_metadata, got {type(scheduler_metadata).__name__}"
@@ -205,7 +204,7 @@ def flash_attn_with_kvcache(
     options = (
         qv, q_descale, k_descale, v_descale, max_seqlen_q, softmax_scale, causal, attention_chunk, softcap,
         rotary_interleaved, num_splits, pack_gqa, sm_margin, return_softmax_lse, split_size, kv_dtype, layout,
-        planned_for,
+        max_seqlen_k,
     )  # fmt: skip
     signature, call = repeat.find(calls, tuple(given.values()), options, window_size)
     if call is not None and _are_aligned(given):
@@ -309,7 +308,7 @@ def flash_attn_with_kvcache(
         page_table=table,
         sinks=sink_logits,
     )
-    _check_one_memory(operands, scheduler_metadata, on_device)
+    _check_one_memory(operands, scheduler_metadata)
     if checks_values(on_device):
         _check_values(problem, operands, capacity)
 
@@ -578,14 +577,14 @@ def _check_rotary(
             raise ValueError(f"{name} must be contiguous, got strides {array.strides}")
 
 
-def _check_one_memory(operands: Operands, metadata: SchedulerMetadata | None, on_device: bool) -> None:
+def _check_one_memory(operands: Operands, metadata: SchedulerMetadata | None) -> None:
     arrays = {**operands.__dict__, **operands.lengths.__dict__}
     if metadata is not None:
         arrays["scheduler_metadata"] = metadata.array
+    memory = memory_of(operands.q)
     for name, array in arrays.items():
-        if hasattr(array, "dtype") and is_on_device(array) != on_device:
-            places = ("in host memory", "on a GPU")
-            raise ValueError(f"{name} must be {places[on_device]} like q, got one {places[not on_device]}")
+        if hasattr(array, "dtype") and memory_of(array) != memory:
+            raise ValueError(f"{name} must be in {memory} like q, got one in {memory_of(array)}")
 
 
 def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:

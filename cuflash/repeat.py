@@ -42,7 +42,7 @@ def find(
         return None, None
     if not is_device_type(kinds.pop()) or "CUFLASH_VALIDATE" in os.environ:
         return None, None
-    layouts = tuple([None if array is None else (array.shape, array.strides, array.dtype) for array in arrays])
+    layouts = tuple([None if x is None else (x.shape, x.strides, x.dtype, x.data.device_id) for x in arrays])
     options += window_size
     # Types too: True == 1, but not every argument that takes the one takes the other.
     signature = layouts, options, tuple(map(type, options)), os.environ.get("CUFLASH_BACKEND")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, kernels, repeat
-from .arrays import checks_values, empty, import_index, is_on_device, to_host
+from .arrays import checks_values, empty, import_index, is_on_device, memory_of, to_host
 from .device import Device
 from .planner import plan_cuts, plan_sequences, plan_words, visible_keys
 from .problem import Problem, boolean, first_difference, integer, make_problem
@@ -386,7 +386,7 @@ def make_metadata(
         array = empty((plan_words(problem.batch_size, device),), np.int32, lengths.cache_seqlens)
         out = SchedulerMetadata(problem, device, tiles, num_blocks, max_seqlen_k, array, pack_gqa)
     else:
-        _check_out(out, problem, device, pack_gqa, is_on_device(lengths.cache_seqlens))
+        _check_out(out, problem, device, pack_gqa, memory_of(lengths.cache_seqlens))
         out.max_seqlen_k = max_seqlen_k
     launches = backend.plan(problem, tiles, num_blocks, lengths, out.array)
     return out, None if launches is None else Refill(backend, launches, out.array.shape)
@@ -444,10 +444,9 @@ def make_lengths(
     else:
         seqlens = _index("cache_seqlens", cache_seqlens, batch)
     lengths = Lengths(seqlens, q_starts, new_starts, leftpad)
-    on_device = is_on_device(seqlens)
-    if any(is_on_device(array) != on_device for array in others):
+    if any(memory_of(array) != memory_of(seqlens) for array in others):
         raise ValueError("cache_seqlens, cu_seqlens_q, cu_seqlens_k_new and cache_leftpad must be in one memory")
-    if checks_values(on_device):
+    if checks_values(is_on_device(seqlens)):
         _check_values(problem, lengths)
     return lengths
 
@@ -489,9 +488,7 @@ def _refuse(name: str, rule: str, values: NDArray[np.int32], wrong: NDArray[np.b
         raise ValueError(f"{name} must {rule}, got {values[index]}{step} at [{index}]")
 
 
-def _check_out(
-    out: SchedulerMetadata, problem: Problem, device: Device, pack_gqa: bool | None, on_device: bool
-) -> None:
+def _check_out(out: SchedulerMetadata, problem: Problem, device: Device, pack_gqa: bool | None, memory: str) -> None:
     if not isinstance(out, SchedulerMetadata):
         raise TypeError(f"out must be a SchedulerMetadata, got {type(out).__name__}")
     difference = first_difference(out.problem, problem)
@@ -499,9 +496,8 @@ def _check_out(
         difference = "pack_gqa", out.pack_gqa, pack_gqa
     if difference is None and out.device != device:
         difference = "device", out.device, device
-    if difference is None and is_on_device(out.array) != on_device:
-        places = ("the host", "a GPU")
-        difference = "the memory of cache_seqlens", places[not on_device], places[on_device]
+    if difference is None and memory_of(out.array) != memory:
+        difference = "where cache_seqlens lies", memory_of(out.array), memory
     if difference is not None:
         field, planned, asked = difference
         raise ValueError(f"out was made for another problem: {field} was {planned!r}, got {asked!r}")

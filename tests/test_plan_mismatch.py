@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import cuflash
+from cuflash.bench.standin import DeviceArray
 from cuflash.problem import Problem
 
 SEQLENS = np.array([40, 7, 80], np.int32)
@@ -114,11 +115,9 @@ def test_refilled_plan_of_another_device(monkeypatch):
 
 
 def test_plan_in_other_memory():
-    class OnGpu:
-        dtype = np.dtype(np.int32)
-
+    metadata = plan()
     with pytest.raises(ValueError, match="scheduler_metadata must be in host memory"):
-        attend(dataclasses.replace(plan(), array=OnGpu()))
+        attend(dataclasses.replace(metadata, array=DeviceArray(metadata.array)))
 
 
 @pytest.mark.parametrize("other", [plan().array, 1, "plan", plan().problem], ids=lambda x: type(x).__name__)

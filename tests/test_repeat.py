@@ -182,13 +182,36 @@ def test_a_repeated_call_without_a_plan_keeps_no_array(machine: SimulatedGpu) ->
     assert references == [sys.getrefcount(array) for array in arrays]
 
 
-def test_a_call_without_a_plan_on_another_gpu_is_prepared_anew(
-    machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("is_planned", [True, False])
+@pytest.mark.parametrize("name", ["k_cache", "cache_seqlens", "page_table", "sinks"])
+def test_an_array_on_another_gpu_is_refused_also_later(is_planned: bool, name: str, machine: SimulatedGpu) -> None:
+    arguments = on_device(with_everything_else(1))
+    metadata = plan(arguments) if is_planned else None
+    call(arguments, metadata)
+    arguments[name].data.device_id = 1
+    among_lengths = "cache_seqlens, .* must be in one memory"
+    with pytest.raises(ValueError, match=rf"{name} must be in the memory of GPU 0 like q, .* GPU 1|{among_lengths}"):
+        call(arguments, metadata)
+
+
+def test_lengths_on_another_gpu_than_the_plan_are_refused(machine: SimulatedGpu) -> None:
+    arguments = on_device(paged(1))
+    metadata = plan(arguments)
+    for _ in range(2):
+        plan(arguments, out=metadata)
+    arguments["cache_seqlens"].data.device_id = 1
+    with pytest.raises(ValueError, match="where cache_seqlens lies was 'the memory of GPU 0'"):
+        plan(arguments, out=metadata)
+
+
+def test_calls_on_another_gpu_are_prepared_anew(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = on_device(paged(1))
     call(arguments, None)
-    arguments["q"].data.device_id = 1
     forbid_checks(monkeypatch)
+    call(arguments, None)
+    for array in arguments.values():
+        if isinstance(array, DeviceArray):
+            array.data.device_id = 1
     with pytest.raises(AssertionError, match="checked again"):
         call(arguments, None)
 
