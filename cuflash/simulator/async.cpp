@@ -190,10 +190,9 @@ void copies_arrive(Warp &w, const Ins &i, u32 m) {  // cp.async.mbarrier.arrive;
         op.what = Pending::ARRIVE;
         op.lane = l;
         op.bytes = 1;
-        op.group = w.committed[l];
+        op.group = w.copies_started;  // later copies are not waited for
         op.barrier_block = p.block;
         op.barrier = p.off;
-        w.committed[l]++;  // later copies are not waited for
         start(w, std::move(op));
     }
 }

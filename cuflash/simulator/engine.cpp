@@ -515,6 +515,7 @@ struct Engine {
                 w.groups.clear();
                 w.groups.push_back({w.live, 0, READY, {}});
                 w.copies.clear();
+                w.copies_started = 0;
                 memset(w.committed, 0, sizeof w.committed);
                 memset(w.bulk_committed, 0, sizeof w.bulk_committed);
                 memset(w.cluster_phase, 0, sizeof w.cluster_phase);

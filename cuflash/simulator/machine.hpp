@@ -131,7 +131,7 @@ inline void jitter(Warp &w, u32 *d, u32 m, u32 ulps) {
 }
 
 void wait_copies(Warp &w, u32 mask, u32 pending_allowed);
-void land_copies(Warp &w, u32 lane, u32 group);  // all copies of the lane up to this group
+void land_copies(Warp &w, u32 lane, u32 number);  // all copies of the lane up to this one
 void check_exit(Warp &w, u32 mask);
 void check_block_exit(Block &b);
 bool advance_pending(Cluster &c);  // lets one asynchronous operation happen; for a machine that would stand still

@@ -576,6 +576,7 @@ void cp_async(Warp &w, const Ins &i,
     }
     if (L.check(C_COUNT)) count_banks(w, m, s.off, i.a);
     op.early = L.cp_async == 1 || (L.cp_async == 2 && (L.rng() & 1));
+    op.number = ++w.copies_started;
     for (u32 rest = m; rest;) {  // lanes may be in different groups
         u32 g = w.committed[first(rest)], same = 0;
         for (u32 t = rest; t; t &= t - 1) same |= u32(w.committed[first(t)] == g) << first(t);
@@ -813,9 +814,9 @@ void wait_copies(Warp &w, u32 mask, u32 pending_allowed) {
     drop_landed(w);
 }
 
-void land_copies(Warp &w, u32 lane, u32 group) {
+void land_copies(Warp &w, u32 lane, u32 number) {
     for (CopyOp &c : w.copies)
-        if ((c.mask >> lane) & 1 && s32(c.group) <= s32(group)) land(w, c, 1u << lane);
+        if ((c.mask >> lane) & 1 && s32(c.number - number) <= 0) land(w, c, 1u << lane);
     drop_landed(w);
 }
 

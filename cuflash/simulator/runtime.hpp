@@ -186,6 +186,7 @@ struct Group {
 
 struct CopyOp {  // one cp.async of a warp
     u32 mask, group, pc;
+    u32 number;  // of the warp's copies, in the order of the program
     u8 bytes;
     u8 early;
     u8 n[32];
@@ -208,6 +209,7 @@ struct Warp {
     bool progressed = false;
     std::vector<Group> groups;
     std::deque<CopyOp> copies;
+    u32 copies_started = 0;
     u32 committed[32];
     u64 cluster_phase[32];  // generation of the cluster barrier at which a lane arrived
     u32 epoch = 1;          // counts the synchronisations of the warp's lanes

@@ -183,6 +183,45 @@ extern "C" __global__ void kernel(const float4* x, float* out) {
 """
 
 
+COPIES_IN_ONE_GROUP = r"""
+extern "C" __global__ void kernel(const float4* x, float* out) {
+  __shared__ float4 s[64];
+  __shared__ u64 bar;
+  if (threadIdx.x == 0) init(&bar, 32);
+  __syncwarp();
+  copy16(&s[threadIdx.x], &x[threadIdx.x]);
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(&bar)) : "memory");
+  copy16(&s[32 + threadIdx.x], &x[32 + threadIdx.x]);
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  WAIT
+  out[threadIdx.x] = s[threadIdx.x + SECOND * 32].y;  // use
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  wait_parity(&bar, 0);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "second", "is_right"),
+    [
+        ("wait_parity(&bar, 0);", 0, True),
+        ("wait_parity(&bar, 0);", 1, False),  # the barrier waits for what was started before
+        ("wait_group 0", 1, True),
+        ("wait_group 1", 0, False),  # both copies are one group: arriving does not end it
+    ],
+)
+def test_arriving_at_an_mbarrier_ends_no_group(wait: str, second: int, is_right: bool) -> None:
+    if wait.startswith("wait_group"):
+        wait = f'asm volatile("cp.async.{wait};" ::: "memory");'
+    text = COPIES_IN_ONE_GROUP.replace("WAIT", wait).replace("SECOND", str(second))
+    x, out = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32), np.zeros(32, np.float32)
+    if is_right:
+        run(kernel_of(text), 1, 32, (x, out), cp_async="late")
+        np.testing.assert_array_equal(out, x[32 * second :][:32, 1])
+    else:
+        assert found(kernel_of(text), 1, 32, (x, out), cp_async="late").check == "in_flight"
+
+
 @pytest.mark.parametrize("settings", ORDERS)
 def test_copies_that_arrive_at_an_mbarrier(settings: dict[str, Any]) -> None:
     x, out = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32), np.zeros(64, np.float32)
