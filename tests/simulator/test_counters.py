@@ -57,3 +57,38 @@ def test_views_of_one_buffer_count_from_its_start() -> None:
         launch = run(compiled(source), 1, 32, (buffer[start:], out), arrays={"x": buffer[start:]})
         assert launch.counters.arrays["x"].read_sectors == sectors
         assert launch.counters.arrays["argument 1"].write_sectors == 4
+
+
+# Bytes of a load, the address of lane l, and what ncu counts on an H200: wavefronts, and bank conflicts among them.
+PATTERNS = [
+    (8, "0", 1, 0), (8, "l / 16 * 8", 1, 0), (8, "l / 16 * 128", 2, 1), (8, "l % 2 * 8", 1, 0),
+    (8, "l % 2 * 128", 2, 1), (8, "l % 16 * 8", 2, 0), (8, "l / 2 * 8", 1, 0), (8, "l % 4 * 8", 2, 0), (8, "l * 8", 2, 0),
+    (16, "0", 2, 0), (16, "l / 8 * 16", 2, 0), (16, "l / 8 * 128", 4, 2), (16, "l % 8 * 16", 4, 0),
+    (16, "l / 4 * 16", 2, 0), (16, "l % 2 * 16", 2, 0), (16, "l / 16 * 16", 2, 0), (16, "l % 4 * 16", 4, 0),
+    (16, "l % 16 * 16", 4, 0), (16, "l / 2 * 16", 2, 0), (16, "l * 16", 4, 0),
+    (4, "0", 1, 0), (4, "l * 4", 1, 0), (4, "l * 8", 2, 1),
+]  # fmt: skip
+LOADING = r"""
+extern "C" __global__ void kernel(unsigned* out) {
+  extern __shared__ float4 s[];
+  const unsigned l = threadIdx.x;
+  s[2 * l] = s[2 * l + 1] = make_float4(1, 2, 3, 4);
+  __syncwarp();
+  const char* from = reinterpret_cast<const char*>(s) + (ADDRESS);
+  unsigned x[4] = {};
+  LOAD  // load
+  out[l] = x[0];
+}
+"""
+
+
+@pytest.mark.parametrize(("size", "address", "wavefronts", "conflicts"), PATTERNS)
+def test_wavefronts_of_vectors_are_those_of_a_gpu(size: int, address: str, wavefronts: int, conflicts: int) -> None:
+    vector = {4: "", 8: ".v2", 16: ".v4"}[size]
+    into = ", ".join(f"%{i}" for i in range(size // 4))
+    outputs = ", ".join(f'"=r"(x[{i}])' for i in range(size // 4))
+    load = f'asm volatile("ld.shared{vector}.u32 {{{into}}}, [%{size // 4}];" : {outputs} : "r"(shared_address(from)));'
+    text = LOADING.replace("ADDRESS", address).replace("LOAD", load)
+    counters = run(compiled(text), 1, 32, (np.zeros(32, np.uint32),), shared_mem=1024).counters
+    line = next(count for (_, number), count in counters.by_line.items() if number == line_of(text, "load"))
+    assert (line.shared_real, line.shared_real - line.shared_ideal) == (wavefronts, conflicts)
