@@ -156,9 +156,11 @@ void wait(Warp &w, const Ins &i, u32 m) {  // o[0] predicate, o[1] state or pari
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
         Place p = touch(w, i, l);
+        if (i.a && w.reg<u32>(i.o[1])[l] > 1)
+            report(w, K_MBARRIER, l, p.off, "a wait for parity %u, which is 0 or 1", w.reg<u32>(i.o[1])[l]);
         auto done = [&] {
             Mbarrier &b = barrier_at(w, l, p);
-            u64 phase = i.a ? w.reg<u32>(i.o[1])[l] & 1 : w.reg<u64>(i.o[1])[l];
+            u64 phase = i.a ? w.reg<u32>(i.o[1])[l] : w.reg<u64>(i.o[1])[l];
             return i.a ? (b.phase & 1) != phase : b.phase != phase;
         };
         if (!done()) {  // what is under way for this barrier may happen now

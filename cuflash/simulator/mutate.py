@@ -8,7 +8,7 @@ absence no order shows. Mutants cost no compilation, they are patches of the dec
 The problems are a function that returns pairs of a name and a callable; the callable runs one problem, raises if a
 result is wrong, and may return the arrays that it computed. A mutant is killed by a finding of the simulator, by an
 exception, by an array with other bits than the unchanged kernel's, or by other traffic: bytes read and written of each
-array and, in fixed order, bank conflicts.
+array and, in fixed order, the wavefronts that all other instructions send to shared memory.
 
 Some mutants no problem can kill, since they compute the same. The module of the problems may list them as
 `EQUIVALENT`, each with the reason, and name in `SOURCES` the folders of the sources whose lines the list quotes. They
@@ -339,31 +339,44 @@ def _settings(number: int, time_limit: float) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _traffic(launches: Sequence[Launch], exact: bool) -> list[tuple[Any, ...]]:
+def _traffic(launches: Sequence[Launch]) -> list[tuple[Any, ...]]:
     """What launches read and wrote."""
     out: list[tuple[Any, ...]] = []
     for launch in launches:
-        counters = launch.counters
-        conflicts = counters.shared_real - counters.shared_ideal if exact else 0
-        out.append((launch.kernel, conflicts))
-        out += [(name, c.read_bytes, c.write_bytes) for name, c in sorted(counters.arrays.items())]
+        out += [(name, c.read_bytes, c.write_bytes) for name, c in sorted(launch.counters.arrays.items())]
     return out
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a problem showed."""
+    """What a problem showed; wavefronts by instruction, of each launch, if it ran in fixed order."""
 
     bits: list[bytes]
     traffic: list[tuple[Any, ...]]
-    launches: list[Launch] = field(compare=False, repr=False)
+    wavefronts: list[tuple[str, np.ndarray]]
+    launches: list[Launch] = field(repr=False)
+
+    def differs(self, other: _Run, mutant: Mutant | None = None) -> str | None:
+        """How another run differs from this one; what the mutant itself sends to shared memory does not count."""
+        if self.bits != other.bits:
+            return "other bits"
+
+        def sums(run: _Run) -> list[int]:
+            return [
+                int(counts.sum() - (counts[mutant.pc] if mutant and mutant.kernel == name else 0))
+                for name, counts in run.wavefronts
+            ]
+
+        return "other traffic" if self.traffic != other.traffic or sums(self) != sums(other) else None
 
 
 def _run(problem: Callable[[], Any], number: int, time_limit: float) -> _Run:
     with _settings(number, time_limit) as launches:
         results = problem()
     bits = [] if results is None else [np.ascontiguousarray(array).tobytes() for array in results]
-    return _Run(bits, _traffic(launches, _is_fixed(number)), launches)
+    counted = launches if _is_fixed(number) else []
+    wavefronts = [(launch.kernel, launch.counters._pcs["shared_real"].astype(np.int64)) for launch in counted]
+    return _Run(bits, _traffic(launches), wavefronts, launches)
 
 
 def _try(mutant: Mutant, users: Sequence[int]) -> tuple[int, str] | None:
@@ -377,10 +390,9 @@ def _try(mutant: Mutant, users: Sequence[int]) -> tuple[int, str] | None:
         except Exception as error:
             finding = getattr(error, "finding", None)
             return k, f"check {finding.check}" if finding is not None else type(error).__name__
-        if run.bits != _state["runs"][k].bits:
-            return k, "other bits"
-        if run.traffic != _state["runs"][k].traffic:
-            return k, "other traffic"
+        difference = _state["runs"][k].differs(run, mutant)
+        if difference is not None:
+            return k, difference
     return None
 
 
@@ -445,7 +457,7 @@ def survey(
         with watch_kernels() as seen:
             runs.append(_run(problem, k, 600.0))
         begun = time.perf_counter()
-        if _run(problem, k, 600.0) != runs[-1]:
+        if runs[-1].differs(_run(problem, k, 600.0)) is not None:
             raise RuntimeError(f"{name} gives other results when it runs again")
         seconds.append(time.perf_counter() - begun)
         for one in seen:

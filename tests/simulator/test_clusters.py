@@ -229,3 +229,5 @@ def test_copies_that_arrive_at_an_mbarrier(settings: dict[str, Any]) -> None:
     np.testing.assert_array_equal(out, x[::-1, 1])
     finding = found(kernel_of(COPIES_ARRIVE, "-DNO_WAIT"), 1, 64, (x, out), **settings)
     assert finding.check in ("shared_race", "in_flight", "uninitialised", "never_waited")
+    finding = found(kernel_of(COPIES_ARRIVE.replace("&bar, 0", "&bar, 2")), 1, 64, (x, out), **settings)
+    assert finding.check == "mbarrier" and "parity 2, which is 0 or 1" in finding.message
