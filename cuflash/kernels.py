@@ -124,6 +124,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
             ("ROWS", tiling.rows),
             ("TILE_KEYS", tiling.tile_keys),
             ("WARPS", tiling.warps),
+            ("QUERY_BUFFERS", tiling.query_buffers),
             ("STAGES", tiling.stages),
             ("BLOCKS_PER_SM", tiling.blocks_per_sm),
             ("BLOCK_STATE_BYTES", tiling.block_state_bytes),

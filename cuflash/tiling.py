@@ -34,6 +34,7 @@ class Tiling:
         stages: Half-stages of a warp's ring, odd.
         blocks_per_sm: Blocks meant to be resident on one multiprocessor.
         shared_bytes: Dynamic shared memory of a block.
+        query_buffers: 2 if the queries of the next item come while the keys of an item are read, else 1.
         cluster: Blocks of a thread-block cluster, which share one item and merge it through their shared memory; 1: no
             clusters, blocks share all keys and merge through global memory.
     """
@@ -47,6 +48,7 @@ class Tiling:
     stages: int
     blocks_per_sm: int
     shared_bytes: int
+    query_buffers: int
     cluster: int = 1
 
     @property
@@ -109,14 +111,15 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     for (tile_keys, warps, blocks_per_sm), cluster in choices:
         room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
         slot = tile_keys * row_bytes
-        fixed = query + _block_state_bytes(warps, rows)
+        fixed = _block_state_bytes(warps, rows)
         if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums
             fixed += cluster * rows * (4 * dv + 8)
-        stages = (room - fixed) // (warps * slot)
-        stages = min(7, stages - 1 + stages % 2)
+        stages, with_second = (_stages((room - fixed - n * query) // (warps * slot)) for n in (1, 2))
+        # A second buffer where it costs no half-stage. A cluster reads one item; 32 rows leave no registers for it.
+        buffers = 2 if cluster == 1 and rows <= 16 and with_second == stages else 1
         if stages >= 3:
-            shared = warps * stages * slot + fixed
-            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, cluster)
+            shared = warps * stages * slot + fixed + buffers * query
+            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers, cluster)
     raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
 
 
@@ -140,6 +143,11 @@ def _cluster(problem: Problem, device: Device, items: int, max_seqlen_k: int | N
     return 1
 
 
+def _stages(slots: int) -> int:
+    """Return the half-stages of a ring that has room for so many slots: odd, and at most 7."""
+    return min(7, slots - 1 + slots % 2)
+
+
 def _block_state_bytes(warps: int, rows: int) -> int:
-    """Return room for a share and a segment, and for the maximum, sum and ring slot that each warp tells the others."""
-    return 160 + warps * (8 * rows + 4)
+    """Return room for a share, two segments, and the maximum, sum and ring slot that each warp tells the others."""
+    return 176 + warps * (8 * rows + 4)

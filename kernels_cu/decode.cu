@@ -5,6 +5,9 @@
 // (softmax.cuh), and never waits for another warp until the item ends (combine.cuh). An item that lies in several blocks is
 // merged by the last of them to arrive.
 //
+// Between two items a block waits for little: the keys of the next one follow in the ring while an item is read, and its
+// queries come to a second buffer, where there is one.
+//
 // The ring: half-stage h holds the keys (h even) or values (h odd) of tile h / 2. While half-stage h is read, the copy of
 // half-stage h + kStages - 1 goes into the slot of half-stage h - 1, which all lanes have left behind.
 #include "cluster.cuh"
@@ -25,7 +28,8 @@ using Math = FmaMath;
 
 constexpr int kChunks = kKeyBytes / 16;  // pieces of 16 bytes of a query in shared memory
 
-// Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero.
+// Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero. The
+// copies belong to the group that is committed next.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
     const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
 #pragma unroll 1
@@ -38,7 +42,6 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
         const char* from = static_cast<const char*>(p.q) + (exists ? element * Element::kBytes + chunk * 16 : 0);
         cp_async_16_or_zero(exists, query + Swizzle<kKeyBytes>::offset(row, chunk), from);
     }
-    cp_async_commit();
 }
 
 // Turns the signs of the queries that this thread has copied; for a negative softmax_scale.
@@ -111,10 +114,27 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
 struct BlockState {
     Share share;
-    Segment segment;  // the one being read
+    u64 fetched[kQueryBuffers];  // mbarriers: the queries in a buffer and their segment are there
+    Segment segments[kQueryBuffers];
     WarpStates warps;
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much shared memory aside");
+
+// What a warp reads of a segment.
+struct Reach {
+    u32 key, end;              // its first key; unsigned, since beyond the last tile it may pass 2^31
+    int full_begin, full_end;  // a tile that begins at one of these, or between, needs no mask
+
+    __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int warp)
+        : key(s.keys.begin + warp * kTileKeys), end(s.keys.end) {
+        const int queries = s.lengths.seqlen_q, keys = s.lengths.seqlen_k;
+        const int first_query = query_of(p, s.first_row);
+        const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
+        full_begin = first_visible(mask_of(p), keys, queries, last_query);
+        full_end = min(s.keys.end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
+        pin(full_begin), pin(full_end);
+    }
+};
 
 #if CLUSTER > 1
 #define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
@@ -125,14 +145,17 @@ static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_SM)
     decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
-    unsigned char* const query = shared + kWarps * kRingBytes;  // (kRows, kPaddedHeadDim)
-    BlockState& block = *reinterpret_cast<BlockState*>(query + kRows * kKeyBytes);
-    ClusterParts& parts = *reinterpret_cast<ClusterParts*>(query + kRows * kKeyBytes + BLOCK_STATE_BYTES);
+    constexpr int kQueryBytes = kRows * kKeyBytes;
+    unsigned char* const queries = shared + kWarps * kRingBytes;  // (kQueryBuffers, kRows, kPaddedHeadDim)
+    unsigned char* const state = queries + kQueryBuffers * kQueryBytes;
+    BlockState& block = *reinterpret_cast<BlockState*>(state);
+    ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
     } else {
+        if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
         __syncthreads();
@@ -148,48 +171,30 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     };
 
     Loader loader(p, block.share, warp, lane);
-    Math math(shared_address(query), lane);
+    Math math(lane);
     Softmax softmax(p);
 
-    bool is_first = true;
-    for (Walker walker(block.share);;) {
-        u32 key, end;  // unsigned: beyond the last tile it may pass 2^31
-        int full_begin, full_end;
-        {
-            Segment segment;
-            if (!walker.next(p, block.share, segment)) break;
-            if (threadIdx.x == 0) block.segment = segment;
-            load_queries(p, segment, shared_address(query));
-            if (is_first) {  // its keys come after its queries: they wait for the page table
-                is_first = false;
-                loader.start(walker, segment);
-                u32 to = ring - 2 * kSlotBytes;
+    // What follows are the steps of an item; `buffer` is that of its queries and its segment.
+    const auto fetch = [&](const Segment& segment, int buffer) {
+        if (threadIdx.x == 0) block.segments[buffer] = segment;
+        load_queries(p, segment, shared_address(queries) + buffer * kQueryBytes);
+    };
+    // The first tiles of the first item come after its queries: they wait for the page table.
+    const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
+        loader.start(walker, segment);
+        u32 to = ring - 2 * kSlotBytes;
 #pragma unroll 1
-                for (int h = -2; h < kStages - 1; h += 2) {
-                    loader.load_keys(to, h >= 0);
-                    loader.load_values(to + kSlotBytes);
-                    to += 2 * kSlotBytes;
-                }
-                cp_async_wait<kStages + 1>();  // all but the groups of this loop
-            } else {
-                cp_async_wait<0>();
-            }
-            if (p.query_flip) flip_queries(p.query_flip, query);
-            key = segment.keys.begin + warp * kTileKeys;
-            end = segment.keys.end;
-            // Between these keys every row sees every key.
-            const int queries = segment.lengths.seqlen_q, keys = segment.lengths.seqlen_k;
-            const int first_query = query_of(p, segment.first_row);
-            const int last_query = query_of(p, segment.first_row + max(segment.valid_rows, 1) - 1);
-            full_begin = first_visible(mask_of(p), keys, queries, last_query);
-            full_end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
-            pin(full_begin), pin(full_end);
+        for (int h = -2; h < kStages - 1; h += 2) {
+            loader.load_keys(to, h >= 0);
+            loader.load_values(to + kSlotBytes);
+            to += 2 * kSlotBytes;
         }
-        __syncthreads();
-        math.begin_item();
+    };
+    const auto flip = [&](int buffer) { flip_queries(p.query_flip, queries + buffer * kQueryBytes); };
+    const auto read = [&](int buffer, Reach reach) {
+        math.begin_item(shared_address(queries) + buffer * kQueryBytes, lane);
         softmax.reset();
-
-        for (; key < end; key += kWarps * kTileKeys) {
+        for (; reach.key < reach.end; reach.key += kWarps * kTileKeys) {
             Scores scores;
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -198,8 +203,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             advance();
 
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            const int first_key = key;
-            if (first_key < full_begin || first_key > full_end) mask_scores(p, block.segment, first_key, lane, scores);
+            const int first_key = reach.key;
+            if (first_key < reach.full_begin || first_key > reach.full_end) {
+                mask_scores(p, block.segments[buffer], first_key, lane, scores);
+            }
             softmax.update(scores, math);
 
             cp_async_wait<kStages - 2>();
@@ -208,21 +215,62 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             math.accumulate(slot, scores);
             advance();
         }
+    };
 
-        if constexpr (kCluster > 1) {
-            cluster_wait();
-            merge_warps(block.segment, math, softmax, block.warps, free_slot,
-                        [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
-        } else {
-            launch_next();  // not earlier: its blocks would settle where this kernel leaves room, and lie unevenly
-            finish_segment(p, block.share, block.segment, math, softmax, block.warps, free_slot);
-            __syncthreads();  // the queries, the segment and the free slots are about to change
+    const auto finish = [&](int buffer) {
+        launch_next();  // not earlier: its blocks would settle where this kernel leaves room, and lie unevenly
+        finish_segment(p, block.share, block.segments[buffer], math, softmax, block.warps, free_slot);
+        __syncthreads();  // the queries, the segment and the free slots are about to change
+    };
+
+    Walker walker(block.share);
+    if constexpr (kQueryBuffers == 2) {
+        bool more = true;
+        for (int item = 0; more; ++item) {  // fetches this item of the share, then reads the one before it
+            Segment segment;
+            more = walker.next(p, block.share, segment);
+            if (more) {
+                fetch(segment, item % 2);
+                arrive_with_copies(block.fetched[item % 2]);
+                if (threadIdx.x == 0) arrive(block.fetched[item % 2]);
+                if (item == 0) fill_ring(walker, segment);
+            }
+            if (item == 0) continue;
+            const int buffer = (item - 1) % 2;
+            wait_for_phase(block.fetched[buffer], (item - 1) / 2 % 2);
+            if (p.query_flip) {
+                flip(buffer);
+                __syncthreads();
+            }
+            read(buffer, Reach(p, block.segments[buffer], warp));
+            finish(buffer);
+        }
+    } else {
+        bool is_first = true;
+        for (Segment segment; walker.next(p, block.share, segment);) {
+            fetch(segment, 0);
+            cp_async_commit();
+            if (is_first) {
+                is_first = false;
+                fill_ring(walker, segment);
+                cp_async_wait<kStages + 1>();  // all but the groups of the ring
+            } else {
+                cp_async_wait<0>();
+            }
+            if (p.query_flip) flip(0);
+            const Reach reach(p, segment, warp);
+            __syncthreads();
+            read(0, reach);
+            if constexpr (kCluster == 1) finish(0);
         }
     }
     if constexpr (kCluster > 1) {
+        cluster_wait();
+        merge_warps(block.segments[0], math, softmax, block.warps, free_slot,
+                    [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
         cluster_arrive();
         cluster_wait();
         launch_next();
-        if (cluster_rank() == 0) merge_cluster(p, block.segment, parts);
+        if (cluster_rank() == 0) merge_cluster(p, block.segments[0], parts);
     }
 }

@@ -9,6 +9,7 @@ constexpr int kPaddedHeadDim = PADDED_HEAD_DIM;  // as a row lies in shared memo
 constexpr int kPaddedHeadDimV = PADDED_HEAD_DIM_V;
 constexpr int kRows = ROWS;                    // packed query rows of a row block: 8, 16 or 32
 constexpr int kWarps = WARPS;
+constexpr int kQueryBuffers = QUERY_BUFFERS;   // 2: the next item's queries come while this one's keys are read
 constexpr int kStages = STAGES;                // half-stages of a warp's ring, odd
 constexpr int kCluster = CLUSTER;              // blocks that share an item and their shared memory, or 1
 constexpr bool kHasSoftcap = HAS_SOFTCAP;

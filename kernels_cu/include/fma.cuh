@@ -16,9 +16,10 @@ class FmaMath {
     static_assert(Keys::kPeriod == 8 && Values::kPeriod == 8, "a float32 row is whole lines");
 
 public:
-    __device__ __forceinline__ FmaMath(u32 query, int lane) : query_(query), lane_(lane) {}
+    __device__ __forceinline__ explicit FmaMath(int lane) : lane_(lane) {}
 
-    __device__ __forceinline__ void begin_item() {
+    __device__ __forceinline__ void begin_item(u32 query, int) {
+        query_ = query;
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll

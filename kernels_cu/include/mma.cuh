@@ -21,17 +21,18 @@ class MmaMath {
     using Values = Swizzle<kValueBytes>;
 
 public:
-    __device__ __forceinline__ MmaMath(u32 query, int lane) {
+    __device__ __forceinline__ explicit MmaMath(int lane) {
         // Lane l addresses key l % 16 and element half l / 16 of K; of V, transposed, key l % 8 + 8 (l / 16) and half l / 8 % 2.
         key_lane_ = Keys::offset(lane % 16, lane / 16);
         value_lane_ = Values::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-        // Of Q: row l % 8, 8-element column l / 8 of 32 elements.
-        query_lane_ = query + Keys::offset(lane % 8, lane / 8);
-        pin(key_lane_), pin(value_lane_), pin(query_lane_);
+        pin(key_lane_), pin(value_lane_);
     }
 
     // Reads the item's queries, which lie in shared memory as rows of kKeyBytes.
-    __device__ __forceinline__ void begin_item() {
+    __device__ __forceinline__ void begin_item(u32 query, int lane) {
+        // Row l % 8, 8-element column l / 8 of 32 elements.
+        query_lane_ = query + Keys::offset(lane % 8, lane / 8);
+        pin(query_lane_);
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll

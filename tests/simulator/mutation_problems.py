@@ -74,6 +74,11 @@ def _has_8_rows(mutant: Mutant) -> bool:
     return mutant.cluster > 1 or mutant.threads == 256
 
 
+def _has_two_buffers(mutant: Mutant) -> bool:
+    """The variant of 8 warps fetches the next item's queries while it reads an item."""
+    return mutant.cluster <= 1 and mutant.threads == 256
+
+
 SOURCES = [Path(__file__).parents[2] / "kernels_cu", Path(__file__).parents[2] / "kernels_cu/include"]
 EQUIVALENT = (
     Equivalent(
@@ -118,7 +123,7 @@ EQUIVALENT = (
     Equivalent(
         "the larger of 1 and the number of rows is 1 either way where that is 1",
         file=r"decode\.cu",
-        source=r"max\(segment\.valid_rows, 1\)",
+        source=r"max\(s\.valid_rows, 1\)",
         kind="gt -> ge",
     ),
     Equivalent(
@@ -191,11 +196,11 @@ EQUIVALENT = (
         variants=_has_8_rows,
     ),
     Equivalent(
-        "a second pass over the vectors of a row group of 8 rows begins at row 8, which does not exist",
+        "a thread's number is never -128: more threads than vectors of a row group, of which no thread has two",
         file="combine.cuh",
         source=r"i < 8 \* kVectors; i \+= kThreads",
-        kind="lt -> le|invert a branch",
-        context=r"setp\.lt\.s32 (%p\d+), %r\d+, (0|-128)(\n.*)?(\n@\1 bra.*)?$",
+        kind="lt -> le",
+        instruction=", -128$",
         variants=_has_8_rows,
     ),
     Equivalent(
@@ -204,13 +209,6 @@ EQUIVALENT = (
         source=r"i < 8 \* kVectors; i \+= kThreads",
         kind="add -> sub",
         instruction=", (128|256)$",
-    ),
-    Equivalent(
-        "one more pass over a row group of which no row exists writes nothing",
-        file="combine.cuh",
-        source=r"g \* 8 < segment\.valid_rows",
-        kind="lt -> le",
-        instruction=r", %r\d+$",
     ),
     Equivalent(
         "one more pass over no parts adds zeros",
@@ -240,11 +238,18 @@ EQUIVALENT = (
         instruction=", -1$",
     ),
     Equivalent(
-        "a flip by 0 changes nothing, and 32 rows have a piece for every thread",
+        "of a segment's fields, `visible` is read with split_size alone",
         file=r"decode\.cu",
-        source=r"if \(p\.query_flip\)",
-        kind="or -> and",
-        variants=lambda mutant: not _has_8_rows(mutant),
+        source=r"block\.segments\[buffer\] = segment",
+        kind="drop a store",
+        variants=lambda mutant: _has_two_buffers(mutant) and mutant.copy == 4,
+    ),
+    Equivalent(
+        "where all queries are there before one is flipped, each piece of a row is flipped by one thread or another",
+        file=r"types\.cuh",
+        kind="and -> or",
+        context=r"add\.s32 .*\nshr\.s32 .*, 3\nshl\.b32 .*, 7\nand\.b32 .*, 7$",
+        variants=_has_two_buffers,
     ),
     Equivalent(
         "an item that is cut has two parts or more",
