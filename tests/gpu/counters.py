@@ -147,7 +147,9 @@ def compare(ncu: str) -> list[report.Record]:
         theirs = profiled(name, [metric for metric, _, _ in metrics.values()], ncu)
         for key, (metric, most, scale) in metrics.items():
             ratio = theirs[metric] / ours[key] if metric in theirs and ours[key] else None
-            ok = None if most is None or ratio is None else abs(theirs[metric] - ours[key]) <= most * ours[scale]
+            ok = None
+            if most is not None and metric in theirs:
+                ok = abs(theirs[metric] - ours[key]) <= most * ours[scale]
             records.append(
                 {"problem": name, "counter": key, "simulator": int(ours[key]), "ncu": theirs.get(metric),
                  "ratio": ratio, "ok": ok}
