@@ -115,8 +115,10 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums
             fixed += cluster * rows * (4 * dv + 8)
         stages, with_second = (_stages((room - fixed - n * query) // (warps * slot)) for n in (1, 2))
-        # A second buffer where it costs no half-stage. A cluster reads one item; 32 rows leave no registers for it.
-        buffers = 2 if cluster == 1 and rows <= 16 and with_second == stages else 1
+        # A second buffer where it costs no half-stage. A cluster reads one item; 32 rows, or 16 of float32, leave no
+        # registers for it.
+        is_small = rows <= 16 and problem.qkv_dtype != "float32"
+        buffers = 2 if cluster == 1 and is_small and with_second == stages else 1
         if stages >= 3:
             shared = warps * stages * slot + fixed + buffers * query
             return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers, cluster)
