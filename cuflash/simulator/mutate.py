@@ -46,15 +46,17 @@ _COMPARE = ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu
 _OTHER_COMPARE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 7, 7: 6, 8: 9, 9: 8, 10: 11, 11: 10}
 _OTHER_NAME = {"add": "sub", "sub": "add", "min": "max", "max": "min", "and": "or", "or": "and"}
 _DROPPED = {
-    "cp.async.wait_group": "wait",
-    "cp.async.wait_all": "wait",
-    "cp.async.bulk.wait_group": "wait",
-    "cp.async.commit_group": "commit",
-    "cp.async.bulk.commit_group": "commit",
-    "fence": "fence",
-    "st": "store",
-    "cp.async": "copy",
-    "atom": "atomic",
+    "cp.async.wait_group": "a wait",
+    "cp.async.wait_all": "a wait",
+    "cp.async.bulk.wait_group": "a wait",
+    "cp.async.commit_group": "a commit",
+    "cp.async.bulk.commit_group": "a commit",
+    "fence": "a fence",
+    "st": "a store",
+    "cp.async": "a copy",
+    "atom": "an atomic",
+    "mbarrier.arrive": "an arrival",
+    "cp.async.mbarrier.arrive": "an arrival",
 }
 
 
@@ -122,7 +124,7 @@ def _changes(
     elif name.startswith("mma."):
         yield "drop an mma", drop
     elif name in _DROPPED and program.classes[pc] not in ("st.local", "ld.param"):
-        yield f"drop a {_DROPPED[name]}", drop
+        yield f"drop {_DROPPED[name]}", drop
         if name == "cp.async.wait_group":
             yield "wait for one group less", {"imm": int(row["imm"]) + 1}
     elif stem in ("setp", "set") and int(row["a"]) in _OTHER_COMPARE:
@@ -203,7 +205,7 @@ def mutants(kernel: Kernel) -> list[Mutant]:
     copies: Counter[tuple[str, int, str]] = Counter()
     flow = _Flow(program.texts)
     for pc in range(len(program.code)):
-        if flow.is_unread(pc) and not program.names[pc].startswith("atom"):
+        if flow.is_unread(pc) and not program.names[pc].startswith(("atom", "mbarrier")):
             continue
         loc = program.locs[pc]
         for kind, patch in _changes(program, pc, numbers, offsets):
