@@ -225,8 +225,8 @@ _SIMULATED_NOTES = (
     "",
     "A launch on a simulated GPU of 4 multiprocessors, pages of 16. kv_bytes_ratio: bytes of the 32-byte sectors that",
     "were read / bytes of visible keys and values; sector_ratio: sectors / fewest that hold the bytes asked for;",
-    "wavefront_ratio: shared-memory wavefronts of the main loop / fewest (float32 shares its keys between lanes, which",
-    "takes more); partial_*: bytes that blocks leave for one another, / KV bytes, and the most there can be;",
+    "wavefront_ratio: shared-memory wavefronts of the main loop / those without bank conflicts; partial_*: bytes that",
+    "blocks leave for one another, / KV bytes, and the most there can be;",
     "warp_instructions_per_kb: PTX instructions per KB of keys and values; mma_ratio: matrix products / fewest.",
     "",
 )
