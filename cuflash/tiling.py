@@ -83,7 +83,8 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     d, dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     # More than 16 rows at head dim 256 do not fit the registers: two row blocks read the keys twice instead.
     most_rows = 32 if max(d, dv) <= 192 else 16
-    if problem.qkv_dtype == "float32":
+    is_float32 = problem.qkv_dtype == "float32"
+    if is_float32:
         most_rows = min(most_rows, 16)
     rows = next(size for size in (8, 16, 32) if size >= min(problem.rows, most_rows))
     row_blocks = max(1, -(-problem.rows // rows))
@@ -94,7 +95,7 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
     # tiles of 32 keys, where registers allow; of two blocks per multiprocessor one computes while the other waits.
     shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1), (16, 1, 1)]
-    is_long = problem.qkv_dtype != "float32" and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
+    is_long = not is_float32 and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
     if is_long:
         shapes = [(32, 4, 2), (32, 2, 2), *shapes]
     # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge. With split_size the
@@ -102,7 +103,7 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     items = problem.batch_size * problem.num_heads_kv * row_blocks
     if items <= device.num_sm and problem.split_size is None:
         # A block that has the multiprocessor alone has the registers for more rows.
-        is_long |= problem.qkv_dtype != "float32" and row_bytes <= 256 and rows == 16
+        is_long |= not is_float32 and row_bytes <= 256 and rows == 16
         shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
     choices = [(shape, 1) for shape in shapes]
     cluster = _cluster(problem, device, items, max_seqlen_k)
@@ -117,8 +118,8 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         stages, with_second = (_stages((room - fixed - n * query) // (warps * slot)) for n in (1, 2))
         # A second buffer where it costs no half-stage. A cluster reads one item; 32 rows, or 16 of float32, leave no
         # registers for it.
-        is_small = rows <= 16 and problem.qkv_dtype != "float32"
-        buffers = 2 if cluster == 1 and is_small and with_second == stages else 1
+        has_registers = rows <= 16 and not is_float32
+        buffers = 2 if cluster == 1 and has_registers and with_second == stages else 1
         if stages >= 3:
             shared = warps * stages * slot + fixed + buffers * query
             return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers, cluster)

@@ -126,6 +126,12 @@ def call(arguments: Arguments, metadata: Any, **changes: Any) -> list[np.ndarray
     return [array.get() for array in (out, lse, arguments["k_cache"], arguments["v_cache"])]
 
 
+def first_call(kind: Any, seed: int) -> list[np.ndarray]:
+    """Call on a plan of its own, which remembers nothing."""
+    arguments = on_device(kind(seed))
+    return call(arguments, plan(arguments))
+
+
 def forbid_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("checked again")
@@ -139,11 +145,7 @@ def forbid_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_repeated_call_does_what_a_first_one_does(
     kind: Any, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = []
-    for seed in (1, 2):
-        arguments = on_device(kind(seed))
-        expected.append(call(arguments, plan(arguments)))
-
+    expected = [first_call(kind, seed) for seed in (1, 2)]
     metadata = plan(on_device(kind(1)))
     call(on_device(kind(1)), metadata)
     machine.launched.clear()
@@ -160,10 +162,7 @@ def test_a_repeated_call_does_what_a_first_one_does(
 def test_a_repeated_call_without_a_plan_plans_again(
     kind: Any, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = []
-    for seed in (1, 2):
-        arguments = on_device(kind(seed))
-        expected.append(call(arguments, plan(arguments)))
+    expected = [first_call(kind, seed) for seed in (1, 2)]
     call(on_device(kind(3)), None)
     machine.launched.clear()
     forbid_checks(monkeypatch)

@@ -27,7 +27,8 @@ struct Mbarrier {
 struct Pending {
     enum What : u8 { TO_SHARED, TO_GLOBAL, ARRIVE, VALUE } what;
     Warp *warp;
-    u32 lane, pc, bytes, group;
+    u32 lane, pc, bytes;
+    u32 group;  // of bulk copies to global memory; of ARRIVE, the number of the last copy that it waits for
     u64 source;
     Block *block, *source_block;  // of the destination and of the source in shared memory
     u64 destination;

@@ -28,6 +28,9 @@ __device__ __forceinline__ void expect(u64* bar, u32 bytes) {
 __device__ __forceinline__ void arrive(u64* bar) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" :: "r"(shared_address(bar)) : "memory");
 }
+__device__ __forceinline__ void arrive_with_copies(u64* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(bar)) : "memory");
+}
 __device__ __forceinline__ void wait_parity(u64* bar, u32 parity) {
   asm volatile("{\n.reg .pred p;\nAGAIN:\n"
                "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
@@ -173,7 +176,7 @@ extern "C" __global__ void kernel(const float4* x, float* out) {
   if (threadIdx.x == 0) init(&bar, 64);
   __syncthreads();
   copy16(&s[threadIdx.x], &x[threadIdx.x]);
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(&bar)) : "memory");
+  arrive_with_copies(&bar);
 #ifndef NO_WAIT
   wait_parity(&bar, 0);
 #endif
@@ -190,7 +193,7 @@ extern "C" __global__ void kernel(const float4* x, float* out) {
   if (threadIdx.x == 0) init(&bar, 32);
   __syncwarp();
   copy16(&s[threadIdx.x], &x[threadIdx.x]);
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(&bar)) : "memory");
+  arrive_with_copies(&bar);
   copy16(&s[32 + threadIdx.x], &x[32 + threadIdx.x]);
   asm volatile("cp.async.commit_group;" ::: "memory");
   WAIT
