@@ -5,7 +5,8 @@ on that plan (:func:`flash_attn_with_kvcache`).
 """
 
 from .attention import flash_attn_with_kvcache, merge_attn_states
-from .scheduling import SchedulerMetadata, compile, get_scheduler_metadata
+from .metadata import SchedulerMetadata
+from .scheduling import compile, get_scheduler_metadata
 
 __version__ = "0.1.0"
 

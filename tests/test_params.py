@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuflash import kernels
+from cuflash.kernels.source import source as source_of
+from cuflash.kernels.source import struct_dtype
 from cuflash.simulator import SimModule
 
 
 @pytest.mark.parametrize("kernel", ["plan", "decode", "append", "merge"])
 def test_the_twin_has_the_compilers_layout(kernel: str) -> None:
     file, struct = f"{kernel}.cu", f"{kernel.capitalize()}Params"
-    dtype = kernels.struct_dtype(file, struct)
-    source = kernels.source(file)
+    dtype = struct_dtype(file, struct)
+    source = source_of(file)
     begin = source.index(f"struct {struct} {{")
     names = dtype.names or ()
     offsets = "\n".join(f"    *out++ = __builtin_offsetof({struct}, {name});" for name in names)
@@ -32,8 +33,8 @@ def test_no_field_is_overlooked() -> None:
     """Every declaration of a struct is a field of its twin."""
     for kernel in ("plan", "decode", "append", "merge"):
         struct = f"{kernel.capitalize()}Params"
-        source = kernels.source(f"{kernel}.cu")
+        source = source_of(f"{kernel}.cu")
         begin = source.index(f"struct {struct} {{")
         lines = source[begin : source.index("\n};", begin)].splitlines()[1:]
         declarations = [line for line in lines if ";" in line.partition("//")[0]]
-        assert len(declarations) == len(kernels.struct_dtype(f"{kernel}.cu", struct).names or ())
+        assert len(declarations) == len(struct_dtype(f"{kernel}.cu", struct).names or ())

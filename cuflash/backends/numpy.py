@@ -16,20 +16,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device, host_device
+from ..metadata import SchedulerMetadata
+from ..operands import Lengths, Operands, Rotary
+from ..partition import Partition
 from ..planner import plan, sequence_lengths
 from ..problem import Problem
-
-if TYPE_CHECKING:
-    from ..attention import Operands
-    from ..scheduling import SchedulerMetadata
-
-__all__ = ["attend", "device", "merge", "plan"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -41,41 +38,54 @@ _SCORES = 2**22  # scores that a thread holds at a time: 16 MiB
 _THREAD_ELEMENTS = 2**22  # cache elements below which threads do not pay
 _LARGEST, _TINY = np.finfo(np.float32).max, np.finfo(np.float32).tiny
 
-USES_PLAN = False
+
+class Numpy:
+    """The CPU."""
+
+    uses_plan = False
+
+    def device(self, array: Array) -> Device:
+        """Return the GPU that plans on host arrays are made for."""
+        return host_device()
+
+    def prepare(self, variants: tuple[Any, ...], array: Array) -> int:
+        """Compile nothing: this backend has no kernels."""
+        return 0
+
+    def plan(self, problem: Problem, partition: Partition, lengths: Lengths, array: Array) -> None:
+        """Fill a plan; see :func:`cuflash.get_scheduler_metadata`."""
+        plan(problem, partition, lengths, array)
+
+    def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
+        """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
+        if operands.k is not None:
+            with np.errstate(invalid="ignore", over="ignore"):
+                _append(problem, operands)
+        leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
+        rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
+        rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
+        keys = sum(seqlen_k[b] for b in rows)
+        heads = problem.num_heads_kv
+        workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
+        # Where sequences are few, their KV heads are shared out too: two tasks per thread.
+        parts = -(-2 * workers // max(1, len(rows))) if workers > 1 else 1
+        step = -(-heads // parts)
+        tasks = [
+            partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
+            for b in rows
+            for h in range(0, heads, step)
+        ]
+        _run(tasks, workers)
+
+    def merge(self, outs: Array, lses: Array, out: Array, lse: Array) -> None:
+        """Merge partial results over disjoint keys."""
+        merge(outs, lses, out, lse)
 
 
-def device(like: Array) -> Device:
-    """The GPU that plans on host arrays are made for."""
-    return host_device()
+BACKEND = Numpy()
 
 
-def prepare(variants: tuple[Any, ...], array: Array) -> int:
-    """Compile nothing: this backend has no kernels."""
-    return 0
-
-
-def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
-    """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
-    if problem.appends:
-        _append(problem, operands)
-    leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
-    rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
-    rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
-    keys = sum(seqlen_k[b] for b in rows)
-    heads = problem.num_heads_kv
-    workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
-    # Where sequences are few, their KV heads are shared out too: two tasks per thread.
-    parts = -(-2 * workers // max(1, len(rows))) if workers > 1 else 1
-    step = -(-heads // parts)
-    tasks = [
-        partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
-        for b in rows
-        for h in range(0, heads, step)
-    ]
-    _run(tasks, workers)
-
-
-def merge(outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) -> None:
+def merge(outs: Array, lses: Array, out: Array, lse: Array) -> None:
     """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is."""
     parts = np.stack([np.asarray(part, np.float32) for part in lses])
     with np.errstate(divide="ignore", over="ignore"):
@@ -115,15 +125,15 @@ def _attend(
     if operands.sinks is not None:
         sinks = np.tile(operands.sinks[q_heads].reshape(heads, group), seqlen_q)  # (KV heads, rows)
 
-    offset = seqlen_k - seqlen_q  # of a query's position
+    mask, offset = problem.mask, seqlen_k - seqlen_q  # of a query's position
     for r in range(0, rows, _ROWS):
         end_r = min(r + _ROWS, rows)
-        begin, first_end = _visible(problem, offset + r // group, seqlen_k)
-        last_begin, end = _visible(problem, offset + (end_r - 1) // group, seqlen_k)
-        end = max(begin, end)
+        first, last = offset + r // group, offset + (end_r - 1) // group
+        begin, first_end = int(mask.first(first)), int(mask.end(first, seqlen_k))
+        last_begin, end = int(mask.first(last)), max(begin, int(mask.end(last, seqlen_k)))
         hidden = None
         if last_begin > begin or first_end < end:
-            hidden = _hidden(problem, offset + np.arange(r, end_r) // group, np.arange(begin, end))
+            hidden = mask.hidden(offset + np.arange(r, end_r) // group, np.arange(begin, end))
         step = max(1, _SCORES // ((end_r - r) * max(1, end - begin)))
         for h in range(0, heads, step):
             part = slice(h, min(h + step, heads)), slice(r, end_r)
@@ -137,49 +147,16 @@ def _attend(
     lse[q_heads] = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
 
 
-def _visible(problem: Problem, position: int, seqlen_k: int) -> tuple[int, int]:
-    """Return the keys [begin, end) that a row at ``position`` sees, counted from the leftpad.
-
-    Both grow with the position, and what rows one after another see has no gaps: together they see all keys from the
-    first row's begin to the last row's end.
-    """
-    begin, end = 0, seqlen_k
-    left, right = problem.window
-    chunk = problem.attention_chunk
-    if left >= 0:
-        begin = max(begin, position - left)
-    if right >= 0:
-        end = min(end, position + right + 1)
-    if chunk > 0:
-        first = position // chunk * chunk
-        begin, end = max(begin, first), min(end, first + chunk)
-    return begin, end
-
-
-def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (rows, keys): what rows at ``position`` do not see of ``keys``."""
-    left, right = problem.window
-    chunk = problem.attention_chunk
-    position = position[:, None]
-    hidden = np.zeros((len(position), len(keys)), np.bool_)
-    if left >= 0:
-        hidden |= keys < position - left
-    if right >= 0:
-        hidden |= keys > position + right
-    if chunk > 0:
-        hidden |= keys // chunk != position // chunk
-    return hidden
-
-
 def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
     """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale, over the softcap."""
     scale = np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
     x = _to_float32(q)
-    if operands.rotary_cos is not None:
-        base = _rotary_base(operands, b)
-        positions = base + np.arange(len(q)) if operands.rotary_moves else np.full(len(q), base)
+    rotary = operands.rotary
+    if rotary is not None:
+        base = _rotary_base(rotary, operands.lengths, b)
+        positions = base + np.arange(len(q)) if rotary.moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
-        x = _to_float32(_rotate(operands, x, positions).astype(q.dtype))
+        x = _to_float32(_rotate(rotary, x, positions).astype(q.dtype))
     return x * scale
 
 
@@ -206,7 +183,7 @@ def _attend_rows(
     """
     heads, rows, _ = q.shape
     scores = np.empty((heads, rows, len(keys)), np.float32)
-    for begin, block in keys.blocks(operands.k_cache):
+    for begin, block in keys.blocks(operands.cache.k):
         _scores(q, block, scores[..., begin : begin + len(block)])
     if operands.softcap:
         np.tanh(scores, out=scores)
@@ -223,7 +200,7 @@ def _attend_rows(
         total += np.exp(sinks - top)
     lse = top + np.log(total)
     out = np.zeros((heads, rows, problem.headdim_v), np.float32)
-    for begin, block in keys.blocks(operands.v_cache):
+    for begin, block in keys.blocks(operands.cache.v):
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
     out /= np.maximum(total, _TINY)[..., None]
     return out, lse
@@ -259,9 +236,7 @@ class _Keys:
     def __init__(self, problem: Problem, operands: Operands, b: int, begin: int, end: int, head: int, end_head: int):
         self.begin, self.end = begin, end
         self.heads = slice(head, end_head)
-        self.page_size = problem.page_size
-        self.row = b if operands.cache_batch_idx is None else int(operands.cache_batch_idx[b])
-        self.pages = None if operands.page_table is None else operands.page_table[self.row]
+        self.cache, self.b = operands.cache, b
         # Depends on neither the heads of this task nor the keys: so do the shapes of all products.
         elements = problem.num_heads_kv * max(problem.headdim, problem.headdim_v)
         self.block = max(_GEMM_KEYS, _BLOCK_ELEMENTS // elements // _GEMM_KEYS * _GEMM_KEYS)
@@ -275,58 +250,38 @@ class _Keys:
         buffer = None
         for begin in range(self.begin, self.end, self.block):
             end = min(begin + self.block, self.end)
-            block = cache[self.row, begin:end] if self.pages is None else self._gather(cache, begin, end)
+            block = self.cache.read(cache, self.b, begin, end)
             if block.dtype != np.float32:
                 if buffer is None:
                     buffer = np.empty((min(self.block, len(self)), *block.shape[1:]), np.float32)
                 block = _to_float32(block, buffer[: end - begin])
             yield begin - self.begin, block
 
-    def _gather(self, cache: Array, begin: int, end: int) -> Array:
-        """Return the keys [begin, end) of a paged cache; looks at no page-table entry beyond them."""
-        assert self.pages is not None and self.page_size is not None
-        first = begin // self.page_size
-        pages = cache[self.pages[first : -(-end // self.page_size)]]
-        pages = pages.reshape(-1, *pages.shape[2:])
-        return pages[begin - first * self.page_size : end - first * self.page_size]
-
 
 # ------------------------------------------------------------------------------------------------ append and rotary
 def _append(problem: Problem, operands: Operands) -> None:
     """Write every new key and value to the cache, behind the keys that are there."""
     assert operands.k is not None and operands.v is not None
-    starts = operands.lengths.cu_seqlens_k_new
+    starts, cache, rotary = operands.lengths.cu_seqlens_k_new, operands.cache, operands.rotary
     for b in range(problem.batch_size):
         new = slice(int(starts[b]), int(starts[b + 1])) if starts is not None else b
         k, v = operands.k[new], operands.v[new]
-        base = int(operands.lengths.cache_seqlens[b])
-        positions = base + np.arange(len(k))
-        if operands.rotary_cos is not None:
-            k = _rotate(operands, _to_float32(k), _rotary_base(operands, b) + np.arange(len(k)))
-        row = b if operands.cache_batch_idx is None else int(operands.cache_batch_idx[b])
-        if operands.page_table is None:
-            operands.k_cache[row, base : base + len(k)] = k
-            operands.v_cache[row, base : base + len(v)] = v
-        else:
-            assert problem.page_size is not None
-            page = operands.page_table[row, positions // problem.page_size]
-            slot = positions % problem.page_size
-            operands.k_cache[page, slot] = k
-            operands.v_cache[page, slot] = v
+        place = cache.place(b, int(operands.lengths.cache_seqlens[b]) + np.arange(len(k)))
+        if rotary is not None:
+            k = _rotate(rotary, _to_float32(k), _rotary_base(rotary, operands.lengths, b) + np.arange(len(k)))
+        cache.k[place], cache.v[place] = k, v
 
 
-def _rotary_base(operands: Operands, b: int) -> int:
-    base = operands.lengths.cache_seqlens if operands.rotary_seqlens is None else operands.rotary_seqlens
-    return int(base[b])
+def _rotary_base(rotary: Rotary, lengths: Lengths, b: int) -> int:
+    return int((lengths.cache_seqlens if rotary.seqlens is None else rotary.seqlens)[b])
 
 
-def _rotate(operands: Operands, x: Floats, positions: NDArray[np.int64]) -> Floats:
+def _rotate(rotary: Rotary, x: Floats, positions: NDArray[np.int64]) -> Floats:
     """Return x (n, heads, d), its row r rotated for ``positions[r]``, computed in float32."""
-    assert operands.rotary_cos is not None and operands.rotary_sin is not None
-    cos = _to_float32(operands.rotary_cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
-    sin = _to_float32(operands.rotary_sin[positions])[:, None]
+    cos = _to_float32(rotary.cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
+    sin = _to_float32(rotary.sin[positions])[:, None]
     half = cos.shape[-1]
-    if operands.rotary_interleaved:
+    if rotary.interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     else:
         first, second = slice(0, half), slice(half, 2 * half)

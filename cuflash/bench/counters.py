@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from ..attention import flash_attn_with_kvcache
 from ..dtypes import numpy_dtype
+from ..metadata import SchedulerMetadata
+from ..partition import GRAIN
 from ..problem import Problem
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
-from ..tiling import TILE_KEYS
+from ..scheduling import get_scheduler_metadata
 from . import report
 from .device import plan_for
 from .report import Record
@@ -177,7 +178,7 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
                 "arch": f"sm_{arch}",
                 "workload": workload.name,
                 "blocks": int(metadata.array[0]),
-                "cluster": metadata.tiling.cluster,
+                "cluster": metadata.partition.cluster,
                 "efficiency": metadata.efficiency,
                 "partial_bytes": partial_bytes,
                 "partial_ratio": partial_bytes / workload.kv_bytes,
@@ -187,10 +188,10 @@ def planned(archs: Iterable[int] = (90,), num_sm: int = 132) -> Iterator[Record]
 
 def _parts(metadata: SchedulerMetadata) -> int:
     """Count the partial results in memory: the parts of the items that lie in several blocks."""
-    if metadata.tiling.cluster > 1:
+    if metadata.partition.cluster > 1:
         return 0  # they go from one block's shared memory to another's
     work = metadata.work()
-    problem, row_blocks = metadata.problem, metadata.tiling.row_blocks
+    problem, row_blocks = metadata.problem, metadata.partition.row_blocks
     item = (work["sequence"] * problem.num_heads_kv + work["kv_head"]) * row_blocks + work["row_block"]
     _, counts = np.unique(item, return_counts=True)
     return int(counts[counts > 1].sum())
@@ -198,27 +199,27 @@ def _parts(metadata: SchedulerMetadata) -> int:
 
 def _partial_bound(metadata: SchedulerMetadata) -> int:
     """Return bytes of two partial results for every block that the plan may use; with ``split_size`` of all parts."""
-    problem, tiles = metadata.problem, metadata.tiling
+    problem, tiles = metadata.problem, metadata.partition
     most = 2 * metadata.num_blocks
     if problem.split_size:
         items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
         most = items * -(-metadata.max_seqlen_k // problem.split_size)
-    return most * tiles.rows * (4 * tiles.headdim_v + 8)
+    return most * tiles.rows * (4 * problem.headdim_v + 8)
 
 
 def _needed_mmas(metadata: SchedulerMetadata) -> int:
     """Count the products of 16 keys x 16 elements x 8 rows that the work consists of."""
     work = metadata.work()
-    problem, tiles = metadata.problem, metadata.tiling
+    problem, tiles = metadata.problem, metadata.partition
     steps = math.ceil(problem.headdim / 16) + math.ceil(problem.headdim_v / 16)
     rows = np.minimum(tiles.rows, problem.rows - work["row_block"] * tiles.rows)
-    tiles_of_keys = -(-(work["key_end"] - work["key_begin"]) // TILE_KEYS)
+    tiles_of_keys = -(-(work["key_end"] - work["key_begin"]) // GRAIN)
     return int((tiles_of_keys * -(-rows // 8)).sum()) * steps
 
 
 def _variant(metadata: SchedulerMetadata) -> str:
     problem: Problem = metadata.problem
-    return f"{problem.qkv_dtype} {problem.headdim}x{metadata.tiling.rows}"
+    return f"{problem.qkv_dtype} {problem.headdim}x{metadata.partition.rows}"
 
 
 _SIMULATED_NOTES = (

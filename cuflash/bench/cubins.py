@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels import Variant, source
+from ..kernels.source import Variant, source
 from ..simulator.compile import cache_dir, store
 
 # What CuPy adds to a module's own options (cupy/cuda/compiler.py), and ptxas' account of registers and memory.

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention import flash_attn_with_kvcache
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from ..metadata import SchedulerMetadata
+from ..scheduling import get_scheduler_metadata
 from . import gpu_peers, report
 from .device import plan_for
 from .gpu_timing import (

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import attention, kernels, repeat
+from .. import arguments, kernels, memo
 from ..attention import flash_attn_with_kvcache
 from ..device import Device
 from ..dtypes import numpy_dtype
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from ..metadata import SchedulerMetadata
+from ..scheduling import get_scheduler_metadata
 from . import report
 from .report import Record
 from .standin import DeviceArray, Machine, empty, gpu
@@ -53,14 +54,14 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
         total_again, total_first = us(again), us(first)
         rows = [
             ("attention on a plan", "every later call", total_again),
-            ("", "signature, lookup", us(_captured(repeat, "find", again))),
+            ("", "signature, lookup", us(_captured(memo.Signature, "find", again))),
             ("", "launch: parameters", us(_captured(backend, "repeat", again))),
         ]
         rows.append(("", "the rest", total_again - rows[1][2] - rows[2][2]))
         parts = [
-            ("", "scalar checks", us(_captured(attention, "make_problem", first))),
-            ("", "plan comparison", us(_captured(attention, "_planned", first))),
-            ("", "variant lookup", us(_captured(kernels, "decode_variant", first))),
+            ("", "scalar checks", us(_captured(arguments, "make_problem", first))),
+            ("", "plan comparison", us(_captured(arguments, "_planned", first))),
+            ("", "variant lookup", us(_captured(kernels.decode, "decode_variant", first))),
             ("", "launch: parameters", us(_captured(backend, "attend", first))),
         ]
         rows += [
@@ -70,7 +71,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),
-            ("", "signature, lookup", us(_captured(repeat, "find", lambda: plan(metadata)))),
+            ("", "signature, lookup", us(_captured(memo.Signature, "find", lambda: plan(metadata)))),
             ("", "launch: parameters", us(_captured(backend, "repeat", lambda: plan(metadata)))),
             ("get_scheduler_metadata", "out=, first call", us(first_refill)),
             ("get_scheduler_metadata", "a new plan", us(lambda: plan(None))),

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from ..device import Device
 from ..dtypes import dtype_name, numpy_dtype
-from ..kernels import decode_variant
+from ..kernels.decode import decode_variant
+from ..kernels.tiles import Tiling, tiling
+from ..partition import GRAIN
 from ..problem import Problem, make_problem
-from ..tiling import TILE_KEYS, Tiling, tiling
 from . import report, sass
 from .cubins import Cubin, cubin
 from .report import Record
@@ -125,7 +126,7 @@ def _per_tile(problem: Problem, tiles: Tiling, loop: sass.MainLoop) -> float | N
     if loop.inner_loops:
         return None
     if problem.qkv_dtype == "float32":
-        products, done = TILE_KEYS * tiles.rows * (problem.headdim + problem.headdim_v) // 32, loop.count("FFMA")
+        products, done = GRAIN * tiles.rows * (problem.headdim + problem.headdim_v) // 32, loop.count("FFMA")
     else:  # an MMA multiplies 16 keys x 16 elements x 8 rows
         steps = -(-problem.headdim // 16) + -(-problem.headdim_v // 16)
         products, done = steps * tiles.rows // 8, loop.count("HMMA")

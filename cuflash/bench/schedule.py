@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device
+from ..kernels import choose
+from ..metadata import SchedulerMetadata
+from ..operands import Lengths
 from ..planner import plan, plan_words
 from ..problem import make_problem
-from ..scheduling import Lengths, SchedulerMetadata
-from ..tiling import tiling
 from . import peers, report, workloads
 from .report import Record
 
@@ -55,11 +56,10 @@ def shares(lengths: NDArray[np.int64], num_heads_kv: int, num_sm: int) -> NDArra
     """Return the keys that each used block of our plan reads."""
     device = Device(num_sm, _ARCHS.get(num_sm, 90))
     problem = make_problem(len(lengths), 1, 4 * num_heads_kv, num_heads_kv, 128, page_size=16)
-    tiles = tiling(problem, device)
-    num_blocks = tiles.max_blocks(problem, device)
+    partition = choose(problem, device)
     array = np.zeros(plan_words(len(lengths), device), np.int32)
-    plan(problem, tiles, num_blocks, Lengths(lengths.astype(np.int32)), array)
-    work = SchedulerMetadata(problem, device, tiles, num_blocks, int(lengths.max()), array).work()
+    plan(problem, partition, Lengths(lengths.astype(np.int32)), array)
+    work = SchedulerMetadata(problem, device, partition, int(lengths.max()), array).work()
     loads = np.zeros(int(array[0]), np.int64)
     np.add.at(loads, work["block"], work["key_end"] - work["key_begin"])
     return loads

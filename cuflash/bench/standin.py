@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, backends, kernels
-from .. import repeat as repeated
+from .. import arrays, backends, memo
+from ..backends.machine import KernelBackend
 from ..device import Device
+from ..kernels.launch import Launch, Scratch
 
 
 class DeviceArray:
@@ -47,6 +48,21 @@ class DeviceArray:
         """Return the array in host memory."""
         return self.host
 
+    def view(self, dtype: Any) -> DeviceArray:
+        """Return a view."""
+        return DeviceArray(self.host.view(dtype))
+
+    def ravel(self) -> DeviceArray:
+        """Return a view of one dimension."""
+        return DeviceArray(self.host.reshape(-1))
+
+    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return a view."""
+        return DeviceArray(self.host.reshape(shape))
+
+    def __getitem__(self, where: Any) -> DeviceArray:
+        return DeviceArray(self.host[where])
+
     def copy(self) -> DeviceArray:
         """Return a copy."""
         return DeviceArray(self.host.copy())
@@ -72,35 +88,42 @@ def empty(shape: Any, dtype: Any) -> DeviceArray:
 
 
 class Machine:
-    """A :class:`cuflash.kernels.Machine` that does not launch."""
+    """A :class:`cuflash.backends.machine.Machine` that does not launch."""
 
     def __init__(self) -> None:
-        self._workspace: tuple[DeviceArray, DeviceArray] | None = None
+        self._scratch: dict[str, DeviceArray] = {}
 
     def address(self, array: DeviceArray) -> int:
         """Return the address of an array."""
         pointer: int = array.data.ptr
         return pointer
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """Return a new array."""
-        return empty(shape, dtype)
+    def scratch(self, name: str, memory: Scratch) -> DeviceArray:
+        """Return memory of a step, made once."""
+        array = self._scratch.get(name)
+        if array is None or array.host.nbytes < memory.nbytes:
+            array = self._scratch[name] = DeviceArray(np.zeros(memory.shape, memory.dtype))
+        return array
 
-    def workspace(self, partials: int, counters: int) -> tuple[DeviceArray, DeviceArray]:
-        """Return the memory between blocks, made once."""
-        if self._workspace is None or self._workspace[0].size < partials:
-            zeros = DeviceArray(np.zeros(counters, np.int32))
-            self._workspace = empty((partials,), np.float32), zeros
-        return self._workspace
-
-    def launch(
-        self, variant: kernels.Variant, grid: int, threads: int, shared_bytes: int, params: np.ndarray, arrays: Any
-    ) -> None:
+    def launch(self, launch: Launch, params: bytearray, arrays: Any) -> None:
         """Do nothing."""
 
 
+class _Backend(KernelBackend):
+    """A GPU on which a machine launches."""
+
+    def __init__(self, device: Device, machine: Machine) -> None:
+        self._device, self._machine = device, machine
+
+    def device(self, array: Any) -> Device:
+        return self._device
+
+    def machine(self, array: Any) -> contextlib.AbstractContextManager[Machine]:
+        return contextlib.nullcontext(self._machine)
+
+
 @contextlib.contextmanager
-def gpu(device: Device, machine: kernels.Machine) -> Iterator[SimpleNamespace]:
+def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
     """Let the library find a GPU for a while.
 
     Args:
@@ -108,38 +131,22 @@ def gpu(device: Device, machine: kernels.Machine) -> Iterator[SimpleNamespace]:
         machine: What launches on it.
 
     Yields:
-        Its backend, with the verbs of ``cuflash.backends.cuda``.
+        Its backend.
     """
-
-    def plan(problem: Any, tiling: Any, num_blocks: int, lengths: Any, array: Any) -> Any:
-        launches = kernels.plan(problem, tiling, num_blocks, array.size)
-        launches(machine, {"plan": array, **lengths.__dict__})
-        return launches
-
-    def attend(problem: Any, operands: Any, metadata: Any) -> Any:
-        readable = kernels.aligned(machine, operands)
-        launches = kernels.Attention(problem, readable, metadata)
-        launches(machine, kernels.named(readable, metadata))
-        return launches if readable is operands else None
-
-    def repeat(launches: Any, arrays: dict[str, Any]) -> None:
-        launches(machine, arrays)
-
-    backend = SimpleNamespace(USES_PLAN=True, device=lambda array: device, plan=plan, attend=attend, repeat=repeat)
-    cupy, select, unplanned = sys.modules.get("cupy"), backends.select, dict(repeated.unplanned)
-    repeated.unplanned.clear()
-    runtime = SimpleNamespace(getDevice=lambda: 0)
+    backend = _Backend(device, machine)
+    cupy, select, unplanned = sys.modules.get("cupy"), backends.select, dict(memo.unplanned)
+    memo.unplanned.clear()
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
     arrays._importers[DeviceArray] = arrays._import_itself
-    sys.modules["cupy"] = SimpleNamespace(  # type: ignore[assignment]
-        ndarray=DeviceArray, empty=empty, cuda=SimpleNamespace(runtime=runtime)
-    )
-    backends.select = lambda array: backend  # type: ignore[assignment, return-value]
+    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda)  # type: ignore[assignment]
+    backends.select = lambda array: backend
     try:
         yield backend
     finally:
         backends.select = select
-        repeated.unplanned.clear()
-        repeated.unplanned.update(unplanned)
+        memo.unplanned.clear()
+        memo.unplanned.update(unplanned)
         del arrays._importers[DeviceArray]
         if cupy is None:
             del sys.modules["cupy"]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..attention import flash_attn_with_kvcache
 from ..dtypes import dtype_name, numpy_dtype
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from ..metadata import SchedulerMetadata
+from ..scheduling import get_scheduler_metadata
 from .info import backend_in_use
 from .text import Progress, bars, environment, heads, positive, seconds, size, width
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from ..metadata import SchedulerMetadata
+from ..scheduling import get_scheduler_metadata
 from .text import bars, environment, heads, integers, positive, table, width
 
 if TYPE_CHECKING:

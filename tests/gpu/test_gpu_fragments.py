@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import HAS_GPU
 
-from cuflash import kernels
+from cuflash.kernels import source as sources
 
 # Fragments of one warp: ldmatrix, ldmatrix.trans, movmatrix, and the product of two of them.
 SOURCE = r"""
@@ -38,7 +38,7 @@ ELEMENTS = {"Float16": np.dtype(np.float16), "BFloat16": np.dtype(ml_dtypes.bflo
 
 
 def source(element: str) -> str:
-    return f"{kernels.source('types.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
+    return f"{sources.source('types.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
 
 
 def inputs(element: str, integers: bool) -> np.ndarray:

@@ -22,7 +22,8 @@ from problems import Backend, Case, check_cache, check_lse, check_out, expected,
 import cuflash
 from cuflash import planner
 from cuflash.backends import sim
-from cuflash.backends.sim import _Simulator as Simulated
+from cuflash.backends.sim import SimulatedMachine as Simulated
+from cuflash.operands import Lengths
 from cuflash.simulator.mutate import Equivalent, Mutant
 
 Arrays = tuple[np.ndarray, ...]
@@ -36,16 +37,18 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
     def problem() -> Arrays:
         os.environ.update(CUFLASH_BACKEND="sim", CUFLASH_NUM_SM=str(num_sm))
         counters = []
-        workspace, launch = Simulated.workspace, Simulated.launch
+        scratch, launch = Simulated.scratch, Simulated.launch
 
-        def watched(self: Any, partials: int, blocks: int) -> Any:
-            arrays = workspace(self, partials, blocks)
-            counters.append(arrays[1])
-            return arrays
+        def watched(self: Any, name: str, memory: Any) -> Any:
+            array = scratch(self, name, memory)
+            if name == "counters":
+                counters.append(array)
+            return array
 
         def launched(*arguments: Any) -> None:
             if nonsense:  # a negative number that the device alone sees counts as 0
-                lengths, leftpad = (arguments[-1].get(name) for name in ("cache_seqlens", "cache_leftpad"))
+                named = dict(zip(arguments[1].pointers, arguments[-1], strict=True))
+                lengths, leftpad = (named.get(name) for name in ("cache_seqlens", "cache_leftpad"))
                 if leftpad is not None:
                     lengths[lengths == leftpad] = -70
                     leftpad[leftpad == 0] = -9
@@ -53,7 +56,7 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
                     lengths[lengths == 0] = -70
             launch(*arguments)
 
-        with mock.patch.multiple(Simulated, workspace=watched, launch=launched):
+        with mock.patch.multiple(Simulated, scratch=watched, launch=launched):
             out, lse, k_cache, v_cache = run(case, inputs, SIM)
         check_out(case, out, answer)
         check_lse(case, lse, answer)
@@ -678,21 +681,21 @@ def _nonsense_plan(seed: int, clusters: bool) -> Callable[[], None]:
     os.environ.update(CUFLASH_NUM_SM="900" if clusters else "20", CUFLASH_BACKEND="numpy")
     options = {"cu_seqlens_q": absent, "cu_seqlens_k_new": absent, "max_seqlen_k": 500 if clusters else 8192}
     meta = cuflash.get_scheduler_metadata(**_step(np.zeros(batch, int), 3, max_seqlen_q=17, **options))
-    assert (meta.tiling.cluster > 1) == clusters
+    assert (meta.partition.cluster > 1) == clusters
     if seed % 2:
         low, high = -100, 100
-    lengths = cuflash.scheduling.Lengths(
+    lengths = Lengths(
         cache_seqlens=rng.integers(low, high, batch, np.int32),
         cu_seqlens_q=rng.integers(low, high, batch + 1, np.int32),
         cu_seqlens_k_new=rng.integers(low, high, batch + 1, np.int32),
         cache_leftpad=rng.integers(low, high, batch, np.int32),
     )
     twin = np.full_like(meta.array, -1)
-    planner.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, twin)
+    planner.plan(meta.problem, meta.partition, lengths, twin)
 
     def problem() -> None:
         array = np.full_like(meta.array, -1)
-        sim.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, array)
+        sim.BACKEND.plan(meta.problem, meta.partition, lengths, array)
         np.testing.assert_array_equal(array, twin)
 
     return problem

@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .device import Device
-from .dtypes import numpy_dtype
-from .problem import Problem
+from ..device import Device
+from ..dtypes import numpy_dtype
+from ..problem import Problem
 
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
-TILE_KEYS = 16  # cuts of a plan lie at multiples of it; keys of an MMA
-MAX_BLOCKS_PER_SM = 2
 _RESERVED_SHARED = 1024  # the system's share of every resident block
 
 
