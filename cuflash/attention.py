@@ -66,6 +66,11 @@ def flash_attn_with_kvcache(
     layout: str = "NHD",
     out: Any = None,
     softmax_lse: Any = None,
+    tree_mask: Any = None,
+    merge_with: tuple[Any, Any] | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
 ) -> Any:
     """Attend to a KV cache, optionally after appending new keys and values to it.
 
@@ -83,17 +88,20 @@ def flash_attn_with_kvcache(
             or float32.
         k_cache: (rows, capacity, heads_kv, headdim), or (pages, page_size, heads_kv, headdim) with ``page_table``;
             q's dtype. Its rows must be whole 16-byte units: a cache is never copied.
-        v_cache: The same with headdim_v.
+        v_cache: The same with headdim_v; may be the first columns of ``k_cache``'s own rows (MLA), whose headdim then
+            reaches 576.
         k: (batch, seqlen_new, heads_kv, headdim) or (total_new, heads_kv, headdim) new keys, written in place at
             ``cache_seqlens`` before attending.
-        v: New values, likewise.
-        qv: Not implemented yet.
+        v: New values, likewise; None where values are the first columns of ``k_cache``'s own rows.
+        qv: As q with headdim_v: adds ``qv . v`` to the scores, MLA in FlashAttention-3's spelling.
         rotary_cos: (positions, rotary_dim / 2) of q's dtype; rotates q and k. Needs ``k``.
         rotary_sin: The same.
         cache_seqlens: (batch,) int32 keys in the cache before the append, or one int; default: the capacity.
         cache_batch_idx: (batch,) int32 row of the cache, or of the page table, of each sequence.
         cache_leftpad: (batch,) int32 first valid key of each sequence.
-        page_table: (batch, pages per sequence) int32; entries past the last needed page may hold anything.
+        page_table: (batch, pages per sequence) int32, or a pair (indptr, indices): sequence i has the pages
+            ``indices[indptr[i] : indptr[i + 1]]``. Entries past the last needed page may hold anything. A negative
+            page number means that nothing is there: an append to it writes nothing, zeros stand in place of its keys.
         cu_seqlens_q: (batch + 1,) int32 first query of each sequence. Needs ``max_seqlen_q``.
         cu_seqlens_k_new: (batch + 1,) int32 first new key of each sequence.
         max_seqlen_q: Longest query length, with ``cu_seqlens_q``.
@@ -118,6 +126,17 @@ def flash_attn_with_kvcache(
         layout: "NHD", or "HND" for caches (pages, heads_kv, page_size, dim) or (rows, heads_kv, capacity, dim).
         out: Where to write the output, as q with headdim_v.
         softmax_lse: Where to write the LSE, (batch, heads_q, seqlen_q) or (heads_q, total_q) float32.
+        tree_mask: bool (batch, seqlen_q, seqlen_q), or (total_q, max_seqlen_q) with ragged queries, or the same packed
+            along the last axis as uint32 words, bit j of word w for key 32 w + j: entry (i, j) says whether query i
+            sees the j-th of the last sq keys of its sequence; it sees all before those. Only without other masks and
+            rotary.
+        merge_with: (out, lse) of the same queries over other keys, any strides: the call returns the merge of both.
+            They may be the arrays given as ``out`` and ``softmax_lse``. Where lse is -inf, out is not read.
+        cp_world_size: Ranks that share every sequence: position p lives in the cache of rank
+            ``(p // cp_interleave) % cp_world_size``, in order. Lengths and new keys are those of whole sequences,
+            caches and page tables the rank's own. Merge the ranks' results with ``merge_attn_states``.
+        cp_rank: This rank.
+        cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
         The output, of q's kind, shape (with headdim_v) and dtype; with ``return_softmax_lse`` also the LSE: natural
@@ -156,9 +175,10 @@ _SIGNATURE = memo.Signature(
     (
         "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx",
         "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens", "sinks", "out",
-        "softmax_lse",
+        "softmax_lse", "qv", "tree_mask",
     ),
     "scheduler_metadata",
+    {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")},
 )  # fmt: skip
 
 

@@ -33,15 +33,25 @@ class Signature:
         options: All other parameters, but those that the caller says he accounts for: their values and types count.
     """
 
-    def __init__(self, function: Callable[..., Any], arrays: tuple[str, ...], accounted_for: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arrays: tuple[str, ...],
+        accounted_for: str,
+        pairs: dict[str, tuple[str, str]] | None = None,
+    ) -> None:
         """Derive the signature.
 
         Args:
             function: The function.
             arrays: Names of its array parameters.
             accounted_for: The parameter that chooses the memory to look in (a plan).
+            pairs: Parameters that may be a pair of arrays, and the names of the two.
         """
         parameters = inspect.signature(function).parameters
+        self._parts = dict(pairs or {})
+        self._absent = {part: None for parts in self._parts.values() for part in parts}
+        arrays += tuple(name for name in self._parts if name not in arrays)
         unknown = [name for name in (*arrays, accounted_for) if name not in parameters]
         if unknown:
             raise TypeError(f"{function.__name__} has no parameter {', '.join(unknown)}")
@@ -66,8 +76,14 @@ class Signature:
         environment = os.environ
         if "CUFLASH_VALIDATE" in environment:
             return None, None, {}
-        arrays = self._arrays_of(given)
+        names, arrays = self.arrays, self._arrays_of(given)
         layouts: list[Hashable] = []
+        for name, parts in self._parts.items():
+            pair = given[name]
+            if type(pair) is tuple and len(pair) == 2:
+                place = names.index(name)
+                names, arrays = names + parts, (*arrays[:place], None, *arrays[place + 1 :], *pair)
+                layouts.append(name)
         native = None  # the type of the array before
         for index, x in enumerate(arrays):
             if x is None:
@@ -79,7 +95,7 @@ class Signature:
                 continue
             if kind is not native:
                 if not is_device_type(kind):
-                    x = import_device_array(self.arrays[index], x)
+                    x = import_device_array(names[index], x)
                     if x is None:
                         return None, None, {}
                     arrays = (*arrays[:index], x, *arrays[index + 1 :])
@@ -95,7 +111,7 @@ class Signature:
                 kinds += tuple(map(type, options[index]))
         key = tuple(layouts), options, kinds, environment.get("CUFLASH_BACKEND"), more
         try:
-            return key, calls.get(key), dict(zip(self.arrays, arrays))
+            return key, calls.get(key), {**self._absent, **dict(zip(names, arrays))}
         except TypeError:
             return None, None, {}
 

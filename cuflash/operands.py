@@ -47,6 +47,7 @@ class Rotary:
         seqlens: (batch,) position of the first query and the first new key, or None: ``cache_seqlens``.
         interleaved: Pairs (0, 1), (2, 3) .. instead of (0, rotary_dim / 2), (1, rotary_dim / 2 + 1) ..
         moves: Query i stands at base + i, else all queries at base.
+        first: The first column that is rotated.
     """
 
     cos: NativeArray
@@ -54,6 +55,7 @@ class Rotary:
     seqlens: NativeArray | None
     interleaved: bool
     moves: bool
+    first: int = 0
 
     @property
     def dim(self) -> int:
@@ -77,6 +79,11 @@ class Operands:
         v: New values, likewise.
         rotary: What rotates q and k, or None.
         sinks: (heads_q,) float32 or None.
+        qv: As q with headdim_v: what of a query meets the values, or None.
+        tree_mask: bool (batch, sq, sq) or (total_q, max_seqlen_q), or the same packed as uint32 words along the last
+            axis, or None: which of the last sq keys of its sequence a query sees.
+        merge_out: As out: results of the same queries over other keys, to be merged, or None.
+        merge_lse: As softmax_lse.
     """
 
     q: NativeArray
@@ -90,13 +97,21 @@ class Operands:
     v: NativeArray | None = None
     rotary: Rotary | None = None
     sinks: NativeArray | None = None
+    qv: NativeArray | None = None
+    tree_mask: NativeArray | None = None
+    merge_out: NativeArray | None = None
+    merge_lse: NativeArray | None = None
 
     @property
     def arrays(self) -> dict[str, NativeArray | None]:
-        """All arrays by the names of the arguments that they came in by."""
+        """All arrays by the names that arguments and kernels have for them."""
         rotary = self.rotary
         return {
             "q": self.q,
+            "qv": self.qv,
+            "tree_mask": self.tree_mask,
+            "merge_out": self.merge_out,
+            "merge_lse": self.merge_lse,
             "out": self.out,
             "softmax_lse": self.softmax_lse,
             "k": self.k,

@@ -81,9 +81,9 @@ def visible_keys(problem: Problem, partition: Partition, seqlen_k: Ints, seqlen_
         seqlen_k, seqlen_q = seqlen_k[:, None], seqlen_q[:, None]
     num_rows = seqlen_q * problem.group
     first_row = np.arange(partition.row_blocks, dtype=np.int64) * partition.rows
-    end = np.where(first_row < num_rows, seqlen_k, 0)
-    begin = np.zeros_like(end)
     mask = problem.mask
+    end = np.where(first_row < num_rows, mask.shard.held(seqlen_k), 0)
+    begin = np.zeros_like(end)
     if mask.hides:
         first = first_row // problem.group + (seqlen_k - seqlen_q)
         last = (np.minimum(first_row + partition.rows, num_rows) - 1) // problem.group + (seqlen_k - seqlen_q)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .dtypes import FLOAT_DTYPES, dtype_name
-from .mask import Mask
+from .mask import Mask, Shard
 
-MAX_HEADDIM = 256
+MAX_HEADDIM = 512
+MAX_JOINT_HEADDIM = 576  # of keys whose first columns are the values
 MAX_BATCH = 2**31 // 64
 _INT32_MAX = 2**31 - 1
+_MAX_RANKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Problem:
         num_splits: 0 balances freely, 1 never splits, n bounds the parts of an item.
         split_size: Keys per part in batch-invariant mode, or None.
         sm_margin: Multiprocessors left free.
+        cp_world_size: Ranks that share every sequence (context parallelism).
+        cp_rank: Whose keys the cache holds.
+        cp_interleave: Neighbouring positions that a rank holds.
     """
 
     batch_size: int
@@ -59,6 +64,9 @@ class Problem:
     num_splits: int = 0
     split_size: int | None = None
     sm_margin: int = 0
+    cp_world_size: int = 1
+    cp_rank: int = 0
+    cp_interleave: int = 1
 
     @property
     def group(self) -> int:
@@ -74,7 +82,8 @@ class Problem:
     def mask(self) -> Mask:
         """Which keys a row sees."""
         left, right = self.window_size
-        return Mask(left, right, self.attention_chunk)
+        shard = Shard(self.cp_world_size, self.cp_rank, self.cp_interleave)
+        return Mask(left, right, self.attention_chunk, shard)
 
 
 def make_problem(
@@ -97,6 +106,9 @@ def make_problem(
     split_size: int | None = None,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
 ) -> Problem:
     """Check scalar arguments and normalise the masks.
 
@@ -105,7 +117,8 @@ def make_problem(
         max_seqlen_q: Query length (longest one if ragged).
         num_heads_q: Query heads.
         num_heads_kv: KV heads.
-        headdim: Elements of a query and key row: a multiple of 8 up to 256.
+        headdim: Elements of a query and key row: a multiple of 8 up to 512; up to 576 with shorter values, which then
+            are the first columns of the keys.
         qkv_dtype: A string, NumPy or ml_dtypes dtype.
         kv_dtype: Element type of the cache, default ``qkv_dtype``.
         headdim_v: Elements of a value row, default ``headdim``.
@@ -119,6 +132,9 @@ def make_problem(
         split_size: A multiple of 64, or None.
         pack_gqa: Accepted for compatibility; heads are always packed.
         sm_margin: Multiprocessors left free.
+        cp_world_size: Ranks that share every sequence.
+        cp_rank: This rank.
+        cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
         The normalised problem.
@@ -133,8 +149,7 @@ def make_problem(
     num_heads_q = integer("num_heads_q", num_heads_q, 1, 65536)
     num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
     check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
-    headdim = check_headdim("headdim", headdim)
-    headdim_v = headdim if headdim_v is None else check_headdim("headdim_v", headdim_v)
+    headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
     q_name = dtype_name("qkv_dtype", qkv_dtype)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
     if q_name not in FLOAT_DTYPES:
@@ -179,6 +194,9 @@ def make_problem(
         num_splits=num_splits,
         split_size=split_size,
         sm_margin=integer("sm_margin", sm_margin, 0),
+        cp_world_size=(world := integer("cp_world_size", cp_world_size, 1, _MAX_RANKS)),
+        cp_rank=integer("cp_rank", cp_rank, 0, world - 1),
+        cp_interleave=integer("cp_interleave", cp_interleave, 1, _INT32_MAX // world),
     )
 
 
@@ -237,12 +255,16 @@ def check_heads(name: str, heads: int, kv_name: str, heads_kv: int) -> None:
         raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}")
 
 
-def check_headdim(name: str, value: Any) -> int:
-    """Return a head dim that kernels can handle, or raise naming the argument."""
-    number = integer(name, value, 8, MAX_HEADDIM)
-    if number % 8:
-        raise ValueError(f"{name} must be a multiple of 8, got {number}")
-    return number
+def check_headdims(name: str, headdim: Any, name_v: str, headdim_v: Any) -> tuple[int, int]:
+    """Return head dims that kernels can handle, of values as of keys where None is given, or raise naming them."""
+    dim = integer(name, headdim, 8, MAX_JOINT_HEADDIM)
+    if dim > MAX_HEADDIM and headdim_v is None:
+        raise ValueError(f"{name} must be at most {MAX_HEADDIM} unless values are shorter than keys, got {dim}")
+    dim_v = dim if headdim_v is None else integer(name_v, headdim_v, 8, MAX_HEADDIM)
+    for which, number in ((name, dim), (name_v, dim_v)):
+        if number % 8:
+            raise ValueError(f"{which} must be a multiple of 8, got {number}")
+    return dim, dim_v
 
 
 def window_bounds(window_size: Any) -> tuple[int, int]:

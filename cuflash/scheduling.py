@@ -43,6 +43,9 @@ def get_scheduler_metadata(
     split_size: int | None = None,
     kv_dtype: Any = None,
     out: SchedulerMetadata | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
 ) -> SchedulerMetadata:
     """Plan a decode step, once for all layers.
 
@@ -79,7 +82,11 @@ def get_scheduler_metadata(
         split_size: Cut every sequence at multiples of this many keys (a multiple of 64): results are then bitwise the
             same in any batch.
         kv_dtype: Element type of the cache; default ``qkv_dtype``.
-        out: A plan made for the same problem, to be refilled in place: no allocation and no sync, for CUDA graphs.
+        out: A plan made for the same problem, to be refilled in place: no allocation and no sync, for CUDA graphs. A
+            plan of a larger batch serves fewer sequences by lengths of 0.
+        cp_world_size: Ranks that share every sequence, see ``flash_attn_with_kvcache``; lengths are whole ones.
+        cp_rank: This rank.
+        cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
         The plan; ``out`` if given. Binding for a call on it: batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
@@ -125,7 +132,7 @@ def _check(given: dict[str, Any]) -> tuple[Problem, Lengths, int]:
     scalars = (
         "batch_size", "max_seqlen_q", "num_heads_q", "num_heads_kv", "headdim", "qkv_dtype", "kv_dtype", "headdim_v",
         "page_size", "causal", "window_size", "attention_chunk", "has_softcap", "num_splits", "split_size", "pack_gqa",
-        "sm_margin",
+        "sm_margin", "cp_world_size", "cp_rank", "cp_interleave",
     )  # fmt: skip
     problem = make_problem(**{name: given[name] for name in scalars}, cu_seqlens_q=given["cu_seqlens_q"] is not None)
     new = integer("max_seqlen_k_new", given["max_seqlen_k_new"], 0)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device, host_device
+from ..mask import Shard
 from ..metadata import SchedulerMetadata
 from ..operands import Lengths, Operands, Rotary
 from ..partition import Partition
@@ -109,16 +110,21 @@ def _attend(
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
     all_lse: Any = operands.softmax_lse  # on the host there always is one
-    if operands.lengths.cu_seqlens_q is None:
-        q, out, lse = operands.q[b], operands.out[b], all_lse[b]
-    else:
-        first = int(operands.lengths.cu_seqlens_q[b])
-        queries = slice(first, first + seqlen_q)
-        q, out, lse = operands.q[queries], operands.out[queries], all_lse[:, queries]
+    tokens: Any = b  # of the sequence
+    if operands.lengths.cu_seqlens_q is not None:
+        tokens = slice(int(operands.lengths.cu_seqlens_q[b]), int(operands.lengths.cu_seqlens_q[b]) + seqlen_q)
+    lse_tokens = b if operands.lengths.cu_seqlens_q is None else (slice(None), tokens)
+    out, lse = operands.out[tokens], all_lse[lse_tokens]
 
     # (queries, heads of q, d) -> (KV heads, rows, d); packed rows: query position major, head of the group minor.
-    packed = _queries(problem, operands, q[:, q_heads], b)
-    packed = packed.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
+    def pack(x: Array) -> Array:
+        return x.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
+
+    packed = pack(_queries(operands, operands.q[tokens][:, q_heads], b))
+    packed_qv = None
+    if operands.qv is not None:
+        packed_qv = pack(_to_float32(operands.qv[tokens][:, q_heads]) * _score_factor(operands))
+    tree = None if operands.tree_mask is None else _tree(operands.tree_mask[tokens], seqlen_q)
     packed_out = np.empty((heads, rows, problem.headdim_v), np.float32)
     packed_lse = np.empty((heads, rows), np.float32)
     sinks = None
@@ -134,22 +140,62 @@ def _attend(
         hidden = None
         if last_begin > begin or first_end < end:
             hidden = mask.hidden(offset + np.arange(r, end_r) // group, np.arange(begin, end))
+        if tree is not None:
+            hidden = _hidden_by_tree(tree[np.arange(r, end_r) // group], mask.shard, np.arange(begin, end), offset)
         step = max(1, _SCORES // ((end_r - r) * max(1, end - begin)))
         for h in range(0, heads, step):
             part = slice(h, min(h + step, heads)), slice(r, end_r)
             keys = _Keys(problem, operands, b, leftpad + begin, leftpad + end, head + h, head + part[0].stop)
             packed_out[part], packed_lse[part] = _attend_rows(
-                problem, operands, packed[part], keys, hidden, None if sinks is None else sinks[part]
+                problem,
+                operands,
+                packed[part],
+                None if packed_qv is None else packed_qv[part],
+                keys,
+                hidden,
+                None if sinks is None else sinks[part],
             )
 
-    packed_out = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1)
-    out[:, q_heads] = packed_out.reshape(seqlen_q, heads * group, -1)
-    lse[q_heads] = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
+    result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
+    result_lse = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
+    if operands.merge_out is not None and operands.merge_lse is not None:
+        other, other_lse = operands.merge_out[tokens][:, q_heads], operands.merge_lse[lse_tokens][q_heads]
+        parts, lses = np.stack([_to_float32(other), result])[:, None], np.stack([other_lse, result_lse])[:, None]
+        merge(parts, lses, result[None], result_lse[None])
+    out[:, q_heads], lse[q_heads] = result, result_lse
 
 
-def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
-    """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale, over the softcap."""
-    scale = np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
+def _score_factor(operands: Operands) -> np.float32:
+    """Return what products with queries are multiplied by: softmax_scale, over the softcap."""
+    return np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
+
+
+def _tree(mask: Array, seqlen_q: int) -> NDArray[np.bool_]:
+    """Return the tree mask of a sequence, (sq, sq), from bools or packed words."""
+    if mask.dtype == np.uint32:
+        words = np.ascontiguousarray(mask, "<u4").view(np.uint8)
+        mask = np.unpackbits(words, axis=-1, bitorder="little").view(np.bool_)
+    return mask[:seqlen_q, :seqlen_q]
+
+
+def _hidden_by_tree(tree: NDArray[np.bool_], shard: Shard, keys: NDArray[np.int64], offset: int) -> NDArray[np.bool_]:
+    """Return (rows, keys): what rows do not see of ``keys``, of which the last of the sequence are the tree's.
+
+    Args:
+        tree: (rows, sq) what each row sees of the last sq keys.
+        shard: Which positions the keys have.
+        keys: (keys,) numbers of keys in the cache.
+        offset: Position of the first of the last sq keys; negative where the sequence has fewer.
+    """
+    column = shard.position(keys) - offset
+    inside = column >= 0
+    hidden = np.zeros((len(tree), len(keys)), np.bool_)
+    hidden[:, inside] = ~tree[:, column[inside]]
+    return hidden
+
+
+def _queries(operands: Operands, q: Array, b: int) -> Floats:
+    """Return the queries of a sequence (n, heads, d) in float32: rotated, times the factor of the scores."""
     x = _to_float32(q)
     rotary = operands.rotary
     if rotary is not None:
@@ -157,13 +203,14 @@ def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
         positions = base + np.arange(len(q)) if rotary.moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
         x = _to_float32(_rotate(rotary, x, positions).astype(q.dtype))
-    return x * scale
+    return x * _score_factor(operands)
 
 
 def _attend_rows(
     problem: Problem,
     operands: Operands,
     q: Floats,
+    qv: Floats | None,
     keys: _Keys,
     hidden: NDArray[np.bool_] | None,
     sinks: Floats | None,
@@ -174,6 +221,7 @@ def _attend_rows(
         problem: The problem.
         operands: What the call works on.
         q: (KV heads, rows, d), scaled.
+        qv: (KV heads, rows, dv), scaled, or None.
         keys: The keys that at least one row sees.
         hidden: (rows, keys) what a row does not see of them, or None.
         sinks: (KV heads, rows) or None.
@@ -185,6 +233,11 @@ def _attend_rows(
     scores = np.empty((heads, rows, len(keys)), np.float32)
     for begin, block in keys.blocks(operands.cache.k):
         _scores(q, block, scores[..., begin : begin + len(block)])
+    if qv is not None:
+        more = np.empty((heads, rows, keys.block), np.float32)
+        for begin, block in keys.blocks(operands.cache.v):
+            _scores(qv, block, more[..., : len(block)])
+            scores[..., begin : begin + len(block)] += more[..., : len(block)]
     if operands.softcap:
         np.tanh(scores, out=scores)
         scores *= np.float32(operands.softcap)
@@ -200,7 +253,10 @@ def _attend_rows(
         total += np.exp(sinks - top)
     lse = top + np.log(total)
     out = np.zeros((heads, rows, problem.headdim_v), np.float32)
+    unseen: Any = None if hidden is None or operands.tree_mask is None else hidden.all(0)
     for begin, block in keys.blocks(operands.cache.v):
+        if unseen is not None:  # by nobody, so that it may hold anything
+            block = np.where(unseen[begin : begin + len(block), None, None], np.float32(0), block)
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
     out /= np.maximum(total, _TINY)[..., None]
     return out, lse
@@ -261,15 +317,22 @@ class _Keys:
 # ------------------------------------------------------------------------------------------------ append and rotary
 def _append(problem: Problem, operands: Operands) -> None:
     """Write every new key and value to the cache, behind the keys that are there."""
-    assert operands.k is not None and operands.v is not None
+    assert operands.k is not None
+    shard = problem.mask.shard
     starts, cache, rotary = operands.lengths.cu_seqlens_k_new, operands.cache, operands.rotary
     for b in range(problem.batch_size):
         new = slice(int(starts[b]), int(starts[b + 1])) if starts is not None else b
-        k, v = operands.k[new], operands.v[new]
-        place = cache.place(b, int(operands.lengths.cache_seqlens[b]) + np.arange(len(k)))
+        k, v = operands.k[new], None if operands.v is None else operands.v[new]
         if rotary is not None:
             k = _rotate(rotary, _to_float32(k), _rotary_base(rotary, operands.lengths, b) + np.arange(len(k)))
-        cache.k[place], cache.v[place] = k, v
+        positions = int(operands.lengths.cache_seqlens[b]) + np.arange(len(k))
+        mine = shard.holds(positions)
+        pages, slots = cache.place(b, shard.held(positions[mine]))
+        there = pages >= 0
+        place = pages[there], slots[there]
+        cache.k[place] = k[mine][there]
+        if v is not None:
+            cache.v[place] = v[mine][there]
 
 
 def _rotary_base(rotary: Rotary, lengths: Lengths, b: int) -> int:
@@ -280,11 +343,11 @@ def _rotate(rotary: Rotary, x: Floats, positions: NDArray[np.int64]) -> Floats:
     """Return x (n, heads, d), its row r rotated for ``positions[r]``, computed in float32."""
     cos = _to_float32(rotary.cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
     sin = _to_float32(rotary.sin[positions])[:, None]
-    half = cos.shape[-1]
+    half, begin = cos.shape[-1], rotary.first
     if rotary.interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        first, second = slice(begin, begin + 2 * half, 2), slice(begin + 1, begin + 2 * half, 2)
     else:
-        first, second = slice(0, half), slice(half, 2 * half)
+        first, second = slice(begin, begin + half), slice(begin + half, begin + 2 * half)
     a, b = x[..., first], x[..., second]
     rotated = x.copy()
     rotated[..., first] = a * cos - b * sin

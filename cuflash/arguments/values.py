@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import to_host
-from .operands import Lengths, Operands
-from .problem import Problem
+from ..arrays import to_host
+from ..operands import Lengths, Operands
+from ..problem import Problem
 
 Ints = NDArray[np.int64]
 
@@ -62,18 +62,27 @@ def check_call(problem: Problem, operands: Operands) -> None:
             else:
                 new = np.diff(starts)
     total = seqlens + new
-    if (total > cache.capacity).any():
-        worst = int(total.argmax())
-        more = f" + {new[worst]} new keys" if new[worst] else ""
-        raise ValueError(
-            f"cache_seqlens must fit the capacity {cache.capacity}, got {seqlens[worst]}{more} at [{worst}]"
-        )
     row = np.arange(problem.batch_size)
     if cache.batch_idx is not None:
         row = to_host(cache.batch_idx)
         _refuse("cache_batch_idx", f"be in [0, {cache.num_rows})", row, (row < 0) | (row >= cache.num_rows))
-    if cache.page_table is not None:
-        _check_pages(operands, row, total)
+    held = problem.mask.shard.held(total)
+    capacity = np.full(problem.batch_size, cache.capacity)
+    if cache.page_indptr is not None:
+        indptr = to_host(cache.page_indptr).astype(np.int64)
+        _refuse("page_table[0]", "begin with 0 or more", indptr, indptr[:1] < 0)
+        _refuse("page_table[0]", "never decrease", indptr, np.diff(indptr) < 0)
+        indices = int(cache.page_indices.shape[0])  # type: ignore[union-attr]
+        _refuse("page_table[0]", f"end by the {indices} page numbers", indptr, indptr > indices)
+        capacity = np.diff(indptr)[row] * cache.page_size
+    if (held > capacity).any():
+        worst = int((held - capacity).argmax())
+        more = f" + {new[worst]} new keys" if new[worst] else ""
+        raise ValueError(
+            f"cache_seqlens must fit the capacity {capacity[worst]}, got {seqlens[worst]}{more} at [{worst}]"
+        )
+    if cache.is_paged:
+        _check_pages(operands, row, held)
     if operands.rotary is not None:
         _check_rotary(operands, seqlens, queries, new)
 
@@ -94,20 +103,27 @@ def _check_rotary(operands: Operands, seqlens: Ints, queries: Ints, new: Ints) -
         )
 
 
-def _check_pages(operands: Operands, row: NDArray[Any], total: Ints) -> None:
-    """Check the page numbers that the call follows: those of the pages from the leftpad to the last key."""
-    cache = operands.cache
-    table = to_host(cache.page_table)[row]
+def _check_pages(operands: Operands, row: NDArray[Any], held: Ints) -> None:
+    """Check the page numbers that the call follows: those of the pages from the leftpad to the last key.
+
+    A negative number is legal: nothing is there.
+    """
+    cache, page_size, pages = operands.cache, operands.cache.page_size, operands.cache.k.shape[0]
     leftpad = operands.lengths.cache_leftpad
-    first = 0 if leftpad is None else to_host(leftpad)[:, None] // cache.page_size
-    column = np.arange(table.shape[1])
-    pages = cache.k.shape[0]
-    wrong = (column >= first) & (column * cache.page_size < total[:, None]) & ((table < 0) | (table >= pages))
+    first = np.zeros_like(held) if leftpad is None else to_host(leftpad).astype(np.int64) // page_size
+    count = np.maximum(-(-held // page_size) - first, 0)  # pages that each sequence follows
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    rows = np.repeat(row, count)
+    if cache.page_table is not None:
+        numbers = to_host(cache.page_table)[rows, within]
+    else:
+        numbers = to_host(cache.page_indices)[to_host(cache.page_indptr).astype(np.int64)[rows] + within]
+    wrong = numbers >= pages
     if wrong.any():
-        sequence, index = np.argwhere(wrong)[0]
+        bad = int(wrong.argmax())
         raise ValueError(
-            f"page_table must hold page numbers in [0, {pages}) where keys are, got {table[sequence, index]} at "
-            f"[{row[sequence]}, {index}]"
+            f"page_table must hold page numbers below {pages} where keys are, or negative ones where nothing is, got "
+            f"{numbers[bad]} in row {rows[bad]} for page {within[bad]}"
         )
 
 
