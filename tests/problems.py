@@ -206,15 +206,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
 
 def _poison(case: Case, inputs: dict[str, Any], used: np.ndarray, leftpad: np.ndarray, new: Sequence[int]) -> None:
     """Overwrite every slot of the caches that no row sees with NaN or Inf."""
-    left, right = case.window[0], 0 if case.causal else case.window[1]
-    seen = np.zeros(inputs["k_cache"].shape[:-1], bool)
-    for b in range(len(used)):
-        sq = case.seqlens_q[b] if isinstance(case.seqlens_q, tuple) else case.seqlens_q
-        sk = int(used[b] - leftpad[b])
-        for j in range(sk - new[b]):
-            if any(reference.is_visible(j, i + sk - sq, left, right, case.chunk) for i in range(sq)):
-                where = (inputs["k_cache"], case.layout, inputs.get("cache_batch_idx"), inputs.get("page_table"))
-                seen[reference.find(b, int(leftpad[b]) + j, *where)] = True
+    seen = reference.seen_slots(**inputs)
     for name, value in (("k_cache", np.nan), ("v_cache", np.inf)):
         inputs[name][~seen] = np.nan
         # Every other one Inf, which turns to NaN in other places.
