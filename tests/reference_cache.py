@@ -88,7 +88,7 @@ class Cache:
         return self.codes[slot].astype(np.float64) * np.asarray(self.scale(b, slot), np.float64)[..., None]
 
     def write(self, b: int, slot: tuple | None, x: np.ndarray) -> None:
-        """Write a new key x, (KV heads, d): quantised if the cache is, with scales that it finds if they are per key."""
+        """Write a new key x, (KV heads, d): quantised if the cache is, by scales that it finds if they are per key."""
         if slot is None:
             return
         if self.codes.dtype.name in LARGEST:
