@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class Call:
     @property
     def bounds(self) -> tuple[int, int]:
         """How far a row sees to the left and to the right as the caller says it, -1 for any distance."""
-        left, right = (-1 if bound is None else bound for bound in self.window_size or (-1, -1))
+        window = (-1, -1) if self.window_size is None else self.window_size
+        left, right = (-1 if bound is None else int(bound) for bound in window)
         return left, right
 
 
@@ -108,8 +110,13 @@ NOT_PART_OF_IT = {"scheduler_metadata", "num_splits", "split_size", "pack_gqa", 
 NOT_PART_OF_IT |= {"return_softmax_lse", "out", "softmax_lse"}
 
 
-def attention(q: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, **kwargs: Any) -> Answer:
-    """Attend by the definition; the arguments are those of ``flash_attn_with_kvcache``, no array is changed."""
+def attention(
+    q: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, only_rows: Container[int] | None = None, **kwargs: Any
+) -> Answer:
+    """Attend by the definition; the arguments are those of ``flash_attn_with_kvcache``, no array is changed.
+
+    Where ``only_rows`` says which queries are to be calculated, counted through the batch, the others are not defined.
+    """
     call = Call(q, k_cache, v_cache, **{name: x for name, x in kwargs.items() if name not in NOT_PART_OF_IT})
     joint = are_leading_columns(v_cache, k_cache)
     keys = Cache(k_cache.copy(), own(call.k_descale), call.kv_dtype, call.layout)
@@ -134,6 +141,9 @@ def attention(q: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, **kwargs:
         all_values = np.array([values.read(sequence.b, slot) for slot in where]) if where else empty
         is_there = np.array([slot is not None for slot in where], bool)
         for i, row in enumerate(sequence.rows):
+            if only_rows is not None and row not in only_rows:
+                defined[row] = False
+                continue
             seen = visible(call, sequence, i, j)
             defined[row] = is_there[seen].all()
             result = attend(call, sequence, i, all_keys[seen], all_values[seen], joint)

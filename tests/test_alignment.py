@@ -39,9 +39,10 @@ def place(arguments: Arguments, name: str, num_bytes: int, backend: Backend) -> 
     if backend.name == "cuda":
         import cupy
 
-        memory = cupy.zeros(arguments[name].nbytes + 512, np.uint8)
-        placed[name] = cupy.ndarray(arguments[name].shape, arguments[name].dtype, memory.data + num_bytes)
-        placed[name][...] = cupy.asarray(arguments[name])
+        array = arguments[name]
+        memory = cupy.zeros(array.nbytes + 512, np.uint8)
+        memory[num_bytes : num_bytes + array.nbytes] = cupy.asarray(array.reshape(-1).view(np.uint8))
+        placed[name] = cupy.ndarray(array.shape, array.dtype, memory.data + num_bytes)
     else:
         placed[name] = shifted(arguments[name], num_bytes)
     return placed

@@ -232,7 +232,6 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (paged, "page_table", {"page_table": Change(lambda table: table[0])}, ValueError),
     (paged, "page_table", {"page_table": Change(lambda table: table[:2])}, ValueError),
     (paged, "page_table", {"page_table": entry((2, 4), 18)}, ValueError),
-    (paged, "page_table", {"page_table": entry((1, 0), -1)}, ValueError),
     (paged, "cache_seqlens", {"page_table": Change(lambda table: np.ascontiguousarray(table[:, :4]))}, ValueError),
     (paged, "page_size", {"k_cache": Change(lambda k: k[:, :0]), "v_cache": Change(lambda v: v[:, :0])}, ValueError),
     # -- ragged queries
@@ -242,13 +241,11 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (ragged, "max_seqlen_q", {"max_seqlen_q": 4}, ValueError),
     (ragged, "q", {"q": one_more_dimension}, ValueError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": seqlens(0, 3, 1, 6)}, ValueError),
-    (ragged, "cu_seqlens_q", {"cu_seqlens_q": seqlens(1, 2, 3, 6)}, ValueError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": seqlens(0, 2, 4, 7)}, ValueError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": one_more_dimension}, ValueError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": seqlens()}, ValueError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": as_list}, TypeError),
     (ragged, "cu_seqlens_q", {"cu_seqlens_q": Change(lambda starts: starts.astype(np.float32))}, TypeError),
-    (contiguous, "max_seqlen_q", {"max_seqlen_q": SEQLEN_Q + 1}, ValueError),
     # -- append
     (appending, "k", {"k": None}, ValueError),
     (appending, "v", {"v": None}, ValueError),
@@ -268,7 +265,6 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (appending_ragged, "cu_seqlens_k_new", {"cu_seqlens_k_new": seqlens(0, 1, 2, 7)}, ValueError),
     (appending_ragged, "cu_seqlens_k_new", {"cu_seqlens_k_new": seqlens(0, 1, 2)}, ValueError),
     (appending_ragged, "k", {"k": one_more_dimension, "v": one_more_dimension}, ValueError),
-    (contiguous, "cu_seqlens_k_new", {"cu_seqlens_k_new": seqlens(0, 1, 2, 3)}, ValueError),
     # -- rotary embedding
     (appending, "rotary_sin", {"rotary_sin": None}, ValueError),
     (appending, "rotary_cos", {"rotary_cos": None}, ValueError),
@@ -282,7 +278,6 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (appending, "rotary_cos", {"rotary_seqlens": seqlens(1, 2, 127)}, ValueError),
     (appending, "rotary_seqlens", {"rotary_seqlens": seqlens(1, -2, 3)}, ValueError),
     (appending, "rotary_interleaved", {"rotary_interleaved": 1}, TypeError),
-    (contiguous, "rotary_seqlens", {"rotary_seqlens": seqlens(1, 2, 3)}, ValueError),
     # -- masks and scales
     (contiguous, "causal", {"causal": "yes"}, TypeError),
     (contiguous, "window_size", {"window_size": 5}, TypeError),
