@@ -21,7 +21,7 @@ NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
 _INT32_MAX = 2**31 - 1
-_IMMUTABLE = ("jax", "jaxlib", "tensorflow")  # frameworks whose arrays never change, though DLPack < 1.0 cannot say so
+_IMMUTABLE = (("jax", "Array"), ("tensorflow", "Tensor"))  # arrays that never change, which DLPack < 1.0 cannot say
 
 
 def import_array(name: str, x: Any) -> NativeArray:
@@ -196,7 +196,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
 
 def is_writeable(native: NativeArray, given: Any) -> bool:
     """Whether memory may be written; CuPy has no flag for that, so that the caller's own array decides on a GPU."""
-    return getattr(native.flags, "writeable", _root(type(given)) not in _IMMUTABLE)
+    return getattr(native.flags, "writeable", not _is_immutable(given))
 
 
 def is_on_device(native: NativeArray) -> bool:
@@ -251,7 +251,7 @@ def _import_dlpack(name: str, x: Any) -> NativeArray:
     device, _ = x.__dlpack_device__()
     try:
         if device in HOST_DEVICES:
-            return import_host(name, x, _root(type(x)) in _IMMUTABLE)
+            return import_host(name, x, _is_immutable(x))
         if device in CUDA_DEVICES:
             try:
                 import cupy
@@ -277,13 +277,22 @@ def _exporter(like: Any) -> Callable[[NativeArray], Any]:
     # subclass in somebody's module is what its base class is.
     find = getattr(like, "__array_namespace__", None)
     modules = [find()] if find is not None else []
-    modules += [sys.modules.get(_root(kind)) for kind in type(like).__mro__ if kind is not object]
+    modules += [sys.modules.get(_root(kind)) for kind in type(like).__mro__ if _is_at_home(kind)]
     for module in modules:
         from_dlpack = getattr(module, "from_dlpack", None)
         if from_dlpack is not None:
             # On a GPU, from_dlpack tells CuPy the framework's current stream, which then waits for CuPy's current one.
             return lambda native: from_dlpack(native if is_on_device(native) else Exporter(native))
     return _itself
+
+
+def _is_immutable(x: Any) -> bool:
+    return any(isinstance(x, getattr(sys.modules.get(module), name, ())) for module, name in _IMMUTABLE)
+
+
+def _is_at_home(kind: type) -> bool:
+    """Whether a class is what its module has under its name: modules of that name may be anybody's."""
+    return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind is not object
 
 
 def _itself(native: NativeArray) -> NativeArray:

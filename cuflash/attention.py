@@ -219,12 +219,12 @@ class _Call:
         seqlens = operands.lengths.cache_seqlens
         self._made = {} if arrays["cache_seqlens"] is seqlens else {"cache_seqlens": seqlens}
         caches = ("k_cache", "v_cache")
-        written = ([("k", caches), ("v", caches)] if operands.k is not None else []) + (
-            [("out", caches)] if arrays["out"] is not None else []
-        )
+        written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
+        written += [("out", caches)] if arrays["out"] is not None else []
         self._apart = [
             (name, *_extent(arrays[name]), other, *_extent(arrays[other]))
             for name, others in written
+            if arrays[name] is not None
             for other in others
         ]
 

@@ -20,7 +20,7 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import cache_of, check_caches, check_rows, new_keys
+from .caches import apart, cache_of, check_caches, check_rows, new_keys
 from .common import Given
 from .lengths import call_lengths, lengths
 from .rotary import rotary as rotary_of
@@ -101,6 +101,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     check_caches(problem, q, cache)
     check_rows(problem, cache)
     k, v = new_keys(problem, q, cache, given)
+    q = q if k is None else apart("q", q, cache)
     joint = cache.joint and problem.headdim > problem.headdim_v
     if problem.headdim > MAX_HEADDIM and not joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")

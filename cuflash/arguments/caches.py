@@ -122,11 +122,11 @@ def new_keys(
         if not is_writeable(array, given[name]):
             raise ValueError(f"{name} must be writeable to append to it, got a read-only array")
     # Keys that lie in the slots that they are written to would be read and written at once.
-    return _apart("k", new[0], cache), None if joint else _apart("v", new[1], cache)
+    return apart("k", new[0], cache), None if joint else apart("v", new[1], cache)
 
 
-def _apart(name: str, new: NativeArray, cache: KVCache) -> NativeArray:
-    """Return new keys that share no memory with the caches: a copy of those that do."""
+def apart(name: str, new: NativeArray, cache: KVCache) -> NativeArray:
+    """Return an array that shares no memory with the caches, which an append writes: a copy of one that does."""
     if not (overlaps(new, cache.k) or overlaps(new, cache.v)):
         return new
     if is_on_device(new):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..operands import Operands
 from ..problem import Problem
-from .launch import ROW_WARPS, Launch, element_strides, make_launch, row_strides
+from .launch import ABSENT, ROW_WARPS, Launch, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 
 
@@ -50,5 +50,5 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
         for axis, stride in zip(("page", "row", "head"), element_strides(kept)):
             values[f"{name}_{axis}_stride"] = stride
-    grid = -(-rows // ROW_WARPS)
-    return make_launch(append_variant(problem.qkv_dtype), "AppendParams", grid, 32 * ROW_WARPS, 0, values)
+    grid, arrays = -(-rows // ROW_WARPS), {} if rotary else {"q_rotated": ABSENT}
+    return make_launch(append_variant(problem.qkv_dtype), "AppendParams", grid, 32 * ROW_WARPS, 0, values, arrays)
