@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -67,20 +67,51 @@ def _inlined(file: str, seen: set[str]) -> str:
     return "\n".join(lines)
 
 
-_FIELD = re.compile(r"^\s+(?:const )?(?P<type>\w[\w ]*?\*?) (?P<name>\w+);", re.MULTILINE)
+_STRUCT = r"^struct (?:__align__\(\d+\) )?{name} {{(.*?)^}};"
+_FIELD = re.compile(r"(?:const )?(?P<type>\w[\w ]*?\*?) (?P<name>\w+)")
 _FIELD_TYPES = {"int": "i4", "unsigned int": "u4", "long long": "i8", "float": "f4"}
 
 
 @lru_cache(maxsize=None)
 def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
-    """Read the NumPy twin of a parameter struct from its CUDA source, so that it is written only once."""
-    text = source(file)
-    begin = text.index(f"struct {struct} {{")
-    fields = _FIELD.finditer(text[begin : text.index("\n};", begin)])
-    return np.dtype(
-        [(field["name"], "u8" if field["type"].endswith("*") else _FIELD_TYPES[field["type"]]) for field in fields],
-        align=True,
-    )
+    """Read the NumPy twin of a parameter struct from its CUDA source, so that it is written only once.
+
+    A field is a number, a pointer or another struct of that source. Declarations end with a semicolon on their own
+    line, four spaces in; functions have parentheses and are no fields.
+
+    Raises:
+        TypeError: If a field is anything else.
+    """
+    body = re.search(_STRUCT.format(name=struct), source(file), re.MULTILINE | re.DOTALL)
+    if body is None:
+        raise TypeError(f"{file} must declare the parameter struct {struct}; it does not")
+    fields: list[tuple[str, Any]] = []
+    for line in body[1].splitlines():
+        declaration, semicolon, _ = line.partition("//")[0].partition(";")
+        if not semicolon or not re.match(r" {4}\w", line) or "(" in declaration:
+            continue
+        field = _FIELD.fullmatch(declaration.strip())
+        if field is None:
+            raise TypeError(f"fields of {struct} must be declared one a line, as `type name;`; got {line.strip()!r}")
+        kind = field["type"]
+        if kind.endswith("*"):
+            fields.append((field["name"], "u8"))
+        elif kind in _FIELD_TYPES:
+            fields.append((field["name"], _FIELD_TYPES[kind]))
+        else:
+            fields.append((field["name"], struct_dtype(file, kind)))
+    return np.dtype(fields, align=True)
+
+
+def field_paths(dtype: np.dtype[Any], offset: int = 0) -> Iterator[tuple[str, np.dtype[Any], int]]:
+    """Yield (path, dtype, offset) of each number and pointer; one in a nested struct has the path ``outer.inner``."""
+    for name in dtype.names or ():
+        field, position = dtype.fields[name][:2]  # type: ignore[index]
+        if field.names:
+            for path, inner, place in field_paths(field, offset + position):
+                yield f"{name}.{path}", inner, place
+        else:
+            yield name, field, offset + position
 
 
 # ----------------------------------------------------------------------------------------------------------- variants
@@ -191,20 +222,31 @@ class Launch:
 
         Args:
             variant: The kernel.
-            struct: Name of its parameter struct, whose pointers come first.
+            struct: Name of its parameter struct. The name of a pointer is that of the array it is given, whatever
+                struct it stands in.
             grid: Blocks.
             threads: Threads of a block.
             shared_bytes: Dynamic shared memory of a block.
-            values: Fields of the struct that are not pointers; those that are missing are 0.
+            values: Fields of the struct that are not pointers, by their paths; those that are missing are 0.
         """
         self._shape = variant, grid, threads, shared_bytes
         self._dtype = struct_dtype(variant.file, struct)
-        params = np.zeros(1, self._dtype)
-        for name, value in values.items():
-            params[name] = value
-        self._template = params.tobytes()
-        self._pointers = [name for name in self._dtype.names or () if self._dtype[name] == np.uint64]
-        self._fill = Struct(f"{len(self._pointers)}Q").pack_into
+        fields = {path: (dtype, offset) for path, dtype, offset in field_paths(self._dtype)}
+        template = bytearray(self._dtype.itemsize)
+        for path, value in values.items():
+            dtype, offset = fields[path]
+            template[offset : offset + dtype.itemsize] = np.array(value, dtype).tobytes()
+        self._template = bytes(template)
+        pointers = {path.rpartition(".")[2]: offset for path, (dtype, offset) in fields.items() if dtype == np.uint64}
+        self._pointers = list(pointers)
+        # Pointers side by side are packed at once.
+        self._runs: list[tuple[Callable[..., None], int, slice]] = []
+        offsets = list(pointers.values())
+        begin = 0
+        for end in range(1, len(offsets) + 1):
+            if end == len(offsets) or offsets[end] != offsets[end - 1] + 8:
+                self._runs.append((Struct(f"{end - begin}Q").pack_into, offsets[begin], slice(begin, end)))
+                begin = end
 
     def __call__(self, machine: Machine, arrays: Mapping[str, NativeArray | None]) -> None:
         """Launch.
@@ -216,7 +258,9 @@ class Launch:
         mine = {name: arrays[name] for name in self._pointers}
         address = machine.address
         params = bytearray(self._template)  # a copy: other threads may launch at the same time
-        self._fill(params, 0, *[0 if array is None else address(array) for array in mine.values()])
+        addresses = [0 if array is None else address(array) for array in mine.values()]
+        for pack, offset, run in self._runs:
+            pack(params, offset, *addresses[run])
         machine.launch(*self._shape, np.frombuffer(params, self._dtype), mine)
 
 

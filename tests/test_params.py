@@ -2,38 +2,126 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from cuflash import kernels
+from cuflash.device import Device
+from cuflash.problem import make_problem
 from cuflash.simulator import SimModule
+from cuflash.tiling import tiling
+
+KERNELS = ["plan", "decode", "append", "merge"]
+_PROBLEM = make_problem(1, 1, 64, 8, 64, qkv_dtype="bfloat16", max_seqlen_k_new=1)
+VARIANTS = (*kernels.variants(_PROBLEM, tiling(_PROBLEM, Device(132, 90))), kernels.merge_variant("bfloat16"))
+
+NESTED = """
+struct Divisor {
+    unsigned int magic;
+    int shift;
+    __device__ int divide(int number) const { return number >> shift; }
+};
+
+struct Rows {  // a pointer behind a number
+    int count;
+    const int* table;  // (rows,)
+};
+
+struct NestedParams {
+    const float* first;
+    int number;
+    Divisor divisor;  // a struct; of
+    Rows rows;
+    float* last;
+};
+extern "C" __global__ void nested(const __grid_constant__ NestedParams p, long long* out) {
+    out[0] = p.first[1] + 10 * p.number + 100 * p.divisor.magic + 1000 * p.divisor.shift;
+    out[1] = p.rows.count + 10 * p.rows.table[2];
+    p.last[3] = 7.0f;
+}
+"""
 
 
-@pytest.mark.parametrize("kernel", ["plan", "decode", "append", "merge"])
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder of sources in the place of the library's."""
+    monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
+    for cached in (kernels.source, kernels.struct_dtype):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (kernels.source, kernels.struct_dtype):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_twin_has_the_compilers_layout(kernel: str) -> None:
     file, struct = f"{kernel}.cu", f"{kernel.capitalize()}Params"
     dtype = kernels.struct_dtype(file, struct)
-    source = kernels.source(file)
-    begin = source.index(f"struct {struct} {{")
-    names = dtype.names or ()
-    offsets = "\n".join(f"    *out++ = __builtin_offsetof({struct}, {name});" for name in names)
-    sizes = "\n".join(f"    *out++ = sizeof({struct}::{name});" for name in names)
-    body = f"    *out++ = sizeof({struct});\n{offsets}\n{sizes}\n"
+    fields = list(kernels.field_paths(dtype))
+    offsets = "\n".join(f"    *out++ = __builtin_offsetof({struct}, {path});" for path, _, _ in fields)
+    sizes = "\n".join(f"    *out++ = sizeof((({struct}*)0)->{path});" for path, _, _ in fields)
+    variant = next(v for v in VARIANTS if v.kernel == kernel)
     code = (
-        source[begin : source.index("\n};", begin)] + f'\n}};\nextern "C" __global__ void layout(int* out) {{\n{body}}}'
+        f"{kernels.source(file)}\n"
+        f'extern "C" __global__ void layout(int* out) {{\n    *out++ = sizeof({struct});\n{offsets}\n{sizes}\n}}'
     )
-    out = np.full(1 + 2 * len(names), -1, np.int32)
-    SimModule(code, ("-std=c++17",)).get_function("layout")(1, 1, (out,))
-    fields = [dtype.fields[name] for name in names]  # type: ignore[index]
-    assert out.tolist() == [dtype.itemsize, *(field[1] for field in fields), *(field[0].itemsize for field in fields)]
+    out = np.full(1 + 2 * len(fields), -1, np.int32)
+    SimModule(code, variant.options).get_function("layout")(1, 1, (out,))
+    expected = [dtype.itemsize, *(offset for *_, offset in fields), *(field.itemsize for _, field, _ in fields)]
+    assert out.tolist() == expected
 
 
-def test_no_field_is_overlooked() -> None:
-    """Every declaration of a struct is a field of its twin."""
-    for kernel in ("plan", "decode", "append", "merge"):
-        struct = f"{kernel.capitalize()}Params"
-        source = kernels.source(f"{kernel}.cu")
-        begin = source.index(f"struct {struct} {{")
-        lines = source[begin : source.index("\n};", begin)].splitlines()[1:]
-        declarations = [line for line in lines if ";" in line.partition("//")[0]]
-        assert len(declarations) == len(kernels.struct_dtype(f"{kernel}.cu", struct).names or ())
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_field_is_overlooked(kernel: str) -> None:
+    """Every declaration of a struct, and of the structs in it, is a field of its twin."""
+    text = kernels.source(f"{kernel}.cu")
+
+    def check(struct: str, dtype: np.dtype[Any]) -> None:
+        begin = re.search(rf"^struct (__align__\(\d+\) )?{struct} {{", text, re.MULTILINE)
+        assert begin
+        body = text[begin.end() : text.index("\n};", begin.end())]
+        declarations = re.findall(r"^ {4}(?:const )?(\w[\w ]*\*?) (\w+);", body, re.MULTILINE)
+        assert [name for _, name in declarations] == list(dtype.names or ())
+        for kind, name in declarations:
+            if dtype[name].names:
+                check(kind, dtype[name])
+
+    check(f"{kernel.capitalize()}Params", kernels.struct_dtype(f"{kernel}.cu", f"{kernel.capitalize()}Params"))
+
+
+def test_nested_structs_and_pointers_anywhere(folder: Path) -> None:
+    (folder / "nested.cu").write_text(NESTED)
+    paths = [path for path, _, _ in kernels.field_paths(kernels.struct_dtype("nested.cu", "NestedParams"))]
+    assert paths == ["first", "number", "divisor.magic", "divisor.shift", "rows.count", "rows.table", "last"]
+    first, table, last = np.array([0, 5], np.float32), np.array([0, 0, 4], np.int32), np.zeros(4, np.float32)
+    out = np.zeros(2, np.int64)
+
+    class Machine:
+        def address(self, array: np.ndarray) -> int:
+            return array.ctypes.data
+
+        def launch(self, variant: Any, grid: int, threads: int, shared: int, params: np.ndarray, arrays: Any) -> None:
+            module = SimModule(kernels.source(variant.file), variant.options)
+            module.get_function("nested")(grid, threads, (params, out), arrays=arrays)
+
+    values = {"number": 2, "divisor.magic": 3, "divisor.shift": 4, "rows.count": 6}
+    launch = kernels.Launch(kernels.Variant("nested"), "NestedParams", 1, 1, 0, values)
+    launch(Machine(), {"last": last, "table": table, "first": first})  # type: ignore[arg-type]
+    assert out.tolist() == [4325, 46]
+    assert last.tolist() == [0, 0, 0, 7]
+
+
+@pytest.mark.parametrize("field", ["double number", "Unknown nested", "int a, b", "int many[4]"])
+def test_an_unknown_field_is_an_error(folder: Path, field: str) -> None:
+    (folder / "odd.cu").write_text(f"struct OddParams {{\n    int first;\n    {field};\n}};\n")
+    with pytest.raises(TypeError, match=r"double|Unknown|one a line"):
+        kernels.struct_dtype("odd.cu", "OddParams")
+
+
+def test_a_value_without_a_field_is_an_error() -> None:
+    with pytest.raises(KeyError, match="colour"):
+        kernels.Launch(kernels.merge_variant("float32"), "MergeParams", 1, 32, 0, {"colour": 1})
