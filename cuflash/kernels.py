@@ -19,7 +19,7 @@ import numpy as np
 
 from .arrays import NativeArray
 from .dtypes import numpy_dtype
-from .planner import plan_launch
+from .planner import length_fields, mask_fields, plan_launch
 from .problem import Problem
 from .tiling import MAX_BLOCKS_PER_SM, Tiling
 
@@ -329,7 +329,7 @@ def _decode_launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, slots: int, max_splits: int
 ) -> Launch:
     tiling, ragged = metadata.tiling, problem.cu_seqlens_q
-    q, lse, page_table = operands.q, operands.softmax_lse, operands.page_table
+    q, lse = operands.q, operands.softmax_lse
     lse_strides = (0, 0, 0) if lse is None else _strides(lse)
     # Rotated queries are new memory.
     q_strides = _strides(q) if operands.rotary_cos is None else _contiguous_strides(q.shape)
@@ -338,30 +338,19 @@ def _decode_launch(
         **_row_strides("out", _strides(operands.out), ragged),
         "lse_head_stride": lse_strides[-2],
         "lse_batch_stride": 0 if ragged else lse_strides[0],
-        "page_table_stride": 0 if page_table is None else _strides(page_table)[0],
-        "page_size": operands.k_cache.shape[1],
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": problem.max_seqlen_k_new,
+        **length_fields(problem),
+        **_cache_fields(operands),
+        **mask_fields(problem),
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "row_blocks": tiling.row_blocks,
-        "window_left": problem.window[0],
-        "window_right": problem.window[1],
-        "attention_chunk": problem.attention_chunk,
+        **_divisor_fields("by_num_heads_kv", problem.num_heads_kv),
+        **_divisor_fields("by_group", problem.group),
+        **_divisor_fields("by_row_blocks", tiling.row_blocks),
         "split_size": problem.split_size or 0,
         "max_splits": max_splits,
         "num_slots": slots,
     }
-    for name, cache in (("k", operands.k_cache), ("v", operands.v_cache)):
-        for axis, stride in zip(("page", "row", "head"), cache.strides, strict=False):
-            values[f"{name}_{axis}_stride"] = stride // 16
-    for name, divisor in (
-        ("page_size", operands.k_cache.shape[1]),
-        ("group", problem.group),
-        ("row_blocks", tiling.row_blocks),
-        ("heads_kv", problem.num_heads_kv),
-    ):
-        values[f"{name}_magic"], values[f"{name}_shift"] = _multiplier(divisor)
     scale = operands.softmax_scale * _LOG2E
     if problem.has_softcap:
         values["tanh_scale"] = 2 * scale / operands.softcap
@@ -378,38 +367,31 @@ def _decode_launch(
 
 def _append_launch(problem: Problem, operands: Operands) -> Launch | None:
     """Return the launch that writes new keys and values into the cache, and rotates the queries if the call does."""
-    q, k_cache, page_table, cos = operands.q, operands.k_cache, operands.page_table, operands.rotary_cos
+    q, cos = operands.q, operands.rotary_cos
     k: NativeArray = operands.k
     query_tokens, new_tokens = 0 if cos is None else math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
     rows = query_tokens * problem.num_heads_q + 2 * new_tokens * problem.num_heads_kv
     if not rows:
         return None
-    page_size = k_cache.shape[1]
-    capacity = page_size if page_table is None else min(page_table.shape[1] * page_size, 2**31 - 1)
     values: dict[str, Any] = {
         **_row_strides("q", _strides(q), problem.cu_seqlens_q),
-        "page_table_stride": 0 if page_table is None else _strides(page_table)[0],
-        "capacity": capacity,
+        **length_fields(problem),
+        **_cache_fields(operands),
         "batch_size": problem.batch_size,
         "query_tokens": query_tokens,
         "new_tokens": new_tokens,
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": problem.max_seqlen_k_new,
         "num_heads_q": problem.num_heads_q,
         "num_heads_kv": problem.num_heads_kv,
         "headdim": problem.headdim,
         "headdim_v": problem.headdim_v,
-        "page_size": page_size,
         "rotary_dim": 0 if cos is None else 2 * cos.shape[1],
         "rotary_interleaved": operands.rotary_interleaved,
         "rotary_moves": operands.rotary_moves,
     }
-    for name, new, cache in (("k", k, k_cache), ("v", operands.v, operands.v_cache)):
+    for name, new in (("k", k), ("v", operands.v)):
         strides = _strides(new)
         values[f"{name}_batch_stride"] = 0 if problem.cu_seqlens_k_new else strides[0]
         values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
-        for axis, stride in zip(("page", "row", "head"), _strides(cache), strict=False):
-            values[f"{name}_{axis}_stride"] = stride
     grid = -(-rows // _ROW_WARPS)
     return Launch(append_variant(problem.qkv_dtype), "AppendParams", grid, 32 * _ROW_WARPS, 0, values)
 
@@ -424,13 +406,29 @@ def merge(machine: Machine, outs: NativeArray, lses: NativeArray, out: NativeArr
     launch(machine, {"outs": outs, "lses": lses, "out": out, "lse": lse})
 
 
-def _multiplier(divisor: int) -> tuple[int, int]:
-    """Return (magic, shift), n // divisor == n * magic >> (31 + shift) for 0 <= n < 2**31, with a magic of 32 bits.
+def _cache_fields(operands: Operands) -> dict[str, int]:
+    """Return the values of a field ``cache``, a KVCache of paging.cuh."""
+    page_table, page_size = operands.page_table, operands.k_cache.shape[1]
+    values = {
+        "cache.page_table_stride": 0 if page_table is None else _strides(page_table)[0],
+        "cache.page_size": page_size,
+        "cache.capacity": page_size if page_table is None else min(page_table.shape[1] * page_size, 2**31 - 1),
+        **_divisor_fields("cache.by_page_size", page_size),
+    }
+    for name, cache in (("k", operands.k_cache), ("v", operands.v_cache)):
+        for axis, stride in zip(("page", "row", "head"), cache.strides, strict=False):
+            values[f"cache.{name}.{axis}"] = stride // 16
+    return values
 
-    Granlund and Montgomery, "Division by invariant integers using multiplication" (1994), theorem 4.2.
+
+def _divisor_fields(path: str, divisor: int) -> dict[str, int]:
+    """Return the values of a FastDivisor: n // divisor == n * magic >> (31 + shift) for 0 <= n < 2**31.
+
+    The magic has 32 bits (Granlund and Montgomery, "Division by invariant integers using multiplication" (1994),
+    theorem 4.2).
     """
     shift = (max(divisor, 1) - 1).bit_length()
-    return -(-(1 << (31 + shift)) // max(divisor, 1)), shift
+    return {f"{path}.magic": -(-(1 << (31 + shift)) // max(divisor, 1)), f"{path}.shift": shift}
 
 
 def _strides(array: NativeArray) -> tuple[int, ...]:

@@ -227,6 +227,17 @@ def largest_divisor(number: int, limit: int) -> int:
     return next((d for d in range(min(limit, number), (limit * 7 + 7) // 8 - 1, -1) if d > 0 and number % d == 0), 0)
 
 
+def length_fields(problem: Problem) -> dict[str, int]:
+    """Return the values of a field ``lengths``, a Lengths of lengths.cuh, without its arrays."""
+    return {"lengths.max_seqlen_q": problem.max_seqlen_q, "lengths.seqlen_k_new": problem.max_seqlen_k_new}
+
+
+def mask_fields(problem: Problem) -> dict[str, int]:
+    """Return the values of a field ``mask``, a Mask of mask.cuh."""
+    left, right = problem.window
+    return {"mask.window_left": left, "mask.window_right": right, "mask.attention_chunk": problem.attention_chunk}
+
+
 def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -> tuple[int, int, dict[str, int]]:
     """Return threads, dynamic shared memory and the values of ``PlanParams`` for a launch of ``plan.cu`` with grid 1.
 
@@ -245,18 +256,14 @@ def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -
     threads = min(1024, -(-max(units, num_blocks) // 32) * 32)
     slice_sequences = max(1, -(-batch // threads))
     slice_shift = max(1, min(threads // max(1, batch), row_blocks)).bit_length() - 1
-    left, right = problem.window
     values = {
-        "window_left": left,
-        "window_right": right,
-        "attention_chunk": problem.attention_chunk,
+        **length_fields(problem),
+        **mask_fields(problem),
         "batch_size": batch,
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "rows": tiling.rows,
         "row_blocks": row_blocks,
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": problem.max_seqlen_k_new,
         "num_blocks": num_blocks,
         "num_cuts": (words - PLAN_CUTS - 3 * batch) // 4,
         "divisor": largest_divisor(units * problem.num_heads_kv, num_blocks),

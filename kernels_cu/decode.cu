@@ -31,7 +31,7 @@ constexpr int kChunks = kKeyBytes / 16;  // pieces of 16 bytes of a query in sha
 // Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero. The
 // copies belong to the group that is committed next.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
-    const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
+    const long long start = s.sequence * p.q_batch_stride + (p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         const int row = i / kChunks, chunk = i % kChunks;
@@ -127,11 +127,10 @@ struct Reach {
 
     __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int warp)
         : key(s.keys.begin + warp * kTileKeys), end(s.keys.end) {
-        const int queries = s.lengths.seqlen_q, keys = s.lengths.seqlen_k;
         const int first_query = query_of(p, s.first_row);
         const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
-        full_begin = first_visible(mask_of(p), keys, queries, last_query);
-        full_end = min(s.keys.end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
+        full_begin = mask_of(p).first_visible(s.lengths, last_query);
+        full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
         pin(full_begin), pin(full_end);
     }
 };

@@ -8,21 +8,14 @@
 #include "stream.cuh"
 
 struct PlanParams {
-    int* plan;                    // schedule.cuh; every word is written
-    const int* cache_seqlens;     // (batch_size,)
-    const int* cache_leftpad;     // (batch_size,) or null
-    const int* cu_seqlens_q;      // (batch_size + 1,) or null
-    const int* cu_seqlens_k_new;  // (batch_size + 1,) or null
-    int window_left;              // -1: unbounded
-    int window_right;
-    int attention_chunk;  // 0: none
+    int* plan;            // schedule.cuh; every word is written
+    Lengths lengths;
+    Mask mask;
     int batch_size;
     int num_heads_kv;
     int group;  // query heads per KV head
     int rows;   // packed query rows of a row block
     int row_blocks;
-    int max_seqlen_q;
-    int max_seqlen_k_new;
     int num_blocks;       // most blocks that the plan may use
     int num_cuts;         // entries of the plan
     int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
@@ -78,8 +71,7 @@ __device__ void plan_for_clusters(const PlanParams& p, Mask mask, int items) {
         Cut cut = {items, 0, used, used};
         if (u < used) {
             const int item = u / p.cluster, item_of_kv_head = item / p.row_blocks;
-            const Sequence sequence = sequence_lengths(item_of_kv_head / p.num_heads_kv, p.cache_seqlens, p.cache_leftpad,
-                                                       p.cu_seqlens_q, p.cu_seqlens_k_new, p.max_seqlen_q, p.max_seqlen_k_new);
+            const Sequence sequence = p.lengths.of(item_of_kv_head / p.num_heads_kv);
             const KeyRange keys = row_block_keys(mask, sequence, p.group, p.rows, item % p.row_blocks);
             cut = cluster_cut(keys, item, u % p.cluster, p.cluster);
             cut.first_block = cut.last_block = u;
@@ -97,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize];
     const int thread = threadIdx.x, threads = blockDim.x;
     const int lane = thread & (kWarpSize - 1), warp = thread / kWarpSize, warps = threads / kWarpSize;
-    const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
+    const Mask mask = p.mask;
     const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
     const int parts = 1 << p.slice_shift;
     int* planned = p.plan + kPlanCuts + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
@@ -112,8 +104,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int shortest = 2147483647, longest = 0;
     #pragma unroll 1
     for (int n = 0; n < p.slice_units && s < p.batch_size && row_block < p.row_blocks; ++n) {
-        const Sequence sequence = sequence_lengths(s, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                                   p.max_seqlen_q, p.max_seqlen_k_new);
+        const Sequence sequence = p.lengths.of(s);
         if (row_block == 0) {
             planned[s] = sequence.leftpad;
             planned[p.batch_size + s] = sequence.seqlen_k;

@@ -134,5 +134,8 @@ def test_it_compiles(arch: int) -> None:
 def test_parameters_have_a_value_each() -> None:
     meta = cuflash.get_scheduler_metadata(**plain(np.array([5])))
     _, _, values = planner.plan_launch(meta.problem, meta.tiling, meta.num_blocks, meta.array.size)
-    pointers = {"plan", "cache_seqlens", "cache_leftpad", "cu_seqlens_q", "cu_seqlens_k_new"}
-    assert set(kernels.struct_dtype("plan.cu", "PlanParams").names or ()) == pointers | set(values)
+    pointers = {"plan"} | {
+        f"lengths.{name}" for name in ("cache_seqlens", "cache_leftpad", "cu_seqlens_q", "cu_seqlens_k_new")
+    }
+    fields = kernels.field_paths(kernels.struct_dtype("plan.cu", "PlanParams"))
+    assert {path for path, _, _ in fields} == pointers | set(values)

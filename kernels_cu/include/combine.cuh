@@ -31,7 +31,7 @@ struct RowOutput {
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
         const int packed = s.first_row + row, query = query_of(p, packed);
         head = s.kv_head * p.group + packed - query * p.group;
-        const long long start = p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0;
+        const long long start = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
         out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
         lse = s.sequence * p.lse_batch_stride + head * p.lse_head_stride + start + query;
     }

@@ -2,6 +2,7 @@
 // next item's keys are in flight while the previous item is merged and stored.
 #pragma once
 #include "config.cuh"
+#include "paging.cuh"
 #include "segment.cuh"
 
 class Loader {
@@ -31,7 +32,7 @@ public:
         values_to_ = Values::lane_offset(lane);
         pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
         key_ = end_ = 0;
-        key_head_ = value_head_ = page_ = row_in_page_ = 0;
+        key_head_ = value_head_ = 0;
     }
 
     // Begins with a segment that `walker` has just found: nobody walks to the first one twice. The first load_keys comes
@@ -45,9 +46,9 @@ public:
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot, bool is_tile = true) {
         // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
-        const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
+        const u32 units = place_.units(p_.cache.k) + key_head_;
         const bool exists = is_tile && key_ < end_;
-        value_units_ = exists ? page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_ : kNoTile;
+        value_units_ = exists ? place_.units(p_.cache.v) + value_head_ : kNoTile;
         copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         cp_async_commit();
         key_ += kWarps * kTileKeys;
@@ -66,10 +67,9 @@ private:
         const u32 first_slot = segment.lengths.leftpad;
         key_ = first_slot + segment.keys.begin + warp_ * kTileKeys;
         end_ = first_slot + segment.keys.end;
-        key_head_ = segment.kv_head * p_.k_head_stride;
-        value_head_ = segment.kv_head * p_.v_head_stride;
-        page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
-        pages_ = p_.page_table + page_ * p_.page_table_stride;
+        key_head_ = segment.kv_head * p_.cache.k.head;
+        value_head_ = segment.kv_head * p_.cache.v.head;
+        place_.enter(p_.cache, segment.sequence);
     }
 
     // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup. At the end
@@ -81,10 +81,7 @@ private:
             enter(segment);
         }
         // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
-        const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1);
-        const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
-        row_in_page_ = key - page_index * p_.page_size;
-        if (p_.page_table) page_ = load_page(offset_by<4>(pages_, page_index));
+        place_.seek(p_.cache, min(key_ + lane_ % kTileKeys, end_ - 1));
     }
 
     template <int kDim, int kRowBytes>
@@ -123,9 +120,9 @@ private:
     u64 policy_;
     const char* keys_from_;    // first byte of this lane's chunks in row 0
     const char* values_from_;
-    const int* pages_;         // of the segment's sequence
+    PageCursor place_;         // of the row of the next tile that this lane looks up
     u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
-    u32 key_head_, value_head_, page_, row_in_page_, value_units_;
+    u32 key_head_, value_head_, value_units_;
 };

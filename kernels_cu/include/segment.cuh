@@ -38,33 +38,26 @@ __device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
-    return {p.window_left, p.window_right, kHasChunk ? p.attention_chunk : 0};
-}
-
-// number / divisor for 0 <= number < 2^31, with the multiplier that kernels.py found.
-__device__ __forceinline__ u32 divided(u32 number, u32 magic, int shift) {
-    return __umulhi(number << 1, magic) >> shift;
+    return {p.mask.window_left, p.mask.window_right, kHasChunk ? p.mask.attention_chunk : 0};
 }
 
 // The query position of a packed row.
 __device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
-    return divided(row, p.group_magic, p.group_shift);
+    return p.by_group.divide(row);
 }
 
 // Which rows an item has, and which keys they see; the fields that depend on the item alone.
 __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, Segment& s) {
-    const int item_of_kv_head = divided(item, p.row_blocks_magic, p.row_blocks_shift);
+    const int item_of_kv_head = p.by_row_blocks.divide(item);
     s.item = item;
-    s.sequence = divided(item_of_kv_head, p.heads_kv_magic, p.heads_kv_shift);
+    s.sequence = p.by_num_heads_kv.divide(item_of_kv_head);
     s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
     s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
-    s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                 p.max_seqlen_q, p.max_seqlen_k_new);
+    s.lengths = p.lengths.of(s.sequence);
     s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
     s.visible = {0, 0};
     if (s.valid_rows > 0) {
-        s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
-                                 query_of(p, s.first_row + s.valid_rows - 1));
+        s.visible = mask_of(p).visible_keys(s.lengths, query_of(p, s.first_row), query_of(p, s.first_row + s.valid_rows - 1));
     }
 }
 

@@ -30,14 +30,13 @@ __device__ __forceinline__ void cap_scores(const DecodeParams& p, Scores& s) {
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_key, int lane,
                                             Scores& s) {
-    const int keys = segment.lengths.seqlen_k, queries = segment.lengths.seqlen_q;
 #pragma unroll
     for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
             const int query = query_of(p, segment.first_row + g * 8 + lane % 4 * 2 + column);
-            const int begin = first_visible(mask_of(p), keys, queries, query);
-            const int end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, query));
+            const int begin = mask_of(p).first_visible(segment.lengths, query);
+            const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query));
 #pragma unroll
             for (int eighth = 0; eighth < kTileKeys / 8; ++eighth) {
                 const int key = first_key + lane / 4 + eighth * 8;
