@@ -147,7 +147,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
     return Variant(
         "decode",
         (
-            *_element(problem.qkv_dtype),
+            *_elements(problem.qkv_dtype, problem.kv_dtype),
             ("HEAD_DIM", problem.headdim),
             ("HEAD_DIM_V", problem.headdim_v),
             ("PADDED_HEAD_DIM", tiling.headdim),
@@ -169,7 +169,7 @@ def decode_variant(problem: Problem, tiling: Tiling) -> Variant:
 
 def append_variant(dtype: str) -> Variant:
     """Return the kernel that writes new keys and values, and rotates queries."""
-    return Variant("append", (*_element(dtype), ("WARPS", _ROW_WARPS)))
+    return Variant("append", (*_elements(dtype, dtype), ("WARPS", _ROW_WARPS)))
 
 
 def merge_variant(dtype: str) -> Variant:
@@ -181,6 +181,10 @@ def variants(problem: Problem, tiling: Tiling) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
     appends = (append_variant(problem.qkv_dtype),) if problem.appends else ()
     return Variant("plan"), *appends, decode_variant(problem, tiling)
+
+
+def _elements(dtype: str, kv_dtype: str) -> tuple[tuple[str, str | int], ...]:
+    return *_element(dtype), ("KV_ELEMENT", _ELEMENTS[kv_dtype])
 
 
 def _element(dtype: str) -> tuple[tuple[str, str | int], ...]:

@@ -4,8 +4,8 @@
 // warp takes one row (token, head): first all rows of q, if they are rotated, then those of k, then those of v.
 // Rotation is computed in float32 without fused multiply-adds, so that its bits do not depend on the compiler.
 #include "append_params.cuh"
+#include "elements.cuh"
 #include "stream.cuh"
-#include "types.cuh"
 
 using Bits = ELEMENT::Bits;
 

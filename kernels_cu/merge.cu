@@ -1,7 +1,7 @@
 // Merges partial results over disjoint keys: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
 // One warp a row (batch, query, head); a part without keys (LSE -inf) counts as nothing, whatever its output holds.
+#include "elements.cuh"
 #include "stream.cuh"
-#include "types.cuh"
 
 using Bits = ELEMENT::Bits;
 

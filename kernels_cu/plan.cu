@@ -73,7 +73,7 @@ __device__ void plan_for_clusters(const PlanParams& p, Mask mask, int items) {
             const int item = u / p.cluster, item_of_kv_head = item / p.row_blocks;
             const Sequence sequence = p.lengths.of(item_of_kv_head / p.num_heads_kv);
             const KeyRange keys = row_block_keys(mask, sequence, p.group, p.rows, item % p.row_blocks);
-            cut = cluster_cut(keys, item, u % p.cluster, p.cluster);
+            cut = cluster_cut(keys, item, u % p.cluster, p.cluster, kTileKeys);
             cut.first_block = cut.last_block = u;
         }
         planned_cuts[u] = cut;

@@ -3,13 +3,14 @@
 // Lane l scores keys l / 4 and l / 4 + 8 for rows 2 (l % 4) and + 1. Of the output it holds the same two rows and the
 // columns 4 (l / 4) .. + 3 of every 32.
 #pragma once
-#include "config.cuh"
 #include "softmax.cuh"
+#include "tiles.cuh"
 
 class FmaMath {
     static constexpr int kChunks = kHeadDim / 4;            // of 4 elements of a key
     static constexpr int kColumns = (kHeadDimV + 31) / 32;  // groups of 32 value columns
 
+    using Queries = Swizzle<kQueryBytes>;
     using Keys = Swizzle<kKeyBytes>;
     using Values = Swizzle<kValueBytes>;
     static_assert(kKeyGroups == 1, "16 keys a tile");
@@ -50,7 +51,7 @@ public:
             for (int g = 0; g < kRowGroups; ++g) {
 #pragma unroll
                 for (int column = 0; column < 2; ++column) {
-                    const float4 q = load_shared(query_ + Keys::offset(g * 8 + row + column, c));
+                    const float4 q = load_shared(query_ + Queries::offset(g * 8 + row + column, c));
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float& dot = s[g][half * 2 + column];

@@ -1,9 +1,10 @@
 // The load cursor of one warp: it fills the warp's ring with the tiles of the whole share, item after item, so that the
 // next item's keys are in flight while the previous item is merged and stored.
 #pragma once
-#include "config.cuh"
 #include "paging.cuh"
+#include "ptx/copies.cuh"
 #include "segment.cuh"
+#include "tiles.cuh"
 
 class Loader {
     // How the rows of a tile are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
@@ -87,9 +88,9 @@ private:
     template <int kDim, int kRowBytes>
     __device__ __forceinline__ void copy_tile(const char* lane_from, u32 units, u32 lane_to, bool exists) {
         using C = Copy<kRowBytes>;
-        constexpr int kChunks = kDim * Element::kBytes / 16;
+        constexpr int kChunks = kDim * CacheElement::kBytes / 16;
         // An MMA reads whole steps of 16 elements: a last half step is filled with zeros.
-        constexpr int kFilled = Element::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
+        constexpr int kFilled = CacheElement::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
         constexpr int kPasses = kTileKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
         const char* from[kPasses];  // all of them before the first copy: ptxas guards every run of copies

@@ -3,20 +3,18 @@
 //   S^T[16 keys x 8 rows]    = K[16 x D] Q^T[D x 8]      A: K by ldmatrix, B: Q by ldmatrix (rows of Q are columns of B)
 //   O^T[16 columns x 8 rows] += V^T[16 x 16 keys] P^T    A: V by ldmatrix.trans, B: P^T by movmatrix from the scores
 //
-// Fragments, lane l (PTX ISA, m16n8k16): A holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) .. + 1 and + 8;
-// B holds rows 2 (l % 4) .. + 1 and + 8 of column l / 4; C holds rows l / 4 (c0, c1) and l / 4 + 8 (c2, c3),
-// columns 2 (l % 4) and + 1.
+// What lane l holds of A, B and C stands in ptx/matrices.cuh.
 #pragma once
-#include "config.cuh"
 #include "softmax.cuh"
+#include "tiles.cuh"
 
 template <typename T>
 class MmaMath {
     static constexpr int kSteps = (kHeadDim + 15) / 16;     // of 16 elements of a key
     static constexpr int kColumns = (kHeadDimV + 15) / 16;  // tiles of 16 value columns
-    static constexpr int kQueryBytes = kKeyBytes;           // of a query row in shared memory
     static constexpr bool kQueryInRegisters = kHeadDim * kRows < 4096;
 
+    using Queries = Swizzle<kQueryBytes>;
     using Keys = Swizzle<kKeyBytes>;
     using Values = Swizzle<kValueBytes>;
 
@@ -28,10 +26,10 @@ public:
         pin(key_lane_), pin(value_lane_);
     }
 
-    // Reads the item's queries, which lie in shared memory as rows of kKeyBytes.
+    // Reads the item's queries, which lie in shared memory as rows of kQueryBytes.
     __device__ __forceinline__ void begin_item(u32 query, int lane) {
         // Row l % 8, 8-element column l / 8 of 32 elements.
-        query_lane_ = query + Keys::offset(lane % 8, lane / 8);
+        query_lane_ = query + Queries::offset(lane % 8, lane / 8);
         pin(query_lane_);
 #pragma unroll
         for (int g = 0; g < kRowGroups; ++g) {
@@ -131,7 +129,7 @@ private:
     // Two steps of row group g: {b0, b1} of both.
     __device__ __forceinline__ void load_query(int g, int step, u32* two_steps) const {
         u32 b[4];
-        ldmatrix_x4(b, step_address<Keys>(query_lane_ + g * 8 * kQueryBytes, step));
+        ldmatrix_x4(b, step_address<Queries>(query_lane_ + g * 8 * kQueryBytes, step));
 #pragma unroll
         for (int i = 0; i < 4; ++i) two_steps[i] = b[i];
     }

@@ -4,7 +4,7 @@
 // which counts as one page that is never left. Attention's loader and the append find keys here.
 #pragma once
 #include "fast_divisor.cuh"
-#include "ptx.cuh"
+#include "ptx/memory.cuh"
 
 // Strides of keys or values in units of 16 bytes: 32 bits reach 64 GiB. The host refuses what is larger or not aligned.
 struct CacheStrides {

@@ -27,10 +27,11 @@ __device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence,
     return mask.visible_keys(sequence, first_row / group, last_row / group);
 }
 
-// Where part `part` of an item begins that a cluster cuts into `parts` equal ones, at multiples of 16 keys.
-__device__ __forceinline__ Cut cluster_cut(KeyRange keys, int item, int part, int parts) {
+// Where part `part` of an item begins that a cluster cuts into `parts` equal ones, at multiples of `grain` keys.
+__device__ __forceinline__ Cut cluster_cut(KeyRange keys, int item, int part, int parts, int grain) {
     // Unsigned, since 2^31 - 1 keys rounded up are more than an int holds.
-    const unsigned key = ((unsigned)(keys.begin + (long long)(keys.end - keys.begin) * part / parts) + 8) / 16 * 16;
+    const unsigned middle = keys.begin + (long long)(keys.end - keys.begin) * part / parts;
+    const unsigned key = (middle + grain / 2) / grain * grain;
     if (part == 0) return {item, 0, 0, 0};
     if (key >= (unsigned)keys.end) return {item + 1, 0, 0, 0};
     return {item, key <= (unsigned)keys.begin ? 0 : (int)key, 0, 0};

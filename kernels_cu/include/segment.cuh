@@ -118,7 +118,7 @@ struct ClusterWalker {
 
 private:
     static __device__ __forceinline__ int part_begin(const Segment& s, int part) {
-        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster);
+        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster, kGrain);
         return part == kCluster || cut.item > s.item ? s.visible.end : max(cut.key, s.visible.begin);
     }
 };

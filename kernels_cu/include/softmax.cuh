@@ -7,8 +7,8 @@
 //
 // Weights are exp2(score * scale - m * scale) with log2 e in the scale, which the host makes positive.
 #pragma once
-#include "config.cuh"
 #include "segment.cuh"
+#include "tiles.cuh"
 
 using Scores = float[kKeyGroups][kRowGroups][4];
 
