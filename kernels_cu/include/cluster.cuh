@@ -36,11 +36,9 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segme
         const float factor = finish_row(p, at.head, merged.state, lse);
         for (int vector = lane; vector < kVectors; vector += 32) {
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int i = 0; i < kCluster; ++i) {
-                if (parts.state[i][row].y == 0.0f) continue;
-                add_weighted(o, merged.weight[i], parts.output[i][row][vector]);
-            }
+            for_each<kCluster>([&](int i) {
+                if (parts.state[i][row].y != 0.0f) add_weighted(o, merged.weight[i], parts.output[i][row][vector]);
+            });
             store_answer(p, at, vector, o, factor);
         }
         if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;

@@ -100,8 +100,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                 float before;
                 const float weight = merge_lanes<kWide>(state, merged, before);
                 scale(o, before);
-#pragma unroll
-                for (int i = 0; i < kWide; ++i) add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]);
+                for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
             }
             float lse;
             const float factor = finish_row(p, at.head, merged, lse);

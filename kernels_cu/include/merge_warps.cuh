@@ -17,23 +17,20 @@ template <typename Math, typename Softmax, typename Put>
 __device__ __forceinline__ void merge_warps(const Segment& segment, const Math& math, const Softmax& softmax,
                                             WarpStates& states, u32 free_slot, Put put) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-            const float sum = softmax.row_sum(g, column);
-            if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.row_maximum(g, column), sum);
-        }
-    }
+    for_each<kRowGroups, 2>([&](int g, int column) {
+        const float sum = softmax.row_sum(g, column);
+        if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.row_maximum(g, column), sum);
+    });
     if (lane == 0) states.slot[warp] = free_slot;
     __syncwarp();  // all lanes have read the values that lay in the slot
 
 #pragma unroll 1
     for (int g = 0; g * 8 < segment.valid_rows; ++g) {
         if (g > 0) __syncthreads();
+        // Registers have no index. No for_each: a compiler that sees r == g before it unrolls stores row group g by its index.
 #pragma unroll
         for (int r = 0; r < kRowGroups; ++r) {
-            if (r == g) math.store(r, free_slot, lane);  // registers have no index
+            if (r == g) math.store(r, free_slot, lane);
         }
         __syncthreads();
 #pragma unroll 1
@@ -42,11 +39,10 @@ __device__ __forceinline__ void merge_warps(const Segment& segment, const Math& 
             if (row >= segment.valid_rows) break;
             const MergedStates<kWarps> merged([&](int w) { return states.row[w][row]; });
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
+            for_each<kWarps>([&](int w) {
                 const u32 part = states.slot[w] + OutputTile::offset(i / kVectors, vector * 4);
                 add_weighted(o, merged.weight[w], load_shared(part));
-            }
+            });
             put(row, vector, o, merged.state);
         }
     }

@@ -6,6 +6,7 @@
 // that results never depend on timing.
 #pragma once
 #include "config.cuh"
+#include "fragment.cuh"
 
 struct RowState {
     float maximum, sum;  // maximum kLowest, sum 0: no key yet
@@ -20,13 +21,11 @@ struct MergedStates {
     // state_of(i) is the float2 (maximum, sum) of part i.
     template <typename StateOf>
     __device__ __forceinline__ explicit MergedStates(StateOf state_of) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) state.maximum = fmaxf(state.maximum, state_of(i).x);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
+        for_each<kCount>([&](int i) { state.maximum = fmaxf(state.maximum, state_of(i).x); });
+        for_each<kCount>([&](int i) {
             weight[i] = exp2_approx(state_of(i).x - state.maximum);
             state.sum += weight[i] * state_of(i).y;
-        }
+        });
     }
 };
 
@@ -34,24 +33,9 @@ struct MergedStates {
 // weight; `previous` becomes the weight of what came before.
 template <int kCount>
 __device__ __forceinline__ float merge_lanes(RowState mine, RowState& state, float& previous) {
-    float maximum = mine.maximum;
-#pragma unroll
-    for (int lanes = kCount / 2; lanes > 0; lanes /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, lanes));
-    maximum = fmaxf(maximum, state.maximum);
+    const float maximum = fmaxf(lanes_maximum<kCount>(mine.maximum), state.maximum);
     previous = exp2_approx(state.maximum - maximum);
     const float weight = exp2_approx(mine.maximum - maximum);
-    float sum = weight * mine.sum;
-#pragma unroll
-    for (int lanes = kCount / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
-    state = {maximum, state.sum * previous + sum};
+    state = {maximum, state.sum * previous + lanes_sum<kCount>(weight * mine.sum)};
     return weight;
-}
-
-// o += weight * part
-__device__ __forceinline__ void add_weighted(float4& o, float weight, float4 part) {
-    o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
-}
-
-__device__ __forceinline__ void scale(float4& o, float factor) {
-    o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
 }
