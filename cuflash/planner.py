@@ -270,6 +270,7 @@ def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -
         "cluster": tiling.cluster,
         "num_splits": problem.num_splits,
         "split_size": problem.split_size or 0,
+        "grain": problem.split_size or TILE_KEYS,
         "slice_sequences": slice_sequences,
         "slice_shift": slice_shift,
         "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),

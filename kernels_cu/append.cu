@@ -43,7 +43,8 @@ __device__ __forceinline__ void rotate_row(const AppendParams& p, const Bits* fr
         const int first = adjacent ? 2 * pair : pair, second = adjacent ? 2 * pair + 1 : pair + half;
         Bits a = from[first], b = from[second];
         if (pair < half) {
-            const float x = ELEMENT::to_float(a), y = ELEMENT::to_float(b), c = ELEMENT::to_float(cosines[pair]), s = ELEMENT::to_float(sines[pair]);
+            const float x = ELEMENT::to_float(a), y = ELEMENT::to_float(b);
+            const float c = ELEMENT::to_float(cosines[pair]), s = ELEMENT::to_float(sines[pair]);
             a = ELEMENT::from_float(__fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s)));
             b = ELEMENT::from_float(__fadd_rn(__fmul_rn(x, s), __fmul_rn(y, c)));
         }

@@ -1,15 +1,15 @@
 // Decode attention: one launch for a layer, on a plan made once for the step.
 //
-// A block reads its share of all keys (plan.cu), item after item. Warp w owns every kWarps-th tile of 16 keys; it loads its
-// own tiles into its own ring (loader.cuh), scores them (mma.cuh or fma.cuh), keeps its own running maximum and sum
-// (softmax.cuh), and never waits for another warp until the item ends (combine.cuh). An item that lies in several blocks is
-// merged by the last of them to arrive.
+// A block reads its share of all keys (plan.cu), segment after segment; a segment is what it reads of one item. The keys of a
+// segment are tiles of kTileKeys; warp w reads tiles w, w + kWarps, .. It copies them into its own ring (loader.cuh), scores
+// them (mma.cuh or fma.cuh), keeps its own maxima and sums (softmax.cuh), and waits for no other warp until the segment ends
+// (merge_warps.cuh). An item that lies in several blocks is merged by the last of them to arrive (combine.cuh).
 //
-// Between two items a block waits for little: the keys of the next one follow in the ring while an item is read, and its
+// Between two segments the copies do not stop: the next one's keys follow in the ring while this one's are read, and its
 // queries come to a second buffer, where there is one.
 //
-// The ring: half-stage h holds the keys (h even) or values (h odd) of tile h / 2. While half-stage h is read, the copy of
-// half-stage h + kStages - 1 goes into the slot of half-stage h - 1, which all lanes have left behind.
+// The ring has kStages slots. Half-stage h is the keys (h even) or the values (h odd) of the warp's tile h / 2. While
+// half-stage h is read, half-stage h + kStages - 1 is copied to the slot of half-stage h - 1, which all lanes have read.
 #include "cluster.cuh"
 #include "combine.cuh"
 #include "loader.cuh"
@@ -34,7 +34,8 @@ constexpr int kChunks = kQueryBytes / 16;  // pieces of 16 bytes of a query in s
 // Starts the copy of an item's queries to shared memory: kRows rows of kQueryBytes, swizzled; what does not exist is zero. The
 // copies belong to the group that is committed next.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
-    const long long start = s.sequence * p.q_batch_stride + (p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
+    const int* const cu_seqlens = p.lengths.cu_seqlens_q;
+    const long long start = s.sequence * p.q_batch_stride + (cu_seqlens ? cu_seqlens[s.sequence] : 0) * p.q_row_stride;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         const int row = i / kChunks, chunk = i % kChunks;
@@ -67,8 +68,8 @@ static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much
 
 // What a warp reads of a segment.
 struct Reach {
-    u32 key, end;              // its first key; unsigned, since beyond the last tile it may pass 2^31
-    int full_begin, full_end;  // a tile that begins at one of these, or between, needs no mask
+    u32 key, end;              // first key of its next tile, and of no tile; unsigned: behind the last one it may pass 2^31
+    int full_begin, full_end;  // a tile that begins in full_begin .. full_end, both included, needs no mask
 
     __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int warp)
         : key(s.keys.begin + warp * kTileKeys), end(s.keys.end) {
@@ -104,8 +105,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
         __syncthreads();
     }
-    // Shared addresses of the half-stage that is read and of the one just left. Not in uniform registers, where ptxas would put
-    // what all lanes share: beside a cache policy it makes illegal copies of them (seen with 13.0 and 13.5).
+    // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
+    // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
     const u32 ring = shared_address(shared) + warp * kRingBytes + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
     const auto advance = [&] {
@@ -123,7 +124,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         if (threadIdx.x == 0) block.segments[buffer] = segment;
         load_queries(p, segment, shared_address(queries) + buffer * kBufferBytes);
     };
-    // The first tiles of the first item come after its queries: they wait for the page table.
+    // The first item's queries come first, since its tiles wait for the page table.
     const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
         loader.start(walker, segment);
         u32 to = ring - 2 * kSlotBytes;
@@ -162,12 +163,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     };
 
     const auto finish = [&](int buffer) {
-        launch_next();  // not earlier: its blocks would settle where this kernel leaves room, and lie unevenly
+        launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
         const Segment& segment = block.segments[buffer];
         finish_segment(p, block.share, segment, block.warps.is_last, [&](auto put) {
             merge_warps(segment, math, softmax, block.warps, free_slot, put);
         });
-        __syncthreads();  // the queries, the segment and the free slots are about to change
+        __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
 
     Walker walker(block.share);

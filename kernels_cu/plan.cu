@@ -21,7 +21,8 @@ struct PlanParams {
     int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
     int cluster;          // blocks that share an item, or 1: blocks share all keys
     int num_splits;       // 0: free, n: most parts of an item
-    int split_size;       // cuts lie at multiples of this many keys, or 0
+    int split_size;       // items are cut at all multiples of this many keys, or 0
+    unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
     int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
@@ -29,7 +30,6 @@ struct PlanParams {
 
 constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
-constexpr int kTileKeys = 16;  // cuts lie at multiples of a warp's tile
 constexpr int kMinShare = 64;  // keys per block below which cutting items further does not pay
 
 template <typename T>
@@ -73,7 +73,7 @@ __device__ void plan_for_clusters(const PlanParams& p, Mask mask, int items) {
             const int item = u / p.cluster, item_of_kv_head = item / p.row_blocks;
             const Sequence sequence = p.lengths.of(item_of_kv_head / p.num_heads_kv);
             const KeyRange keys = row_block_keys(mask, sequence, p.group, p.rows, item % p.row_blocks);
-            cut = cluster_cut(keys, item, u % p.cluster, p.cluster, kTileKeys);
+            cut = cluster_cut(keys, item, u % p.cluster, p.cluster, p.grain);
             cut.first_block = cut.last_block = u;
         }
         planned_cuts[u] = cut;
@@ -221,20 +221,19 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const int keys = range.end - range.begin;
         const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
         unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
-        const unsigned grain = p.split_size ? p.split_size : kTileKeys;
-        key = (key + grain / 2) / grain * grain;
-        if (x <= slack) key = range.begin;
-        else if (cost - x <= slack) key = range.end;
+        bool at_begin = x <= slack, at_end = cost - x <= slack;
         if (0 < p.num_splits && p.num_splits < blocks) {
             const long long most = p.num_splits;
             // Items that equal shares would cut into more parts: equal parts instead.
             if ((cost - 1) * blocks > (most - 1) * total) {
                 const long long part = (2 * most * x + cost) / (2 * cost);
-                key = (unsigned)((range.begin + keys * part / most + kTileKeys / 2) / kTileKeys * kTileKeys);
-                if (part == 0) key = range.begin;
-                if (part == most) key = range.end;
+                key = (unsigned)(range.begin + keys * part / most);
+                at_begin = part == 0, at_end = part == most;
             }
         }
+        key = (key + p.grain / 2) / p.grain * p.grain;
+        if (at_begin) key = range.begin;
+        else if (at_end) key = range.end;
         int item = (sequence * p.num_heads_kv + head) * p.row_blocks + row_block;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;

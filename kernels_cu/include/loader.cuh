@@ -1,5 +1,5 @@
-// The load cursor of one warp: it fills the warp's ring with the tiles of the whole share, item after item, so that the
-// next item's keys are in flight while the previous item is merged and stored.
+// The loader of one warp: it fills the warp's ring with the tiles of the whole share, segment after segment, so that the next
+// item's keys are in flight while an item is merged and stored.
 #pragma once
 #include "paging.cuh"
 #include "ptx/copies.cuh"
@@ -36,8 +36,8 @@ public:
         key_head_ = value_head_ = 0;
     }
 
-    // Begins with a segment that `walker` has just found: nobody walks to the first one twice. The first load_keys comes
-    // before the first tile: it only looks that up.
+    // Starts at a segment that `walker` has already found. The first load_keys then copies nothing: it looks up the pages of
+    // the first tile.
     __device__ __forceinline__ void start(const Walker& walker, const Segment& segment) {
         walker_ = walker;
         enter(segment);
@@ -73,15 +73,15 @@ private:
         place_.enter(p_.cache, segment.sequence);
     }
 
-    // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup. At the end
-    // of the share `key_` stays behind `end_`.
+    // Moves to the first tile of this warp at or after `key_`, in the next segments if need be, and starts its page lookup.
+    // At the end of the share key_ >= end_ stays true.
     __device__ __forceinline__ void find_tile() {
         while (key_ >= end_) {
             Segment segment;
             if (!walker_.next(p_, share_, segment)) return;
             enter(segment);
         }
-        // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
+        // Rows past the end repeat the last key, which is masked there: nothing that no row sees is read.
         place_.seek(p_.cache, min(key_ + lane_ % kTileKeys, end_ - 1));
     }
 
@@ -93,7 +93,7 @@ private:
         constexpr int kFilled = CacheElement::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
         constexpr int kPasses = kTileKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
-        const char* from[kPasses];  // all of them before the first copy: ptxas guards every run of copies
+        const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
             from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
@@ -119,7 +119,7 @@ private:
     const Share& share_;
     Walker walker_;
     u64 policy_;
-    const char* keys_from_;    // first byte of this lane's chunks in row 0
+    const char* keys_from_;    // first byte of this lane's chunks in the cache's first row
     const char* values_from_;
     PageCursor place_;         // of the row of the next tile that this lane looks up
     u32 keys_to_, values_to_;  // the same in a slot

@@ -1,4 +1,4 @@
-// A share of the plan as segments: the keys of one item that a block reads in one go.
+// A share of the plan as segments. A segment is the keys of one item that a block reads in one go; with split_size, of one split.
 //
 // Lengths come from the call, cuts from the plan: the first part of an item begins at its real first visible key, the
 // last one ends at its real last one, and a cut beyond the real end leaves an empty part. Hence a stale plan is slower
@@ -20,8 +20,8 @@ struct Segment {
     KeyRange visible;  // of the whole item
     KeyRange keys;     // of this segment
     int split;         // with split_size: number of this split in its sequence
-    bool starts;       // the plan has no cut at the item's beginning ..
-    bool ends;         // .. nor at its end, within this share
+    bool starts;       // this block reads the item's first key
+    bool ends;         // this block reads the item's last key
     bool last;         // last segment of the item in this share
 };
 
@@ -30,7 +30,7 @@ struct Share {
     Cut end;
 };
 
-// Splits beyond the slots that the host could foresee become one with the last.
+// The split of a key. Only max_splits slots exist, by the host's upper bound of the lengths: keys beyond it join the last split.
 __device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
     return min(key / p.split_size, p.max_splits - 1);
 }
@@ -61,10 +61,10 @@ __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, S
     }
 }
 
-// Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
+// Walks the segments of a share. The loader and the arithmetic each own a walker: the first runs ahead of the second.
 struct ShareWalker {
     int item;
-    int key;  // plan coordinate at which the next segment begins; 0 is the item's beginning
+    int key;  // where the next segment begins, by the plan; 0 is the item's first visible key
 
     __device__ __forceinline__ explicit ShareWalker(const Share& share) : item(share.begin.item), key(share.begin.key) {}
 
@@ -101,7 +101,7 @@ struct ShareWalker {
     }
 };
 
-// The one segment of a block of a cluster: its part of the cluster's item, whatever the plan says.
+// The one segment of a block of a cluster: its part of the cluster's item. The plan is not asked.
 struct ClusterWalker {
     bool is_done = false;
 
