@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .device import Device
 from .operands import Lengths
-from .partition import GRAIN, MAX_BLOCKS_PER_SM, Partition
+from .partition import MAX_BLOCKS_PER_SM, Partition
 from .problem import Problem
 
 PLAN_CUTS = 8  # the word at which the cuts begin
@@ -168,7 +168,7 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     begin, end = begin[unit], end[unit]
 
     # The overhead stands at the beginning of an item.
-    grain = problem.split_size or GRAIN
+    grain = problem.split_size or partition.grain
     key = (begin + np.maximum(x - overhead, 0) + grain // 2) // grain * grain
     key = np.where(x <= slack, begin, np.where(cost - x <= slack, end, key))
     if 0 < problem.num_splits < blocks:
@@ -176,7 +176,7 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
         # Items that equal shares would cut into more parts: equal parts instead.
         many = (cost - 1) * blocks > (parts - 1) * total
         part = (2 * parts * x + cost) // (2 * cost)
-        even = (begin + (end - begin) * part // parts + GRAIN // 2) // GRAIN * GRAIN
+        even = (begin + (end - begin) * part // parts + partition.grain // 2) // partition.grain * partition.grain
         even = np.where(part == 0, begin, np.where(part == parts, end, even))
         key = np.where(many, even, key)
     after = key >= end
@@ -193,7 +193,9 @@ def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: 
     rows = (len(begin) // partition.row_blocks, 1, partition.row_blocks, 1)  # sequence, KV head, row block, part
     begin, end = begin.reshape(rows), end.reshape(rows)
     part = np.arange(partition.cluster)
-    key = (begin + (end - begin) * part // partition.cluster + GRAIN // 2) // GRAIN * GRAIN
+    key = (
+        (begin + (end - begin) * part // partition.cluster + partition.grain // 2) // partition.grain * partition.grain
+    )
     after = (key >= end) & (part > 0)
     key = np.where(after | (key <= begin) | (part == 0), 0, key)
     shape = (rows[0], problem.num_heads_kv, partition.row_blocks, partition.cluster)

@@ -71,7 +71,7 @@ def test_every_variant_compiles(dtype: str, dims: tuple[int, int], arch: int) ->
 def test_other_kernels_compile(arch: int) -> None:
     check(Variant("plan"), arch)
     for dtype in DTYPES:
-        check(append_variant(dtype), arch)
+        check(append_variant(dtype, dtype), arch)
         check(merge_variant(dtype), arch)
 
 

@@ -68,7 +68,7 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
-    append = (append_variant(problem.qkv_dtype),) if appends else ()
+    append = (append_variant(problem.qkv_dtype, problem.kv_dtype),) if appends else ()
     return PLAN_VARIANT, *append, family(partition).variant(problem, partition)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import strides_of
 from ..device import Device
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import MAX_BLOCKS_PER_SM, Partition
 from ..problem import Problem
-from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, multiplier, row_strides
+from .fields import cache_fields, divisor_fields, length_fields, mask_fields
+from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 from .tiles import Tiling, tiling
 
@@ -34,7 +34,7 @@ def decode_variant(problem: Problem, tiles: Tiling) -> Variant:
     return Variant(
         "decode",
         (
-            *element_defines(problem.qkv_dtype),
+            *element_defines(problem.qkv_dtype, problem.kv_dtype),
             ("HEAD_DIM", problem.headdim),
             ("HEAD_DIM_V", problem.headdim_v),
             ("PADDED_HEAD_DIM", tiles.headdim),
@@ -81,27 +81,25 @@ def launch(
     }
     if tiles.cluster > 1:  # merges in its shared memory
         scratch = {}
-    cache, lse, ragged = operands.cache, operands.softmax_lse, problem.cu_seqlens_q
+    lse, ragged = operands.softmax_lse, problem.cu_seqlens_q
     lse_strides = (0, 0, 0) if lse is None else element_strides(lse)
     # Rotated queries are new memory.
     q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
-    mask = problem.mask
     scale = operands.softmax_scale * _LOG2E
     values: dict[str, Any] = {
         **row_strides("q", q_strides, ragged),
         **row_strides("out", element_strides(operands.out), ragged),
         "lse_head_stride": lse_strides[-2],
         "lse_batch_stride": 0 if ragged else lse_strides[0],
-        "page_table_stride": 0 if cache.page_table is None else element_strides(cache.page_table)[0],
-        "page_size": cache.page_size,
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": operands.lengths.seqlen_k_new,
+        **length_fields(problem, operands.lengths),
+        **cache_fields(operands.cache),
+        **mask_fields(problem),
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "row_blocks": tiles.row_blocks,
-        "window_left": mask.left,
-        "window_right": mask.right,
-        "attention_chunk": mask.chunk,
+        **divisor_fields("by_num_heads_kv", problem.num_heads_kv),
+        **divisor_fields("by_group", problem.group),
+        **divisor_fields("by_row_blocks", tiles.row_blocks),
         "split_size": problem.split_size or 0,
         "max_splits": max_splits,
         "num_slots": slots,
@@ -110,16 +108,6 @@ def launch(
         "tanh_scale": 0.0,
         "score_cap": 0.0,
     }
-    for name, array in (("k", cache.k), ("v", cache.v)):
-        for axis, stride in zip(("page", "row", "head"), strides_of(array)):
-            values[f"{name}_{axis}_stride"] = stride // 16
-    for name, divisor in (
-        ("page_size", cache.page_size),
-        ("group", problem.group),
-        ("row_blocks", tiles.row_blocks),
-        ("heads_kv", problem.num_heads_kv),
-    ):
-        values[f"{name}_magic"], values[f"{name}_shift"] = multiplier(divisor)
     if problem.has_softcap:
         values["tanh_scale"] = 2 * scale / operands.softcap
         values["score_cap"] = operands.softcap * _LOG2E

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import NativeArray, strides_of
-from .source import Variant, struct_dtype
+from .source import Variant, field_paths, struct_dtype
 
 ABSENT = ""  # the array of a null pointer
 ROW_WARPS = 4  # warps of a block of append and merge, a row each
@@ -107,21 +107,24 @@ def make_launch(
         grid: Blocks.
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
-        values: Every field of the struct that is no pointer.
+        values: Every number of the struct, by its path: ``outer.inner`` for one in a nested struct.
         arrays: The arrays of pointers that are not called as their arrays.
 
     Raises:
         TypeError: If a field is not supplied, or one that the struct does not have.
     """
     dtype = struct_dtype(variant.file, struct)
-    fields: Mapping[str, Any] = dtype.fields or {}
-    pointers = sorted((name for name in fields if fields[name][0] == np.uint64), key=lambda name: int(fields[name][1]))
-    wrong = (set(fields) - set(pointers)) ^ set(values) | set(arrays or ()) - set(pointers)
+    fields = {path: (field, offset) for path, field, offset in field_paths(dtype)}
+    # A pointer is called as its array, whatever nested struct it stands in.
+    pointers = {path.rpartition(".")[2]: offset for path, (field, offset) in fields.items() if field == np.uint64}
+    numbers = {path for path, (field, _) in fields.items() if field != np.uint64}
+    wrong = numbers ^ set(values) | set(arrays or ()) - set(pointers)
     if wrong:
         raise TypeError(f"{struct} and what is supplied differ in {', '.join(sorted(wrong))}")
-    params = np.zeros((), dtype)
-    for name, value in values.items():
-        params[name] = value
+    template = bytearray(dtype.itemsize)
+    for path, value in values.items():
+        field, offset = fields[path]
+        template[offset : offset + field.itemsize] = np.array(value, field).tobytes()
     names = {name: name for name in pointers} | dict(arrays or {})
     return Launch(
         variant,
@@ -129,9 +132,9 @@ def make_launch(
         threads,
         shared_bytes,
         dtype,
-        params.tobytes(),
+        bytes(template),
         tuple(names[name] for name in pointers),
-        _runs([fields[name][1] for name in pointers]),
+        _runs(list(pointers.values())),
     )
 
 
@@ -144,15 +147,6 @@ def _runs(offsets: list[int]) -> tuple[tuple[int, Struct], ...]:
         else:
             runs.append([offset])
     return tuple((run[0], Struct(f"{len(run)}Q")) for run in runs)
-
-
-def multiplier(divisor: int) -> tuple[int, int]:
-    """Return (magic, shift), n // divisor == n * magic >> (31 + shift) for 0 <= n < 2**31, with a magic of 32 bits.
-
-    Granlund and Montgomery, "Division by invariant integers using multiplication" (1994), theorem 4.2.
-    """
-    shift = (max(divisor, 1) - 1).bit_length()
-    return -(-(1 << (31 + shift)) // max(divisor, 1)), shift
 
 
 def element_strides(array: NativeArray) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from ..operands import Lengths
 from ..partition import Partition
 from ..planner import PLAN_CUTS, largest_divisor
 from ..problem import Problem
+from .fields import length_fields, mask_fields
 from .launch import Launch, make_launch
 from .source import Variant
 
@@ -20,24 +21,21 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
     threads = min(1024, -(-max(units, num_blocks) // 32) * 32)
     slice_sequences = max(1, -(-batch // threads))
     slice_shift = max(1, min(threads // max(1, batch), row_blocks)).bit_length() - 1
-    mask = problem.mask
     values = {
-        "window_left": mask.left,
-        "window_right": mask.right,
-        "attention_chunk": mask.chunk,
+        **length_fields(problem, lengths),
+        **mask_fields(problem),
         "batch_size": batch,
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "rows": partition.rows,
         "row_blocks": row_blocks,
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": lengths.seqlen_k_new,
         "num_blocks": num_blocks,
         "num_cuts": (words - PLAN_CUTS - 3 * batch) // 4,
         "divisor": largest_divisor(units * problem.num_heads_kv, num_blocks),
         "cluster": partition.cluster,
         "num_splits": problem.num_splits,
         "split_size": problem.split_size or 0,
+        "grain": problem.split_size or partition.grain,
         "slice_sequences": slice_sequences,
         "slice_shift": slice_shift,
         "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -64,20 +65,51 @@ def _inlined(file: str, seen: set[str]) -> str:
     return "\n".join([*lines, "#endif"])
 
 
-_FIELD = re.compile(r"^\s+(?:const )?(?P<type>\w[\w ]*?\*?) (?P<name>\w+);", re.MULTILINE)
+_STRUCT = r"^struct (?:__align__\(\d+\) )?{name} {{(.*?)^}};"
+_FIELD = re.compile(r"(?:const )?(?P<type>\w[\w ]*?\*?) (?P<name>\w+)")
 _FIELD_TYPES = {"int": "i4", "unsigned int": "u4", "long long": "i8", "float": "f4"}
 
 
 @lru_cache(maxsize=None)
 def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
-    """Read the NumPy twin of a parameter struct from its CUDA source, so that it is written only once."""
-    text = source(file)
-    begin = text.index(f"struct {struct} {{")
-    fields = _FIELD.finditer(text[begin : text.index("\n};", begin)])
-    return np.dtype(
-        [(field["name"], "u8" if field["type"].endswith("*") else _FIELD_TYPES[field["type"]]) for field in fields],
-        align=True,
-    )
+    """Read the NumPy twin of a parameter struct from its CUDA source, so that it is written only once.
+
+    A field is a number, a pointer or another struct of that source. Declarations end with a semicolon on their own
+    line, four spaces in; functions have parentheses and are no fields.
+
+    Raises:
+        TypeError: If a field is anything else.
+    """
+    body = re.search(_STRUCT.format(name=struct), source(file), re.MULTILINE | re.DOTALL)
+    if body is None:
+        raise TypeError(f"{file} must declare the parameter struct {struct}; it does not")
+    fields: list[tuple[str, Any]] = []
+    for line in body[1].splitlines():
+        declaration, semicolon, _ = line.partition("//")[0].partition(";")
+        if not semicolon or not re.match(r" {4}\w", line) or "(" in declaration:
+            continue
+        field = _FIELD.fullmatch(declaration.strip())
+        if field is None:
+            raise TypeError(f"fields of {struct} must be declared one a line, as `type name;`; got {line.strip()!r}")
+        kind = field["type"]
+        if kind.endswith("*"):
+            fields.append((field["name"], "u8"))
+        elif kind in _FIELD_TYPES:
+            fields.append((field["name"], _FIELD_TYPES[kind]))
+        else:
+            fields.append((field["name"], struct_dtype(file, kind)))
+    return np.dtype(fields, align=True)
+
+
+def field_paths(dtype: np.dtype[Any], offset: int = 0) -> Iterator[tuple[str, np.dtype[Any], int]]:
+    """Yield (path, dtype, offset) of each number and pointer; one in a nested struct has the path ``outer.inner``."""
+    for name in dtype.names or ():
+        field, position = dtype.fields[name][:2]  # type: ignore[index]
+        if field.names:
+            for path, inner, place in field_paths(field, offset + position):
+                yield f"{name}.{path}", inner, place
+        else:
+            yield name, field, offset + position
 
 
 @dataclass(frozen=True)
@@ -106,6 +138,10 @@ class Variant:
         return f"{self.kernel}({', '.join(f'{macro}={value}' for macro, value in self.defines)})"
 
 
-def element_defines(dtype: str) -> tuple[tuple[str, str | int], ...]:
-    """Return the macros that name an element type."""
-    return ("ELEMENT", _ELEMENTS[dtype]), ("ELEMENT_BYTES", numpy_dtype(dtype).itemsize)
+def element_defines(dtype: str, kv_dtype: str | None = None) -> tuple[tuple[str, str | int], ...]:
+    """Return the macros that name the element type of queries and outputs, and that of a cache."""
+    defines: tuple[tuple[str, str | int], ...] = (
+        ("ELEMENT", _ELEMENTS[dtype]),
+        ("ELEMENT_BYTES", numpy_dtype(dtype).itemsize),
+    )
+    return defines if kv_dtype is None else (*defines, ("KV_ELEMENT", _ELEMENTS[kv_dtype]))

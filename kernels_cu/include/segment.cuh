@@ -1,4 +1,4 @@
-// A share of the plan as segments: the keys of one item that a block reads in one go.
+// A share of the plan as segments. A segment is the keys of one item that a block reads in one go; with split_size, of one split.
 //
 // Lengths come from the call, cuts from the plan: the first part of an item begins at its real first visible key, the
 // last one ends at its real last one, and a cut beyond the real end leaves an empty part. Hence a stale plan is slower
@@ -20,8 +20,8 @@ struct Segment {
     KeyRange visible;  // of the whole item
     KeyRange keys;     // of this segment
     int split;         // with split_size: number of this split in its sequence
-    bool starts;       // the plan has no cut at the item's beginning ..
-    bool ends;         // .. nor at its end, within this share
+    bool starts;       // this block reads the item's first key
+    bool ends;         // this block reads the item's last key
     bool last;         // last segment of the item in this share
 };
 
@@ -30,7 +30,7 @@ struct Share {
     Cut end;
 };
 
-// Splits beyond the slots that the host could foresee become one with the last.
+// The split of a key. Only max_splits slots exist, by the host's upper bound of the lengths: keys beyond it join the last split.
 __device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
     return min(key / p.split_size, p.max_splits - 1);
 }
@@ -38,40 +38,33 @@ __device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
-    return {p.window_left, p.window_right, kHasChunk ? p.attention_chunk : 0};
-}
-
-// number / divisor for 0 <= number < 2^31, with the multiplier that kernels.py found.
-__device__ __forceinline__ u32 divided(u32 number, u32 magic, int shift) {
-    return __umulhi(number << 1, magic) >> shift;
+    return {p.mask.window_left, p.mask.window_right, kHasChunk ? p.mask.attention_chunk : 0};
 }
 
 // The query position of a packed row.
 __device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
-    return divided(row, p.group_magic, p.group_shift);
+    return p.by_group.divide(row);
 }
 
 // Which rows an item has, and which keys they see; the fields that depend on the item alone.
 __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, Segment& s) {
-    const int item_of_kv_head = divided(item, p.row_blocks_magic, p.row_blocks_shift);
+    const int item_of_kv_head = p.by_row_blocks.divide(item);
     s.item = item;
-    s.sequence = divided(item_of_kv_head, p.heads_kv_magic, p.heads_kv_shift);
+    s.sequence = p.by_num_heads_kv.divide(item_of_kv_head);
     s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
     s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
-    s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                 p.max_seqlen_q, p.max_seqlen_k_new);
+    s.lengths = p.lengths.of(s.sequence);
     s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
     s.visible = {0, 0};
     if (s.valid_rows > 0) {
-        s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
-                                 query_of(p, s.first_row + s.valid_rows - 1));
+        s.visible = mask_of(p).visible_keys(s.lengths, query_of(p, s.first_row), query_of(p, s.first_row + s.valid_rows - 1));
     }
 }
 
-// Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
+// Walks the segments of a share. The loader and the arithmetic each own a walker: the first runs ahead of the second.
 struct ShareWalker {
     int item;
-    int key;  // plan coordinate at which the next segment begins; 0 is the item's beginning
+    int key;  // where the next segment begins, by the plan; 0 is the item's first visible key
 
     __device__ __forceinline__ explicit ShareWalker(const Share& share) : item(share.begin.item), key(share.begin.key) {}
 
@@ -108,7 +101,7 @@ struct ShareWalker {
     }
 };
 
-// The one segment of a block of a cluster: its part of the cluster's item, whatever the plan says.
+// The one segment of a block of a cluster: its part of the cluster's item. The plan is not asked.
 struct ClusterWalker {
     bool is_done = false;
 
@@ -125,7 +118,7 @@ struct ClusterWalker {
 
 private:
     static __device__ __forceinline__ int part_begin(const Segment& s, int part) {
-        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster);
+        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster, kGrain);
         return part == kCluster || cut.item > s.item ? s.visible.end : max(cut.key, s.visible.begin);
     }
 };

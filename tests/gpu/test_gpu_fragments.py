@@ -38,7 +38,7 @@ ELEMENTS = {"Float16": np.dtype(np.float16), "BFloat16": np.dtype(ml_dtypes.bflo
 
 
 def source(element: str) -> str:
-    return f"{sources.source('types.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
+    return f"{sources.source('elements.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
 
 
 def inputs(element: str, integers: bool) -> np.ndarray:
