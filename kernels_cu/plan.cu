@@ -30,7 +30,11 @@ struct PlanParams {
 
 constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
-constexpr int kMinShare = 64;  // keys per block below which cutting items further does not pay
+constexpr int kMinShare = 64;        // keys per block below which cutting items further does not pay
+constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
+constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
+constexpr int kShortOverhead = 16;   // .. at most so many
+constexpr int kLongestShare = 106;   // per cent of the mean share that snapping to items may give the longest one
 
 template <typename T>
 __device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
@@ -146,12 +150,11 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long all_keys = head_keys * p.num_heads_kv;
     const bool uniform = shortest >= longest;  // also without any unit
 
-    // What an item costs beyond its keys: about 1/32 of the mean item. Short items weigh up to 1/16, so that the keys of the
-    // longest share stay near the mean share.
+    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
     int overhead = all_keys == 0;
     if (!uniform) {
-        const long long sixteenth = all_keys / (16ll * items);
-        overhead = (int)max(1ll, min(128ll, max(sixteenth / 2, min(16ll, sixteenth))));
+        const long long most = all_keys / (kOverheadPart / 2 * (long long)items);
+        overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
     }
     before[thread] = keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
     if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
@@ -167,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
         share = total / blocks;
         rest = (int)(total - share * blocks);
-        if (p.split_size == 0) {  // the longest share may exceed the mean by 6 %, both of its ends together
-            const long long most = 106 * ((all_keys + blocks - 1) / blocks) / 100;
+        if (p.split_size == 0) {  // both ends of a share together
+            const long long most = kLongestShare * ((all_keys + blocks - 1) / blocks) / 100;
             slack = max(0ll, (most - (share + (rest > 0))) / 2);
         }
     }
