@@ -63,6 +63,8 @@ def test_tree() -> None:
     assert call([1, 2, 4, 8, 16], q=queries(3), tree_mask=tree).out.ravel() == pytest.approx(means)
     words = np.array([[[0b001], [0b011], [0b11111101]]], np.uint32)
     assert call([1, 2, 4, 8, 16], q=queries(3), tree_mask=words).out.ravel() == pytest.approx(means)
+    none = np.zeros((1, 3, 3), bool)
+    assert call([1, 2, 4, 8, 16], q=queries(3), tree_mask=none).out.ravel() == pytest.approx([1.5] * 3)
     # Fewer keys than nodes: column 0 has no key.
     np.testing.assert_allclose(call([8, 16], q=queries(3), tree_mask=tree).out.ravel(), [0, 8, 16])
 
@@ -103,7 +105,7 @@ def test_scale_and_softcap() -> None:
     arrays = {"q": ones, "k_cache": ones, "v_cache": ones, "cache_seqlens": 1}
     assert attention(**arrays).lse.item() == pytest.approx(4 / 2)
     assert attention(**arrays, softmax_scale=3).lse.item() == pytest.approx(12)
-    assert attention(**arrays, softcap=1.0).lse.item() == pytest.approx(np.tanh(2))
+    assert attention(**arrays, softcap=4.0).lse.item() == pytest.approx(4 * np.tanh(2 / 4))
 
 
 def test_both_spellings_of_mla() -> None:
@@ -124,6 +126,7 @@ def test_joint_append_rotates_behind_the_values() -> None:
     answer = attention(new, row, row[..., :2], k=new, cache_seqlens=[1], **quarter)
     np.testing.assert_array_equal(answer.k_cache[0, 1, 0], [1, 2, -4, 3])
     np.testing.assert_array_equal(answer.v_cache[0, 1, 0], [1, 2])
+    assert answer.lse.item() == pytest.approx(np.log(1 + np.exp((1 + 4 + 16 + 9) / 2)))
 
 
 @pytest.mark.parametrize(
