@@ -298,6 +298,28 @@ def test_a_full_page_is_not_copied():
     assert server.cache.pages(a)[0] == server.cache.pages(b)[0]
 
 
+def test_a_sequence_without_tokens_copies_nothing():
+    server = Server(0, page_size=4)
+    a = server.add(0)
+    server.run([a], [6])
+    b, free = server.fork(a), server.cache.num_free_pages
+    server.run([a, b], [0, 1])
+    assert server.cache.num_free_pages == free - 1 and server.cache.pages(a)[1] != server.cache.pages(b)[1]
+    server.check()
+
+
+def test_only_changed_rows_are_uploaded():
+    server = Server(0, FAR, page_size=4)
+    a, b = server.add(4), server.add(4)
+    server.run([a, b], [3, 3])
+    server.cache.page_table[:] = -7
+    server.truncate([a], [0])
+    server.cache.extend(a, 1)
+    server.step.begin(b)  # no new page
+    first, second = server.cache.page_table[server.cache.rows([a, b])].tolist()
+    assert first[0] == server.cache.pages(a)[0] and set(second) == {-7}
+
+
 def test_reserved_pages_are_not_shared():
     server = Server(0, page_size=4)
     a = server.add(12)
