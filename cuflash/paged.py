@@ -122,8 +122,8 @@ class PagedKVCache:
         self.headdim = integer("headdim", headdim, 1)
         self.headdim_v = self.headdim if headdim_v is None else integer("headdim_v", headdim_v, 1)
         self.latent = boolean("latent", latent)
-        if self.latent and self.headdim_v > self.headdim:
-            raise ValueError(f"headdim_v must be at most headdim={headdim} columns of a latent row, got {headdim_v}")
+        if self.latent and self.headdim_v >= self.headdim:
+            raise ValueError(f"headdim_v must be less than headdim={headdim} if latent, got {self.headdim_v}")
         self.dtype = dtype_name("dtype", dtype)
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, that of queries, got {self.dtype}")
