@@ -159,8 +159,9 @@ class PageTable:
             raise ValueError(f"a sequence must have at most max_seqlen={self.max_seqlen} tokens, got {ends.max()}")
         more = np.maximum(-(-ends // self.page_size) - self.counts[rows], 0)
 
-        # Of n rows that share a page and write to it, n need a copy; or n - 1, if no other row holds it.
+        # Of n rows that write to a page that is shared, n need a copy; or n - 1, if no other row holds it.
         writers = np.flatnonzero((num_tokens > 0) & (lengths % self.page_size > 0))
+        writers = writers[self.references[self.table[rows[writers], lengths[writers] // self.page_size]] > 1]
         last = self.table[rows[writers], lengths[writers] // self.page_size]
         shared, first, writing = np.unique(last, return_index=True, return_counts=True)
         copied = np.delete(np.arange(len(last)), first[writing == self.references[shared]])
@@ -169,6 +170,8 @@ class PageTable:
         needed = len(source) + int(more.sum())
         if needed > self.num_free:
             raise OutOfPages(needed, self.num_free)
+        if not needed:  # as in most steps
+            return source, source
         self.num_free -= needed
         taken = self._free[self.num_free : self.num_free + needed][::-1].copy()
         self.references[taken] = 1
