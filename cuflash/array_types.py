@@ -6,7 +6,9 @@ from typing import Any, Protocol, TypeVar
 
 
 class Array(Protocol):
-    """An array whose memory can be shared by DLPack (https://data-apis.org/array-api/latest/design_topics/data_interchange.html).
+    """An array whose memory can be shared by DLPack (https://dmlc.github.io/dlpack/latest/python_spec.html).
+
+    At run time it needs ``__dlpack_device__``, too, which the type stubs of JAX do not have.
 
     Example:
         >>> import numpy as np
@@ -19,9 +21,6 @@ class Array(Protocol):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Return a capsule with the array's memory, shape, strides and element type."""
-
-    def __dlpack_device__(self) -> tuple[Any, int]:
-        """Return (device type, device number)."""
 
 
 ArrayT = TypeVar("ArrayT", bound=Array)
