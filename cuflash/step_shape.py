@@ -50,13 +50,12 @@ class StepArrays:
     """
 
     def __init__(self, shape: StepShape, xp: Any) -> None:
-        self.shape, self._xp, self.meta = shape, xp, None
+        self.shape, self._xp = shape, xp
+        self.meta: Any = None
         self._memory = xp.zeros(3 * shape.batch_size + 1, np.int32)  # one, so that one copy fills all
         self.cache_seqlens, self.cache_batch_idx, starts = _cut(self._memory, shape.batch_size)
         self.cu_seqlens_q = starts if shape.ragged else None
         self.cu_seqlens_k_new = starts if shape.ragged or shape.padded else None
-
-    meta: Any
 
     def fill(self, seqlens: NDArray[Any], rows: NDArray[Any], tokens: NDArray[Any]) -> None:
         """Fill the arrays for sequences that take part, of which there may be fewer than ``batch_size``."""
