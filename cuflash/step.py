@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -195,6 +195,21 @@ class DecodeStep:
             **self._planned,
         )
 
+    @overload
+    def __call__(
+        self, layer: int, q: ArrayT, k: Array, v: Array | None = ..., *, sinks: Array | None = ...,
+        out: Array | None = ..., softmax_lse: Array | None = ..., return_softmax_lse: Literal[False] = ...,
+    ) -> ArrayT: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, layer: int, q: ArrayT, k: Array, v: Array | None = ..., *, sinks: Array | None = ...,
+        out: Array | None = ..., softmax_lse: Array | None = ..., return_softmax_lse: Literal[True],
+    ) -> tuple[ArrayT, Any]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, layer: int, q: ArrayT, k: Array, v: Array | None = ..., *, sinks: Array | None = ...,
+        out: Array | None = ..., softmax_lse: Array | None = ..., return_softmax_lse: bool,
+    ) -> ArrayT | tuple[ArrayT, Any]: ...  # fmt: skip
     def __call__(
         self,
         layer: int,
@@ -203,7 +218,7 @@ class DecodeStep:
         v: Array | None = None,
         *,
         sinks: Array | None = None,
-        out: ArrayT | None = None,
+        out: Array | None = None,
         softmax_lse: Array | None = None,
         return_softmax_lse: bool = False,
     ) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import pickle
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import reference
 from problems import UNIT_ROUNDOFF, Backend
 
 import cuflash
-from cuflash import paged
+from cuflash import array_types, paged, step
 
 # Arrays of a "device" on the host: what is uploaded is a copy, as on a GPU.
 FAR = SimpleNamespace(__name__="far", asarray=lambda x: np.array(x), zeros=np.zeros, ones=np.ones)
@@ -391,11 +392,11 @@ def test_prompts_of_any_length_share_plans():
 def test_a_step_of_nobody():
     """To compile, or to capture a graph, before anybody is there."""
     server = Server(2)
-    step = server.step.begin([], batch_size=4)
+    attend = server.step.begin([], batch_size=4)
     q, k = np.ones((4, 4, 8), np.float32), np.ones((4, 2, 8), np.float32)
     before = server.snapshot()
-    assert (step(0, q, k, k) == 0).all()
-    step.commit()
+    assert (attend(0, q, k, k) == 0).all()
+    attend.commit()
     assert all(x.tobytes() == before[name].tobytes() for name, x in server.snapshot().items())
 
 
@@ -509,3 +510,26 @@ def test_the_example_of_a_server():
     assert not names["waiting"] and not names["left"]
     assert names["cache"].num_free_pages == 60 and not names["cache"].sequences
     assert (names["out"] == 1).all()
+
+
+@pytest.mark.parametrize("module", [array_types, paged, step])
+def test_examples(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
+
+
+def test_queries_of_another_framework():
+    """What comes in is what goes out, for steps of one token each, and ragged ones."""
+    torch = pytest.importorskip("torch")
+    cache = cuflash.PagedKVCache(1, 8, 4, 2, 8, "float32")
+    decode, handles = cuflash.DecodeStep(cache, 4), [cache.add(), cache.add()]
+    rng = np.random.default_rng(0)
+    for tokens in ([3, 1], [1, 1]):
+        q, k, v = (rng.standard_normal((sum(tokens), heads, 8), np.float32) for heads in (4, 2, 2))
+        decode.begin(handles, tokens)
+        expected = decode(0, q, k, v)
+        out = decode(0, *map(torch.from_numpy, (q, k, v)))
+        assert isinstance(out, torch.Tensor) and np.array_equal(out.numpy(), expected)
+        given = torch.zeros(out.shape)
+        assert decode(0, *map(torch.from_numpy, (q, k, v)), out=given) is given and torch.equal(given, out)
+        decode.commit()
