@@ -61,6 +61,9 @@ except ImportError as error:
 
 def test_public_names():
     assert set(cuflash.__all__) == {
+        "DecodeStep",
+        "OutOfPages",
+        "PagedKVCache",
         "SchedulerMetadata",
         "__version__",
         "compile",
