@@ -303,7 +303,7 @@ def flash_attn_with_kvcache(
         rotary_seqlens=rotary_base,
         rotary_interleaved=rotary_interleaved,
         # The user's mask decides, not the normalised one: with one query the two agree anyway.
-        rotary_moves=bool(causal) or tuple(window_size) != (-1, -1),
+        rotary_moves=bool(causal) or tuple(window_size) != (-1, -1) or bool(attention_chunk),
         cache_batch_idx=batch_idx,
         page_table=table,
         sinks=sink_logits,
@@ -619,8 +619,12 @@ def _check_values(problem: Problem, operands: Operands, capacity: int) -> None:
     if operands.rotary_cos is not None:
         base = seqlens if operands.rotary_seqlens is None else to_host(operands.rotary_seqlens).astype(np.int64)
         positions = operands.rotary_cos.shape[0]
-        moved = np.full(problem.batch_size, problem.max_seqlen_q if operands.rotary_moves else 1)
-        needed = base + np.maximum(new, moved)
+        queries = np.full(problem.batch_size, problem.max_seqlen_q)
+        if lengths.cu_seqlens_q is not None:
+            queries = np.diff(to_host(lengths.cu_seqlens_q))
+        # A sequence without queries and new keys needs no position at all.
+        moved = queries if operands.rotary_moves else np.minimum(queries, 1)
+        needed = np.where((queries > 0) | (new > 0), base + np.maximum(new, moved), 0)
         if (base < 0).any():
             bad = int((base < 0).argmax())
             raise ValueError(f"rotary_seqlens must be at least 0, got {base[bad]} at [{bad}]")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "Float32"}
 _LOG2E = math.log2(math.e)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
+_COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
+_SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _ROW_WARPS = 4  # warps of a block of append and merge, a row each
 
 
@@ -283,8 +286,8 @@ class Attention:
             tiling = metadata.tiling
             slots, max_splits = 2 * metadata.num_blocks, 0
             if problem.split_size:
-                max_splits = -(-max(metadata.max_seqlen_k, 1) // problem.split_size)
-                slots = problem.batch_size * problem.num_heads_kv * tiling.row_blocks * max_splits
+                max_splits = _max_splits(problem, operands, metadata)
+                slots += _cut_items(problem, metadata) * max_splits
             partials = slots * tiling.rows * (problem.headdim_v + 2)
             # A cluster merges in its shared memory.
             self._workspace = (partials, metadata.device.num_sm * MAX_BLOCKS_PER_SM) if tiling.cluster == 1 else None
@@ -329,6 +332,22 @@ def aligned(machine: Machine, operands: Operands) -> Operands:
     return replace(operands, **copies) if copies else operands
 
 
+def _cut_items(problem: Problem, metadata: SchedulerMetadata) -> int:
+    """Return how many items a plan cuts at most."""
+    items = problem.batch_size * problem.num_heads_kv * metadata.tiling.row_blocks
+    return min(items, metadata.num_blocks)
+
+
+def _max_splits(problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> int:
+    """Return the splits that an item may have if it is cut, with ``split_size``: items with more stay whole."""
+    assert problem.split_size is not None
+    pages, page_size = 1 if operands.page_table is None else operands.page_table.shape[1], operands.k_cache.shape[1]
+    longest = max(1, min(metadata.max_seqlen_k, pages * page_size))
+    slot_bytes = 4 * metadata.tiling.rows * (problem.headdim_v + 2)
+    room = _SPLIT_BYTES // (slot_bytes * max(1, _cut_items(problem, metadata)))
+    return min(-(-longest // problem.split_size), max(1, room))
+
+
 def _decode_launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, slots: int, max_splits: int
 ) -> Launch:
@@ -345,6 +364,8 @@ def _decode_launch(
         **length_fields(problem),
         **_cache_fields(operands),
         **mask_fields(problem),
+        "batch_size": problem.batch_size,
+        "total_q": operands.out.shape[0] if ragged else 0,
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "row_blocks": tiling.row_blocks,
@@ -353,20 +374,34 @@ def _decode_launch(
         **_divisor_fields("by_row_blocks", tiling.row_blocks),
         "split_size": problem.split_size or 0,
         "max_splits": max_splits,
+        "slots_by_item": problem.batch_size * problem.num_heads_kv * tiling.row_blocks <= metadata.num_blocks,
         "num_slots": slots,
     }
-    scale = operands.softmax_scale * _LOG2E
-    if problem.has_softcap:
-        values["tanh_scale"] = 2 * scale / operands.softcap
-        values["score_cap"] = operands.softcap * _LOG2E
-        scale = 1.0
-    elif scale < 0:
+    values |= _score_values(operands.softmax_scale, operands.softcap if problem.has_softcap else 0.0)
+    if operands.softmax_scale <= 0 and not problem.has_softcap:
         values["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
-    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
-    values["score_scale"] = max(abs(scale), 1e-30)
-    values["score_slack"] = 8 / max(abs(scale), 1e-30)
+        values["query_keep"] = 0xFFFFFFFF if operands.softmax_scale else 0
     variant = decode_variant(problem, tiling)
     return Launch(variant, "DecodeParams", metadata.num_blocks, 32 * tiling.warps, tiling.shared_bytes, values)
+
+
+def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
+    """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
+    values: dict[str, float] = {}
+    lse_scale = abs(softmax_scale)
+    if softcap:
+        lse_scale = 1.0
+        values["score_cap"] = min(softcap, _LARGEST)
+        values["cap_scale"] = softmax_scale
+        values["cap_inverse"] = min(2.0**64 / softcap, _LARGEST)
+        tanh_scale = 2 * _LOG2E * softmax_scale / softcap
+        values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
+        values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
+    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
+    score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
+    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
+    values["lse_scale"] = lse_scale
+    return values
 
 
 def _append_launch(problem: Problem, operands: Operands) -> Launch | None:

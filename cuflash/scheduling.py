@@ -472,7 +472,10 @@ def _check_values(problem: Problem, lengths: Lengths) -> None:
         array = getattr(lengths, name)
         if array is not None:
             starts = to_host(array)
-            _refuse(name, "begin with 0", starts, starts[:1] != 0)
+            if name == "cu_seqlens_q":  # rows before the first sequence belong to none
+                _refuse(name, "begin at 0 or above", starts, starts[:1] < 0)
+            else:
+                _refuse(name, "begin with 0", starts, starts[:1] != 0)
             steps = np.diff(starts.astype(np.int64))
             _refuse(name, "never decrease", starts, steps < 0)
             if name == "cu_seqlens_q":

@@ -63,7 +63,7 @@ def attention(
     group = num_heads // (k_cache.shape[1] if layout == "HND" else k_cache.shape[2])
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     left, right = window_size[0], 0 if causal else window_size[1]
-    moves = causal or tuple(window_size) != (-1, -1)
+    moves = causal or tuple(window_size) != (-1, -1) or attention_chunk > 0
 
     out = np.zeros((*q.shape[:-1], v_cache.shape[-1]))
     magnitude = np.zeros_like(out)
@@ -106,7 +106,8 @@ def attention(
                 total = log_sum_exp(exponents)
                 lse[(head, row) if ragged else (b, head, row)] = total
                 if seen:
-                    p = np.exp(scores - total)
+                    top = max(exponents)  # not the LSE, which of huge scores has no bits left for the sum
+                    p = np.exp(scores - top) / math.fsum(math.exp(x - top) for x in exponents)
                     at_row = (row, head) if ragged else (b, row, head)
                     out[at_row] = p @ values[:, head // group]
                     magnitude[at_row] = p @ np.abs(values[:, head // group])

@@ -58,6 +58,8 @@ def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | N
     """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
     if problem.appends:
         _append(problem, operands)
+    if operands.lengths.cu_seqlens_q is not None:
+        _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
     leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
     rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
     rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
@@ -89,6 +91,14 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) 
     for part, weight in zip(outs, np.swapaxes(weights, -1, -2)[..., None]):  # (b, h, sq) -> (b, sq, h, 1)
         merged += np.where(weight == 0, np.float32(0), weight * _to_float32(part))
     out[...] = merged
+
+
+def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
+    """Write 0 and LSE -inf to the rows of ragged queries that belong to no sequence."""
+    all_lse: Any = operands.softmax_lse
+    for rows in (slice(0, cu_seqlens_q[0]), slice(cu_seqlens_q[-1], None)):
+        operands.out[rows] = 0
+        all_lse[:, rows] = -np.inf
 
 
 # ------------------------------------------------------------------------------------------------ one sequence
@@ -172,15 +182,19 @@ def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int6
 
 
 def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
-    """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale, over the softcap."""
-    scale = np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
+    """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale if that is small."""
     x = _to_float32(q)
     if operands.rotary_cos is not None:
         base = _rotary_base(operands, b)
         positions = base + np.arange(len(q)) if operands.rotary_moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
         x = _to_float32(_rotate(operands, x, positions).astype(q.dtype))
-    return x * scale
+    return x if _scales_scores(operands) else x * np.float32(operands.softmax_scale)
+
+
+def _scales_scores(operands: Operands) -> bool:
+    """Whether softmax_scale waits for the scores: a large one could make infinite queries of finite scores."""
+    return abs(operands.softmax_scale) > 1
 
 
 def _attend_rows(
@@ -208,9 +222,14 @@ def _attend_rows(
     scores = np.empty((heads, rows, len(keys)), np.float32)
     for begin, block in keys.blocks(operands.k_cache):
         _scores(q, block, scores[..., begin : begin + len(block)])
+    if _scales_scores(operands):
+        scores *= np.float32(operands.softmax_scale)
     if operands.softcap:
+        cap = np.float32(min(operands.softcap, float(_LARGEST)))
+        # Not the queries over the cap: products of numbers as small as that would lose their bits.
+        scores /= cap
         np.tanh(scores, out=scores)
-        scores *= np.float32(operands.softcap)
+        scores *= cap
     if hidden is not None:
         np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN
