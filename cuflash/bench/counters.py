@@ -197,7 +197,7 @@ def _parts(metadata: SchedulerMetadata) -> int:
 
 
 def _partial_bound(metadata: SchedulerMetadata) -> int:
-    """Return bytes of two partial results for every block that the plan may use; with ``split_size`` also of all splits of cut items."""
+    """Return bytes of two partial results for every block of the plan, and with ``split_size`` of cut items' splits."""
     problem, tiles = metadata.problem, metadata.tiling
     most = 2 * metadata.num_blocks
     if problem.split_size:
