@@ -27,7 +27,7 @@ struct Token {
             if (cu_seqlens[middle] <= token) low = middle;
             else high = middle;
         }
-        sequence = token < cu_seqlens[batch_size] ? low : -1;
+        sequence = cu_seqlens[0] <= token && token < cu_seqlens[batch_size] ? low : -1;
         position = token - cu_seqlens[low];
     }
 };

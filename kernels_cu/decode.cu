@@ -48,12 +48,13 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
     }
 }
 
-// Turns the signs of the queries that this thread has copied; for a negative softmax_scale.
-__device__ __forceinline__ void flip_queries(u32 flip, unsigned char* query) {
+// Turns the signs of the queries that this thread has copied, for a negative softmax_scale, or makes them zero, for one of zero.
+__device__ __forceinline__ void flip_queries(u32 keep, u32 flip, unsigned char* query) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kQueryBytes>::offset(i / kChunks, i % kChunks));
-        elements.x ^= flip, elements.y ^= flip, elements.z ^= flip, elements.w ^= flip;
+        elements.x = elements.x & keep ^ flip, elements.y = elements.y & keep ^ flip;
+        elements.z = elements.z & keep ^ flip, elements.w = elements.w & keep ^ flip;
     }
 }
 
@@ -135,7 +136,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             to += 2 * kSlotBytes;
         }
     };
-    const auto flip = [&](int buffer) { flip_queries(p.query_flip, queries + buffer * kBufferBytes); };
+    const auto flip = [&](int buffer) { flip_queries(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
     const auto read = [&](int buffer, Reach reach) {
         math.begin_item(shared_address(queries) + buffer * kBufferBytes, lane);
         softmax.reset();
@@ -152,7 +153,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
             }
-            softmax.update(scores, math);
+            softmax.update(scores, math, block.warps.row);
 
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -166,7 +167,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
         const Segment& segment = block.segments[buffer];
         finish_segment(p, block.share, segment, block.warps.is_last, [&](auto put) {
-            merge_warps(segment, math, softmax, block.warps, free_slot, put);
+            merge_warps(p.score_scale, segment, math, softmax, block.warps, free_slot, put);
         });
         __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
@@ -183,7 +184,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
                 if (threadIdx.x == 0) arrive(block.fetched[item % 2]);
                 if (item == 0) fill_ring(walker, segment);
             }
-            if (item == 0) continue;
+            if (item == 0) {
+                clear_rows_of_none(p);  // while the first tiles are on their way
+                continue;
+            }
             const int buffer = (item - 1) % 2;
             wait_for_phase(block.fetched[buffer], (item - 1) / 2 % 2);
             if (p.query_flip) {
@@ -194,6 +198,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             finish(buffer);
         }
     } else {
+        clear_rows_of_none(p);
         bool is_first = true;
         for (Segment segment; walker.next(p, block.share, segment);) {
             fetch(segment, 0);
@@ -214,7 +219,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     }
     if constexpr (kCluster > 1) {
         cluster_wait();
-        merge_warps(block.segments[0], math, softmax, block.warps, free_slot,
+        merge_warps(p.score_scale, block.segments[0], math, softmax, block.warps, free_slot,
                     [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
         cluster_arrive();
         cluster_wait();

@@ -331,7 +331,8 @@ def attend(
             exponents += scores.tolist()
         lse[head] = log_sum_exp(exponents)
         if len(keys):
-            p = np.exp(scores - lse[head])
+            top = max(exponents)  # not the LSE, which of huge scores has no bits left for the sum
+            p = np.exp(scores - top) / math.fsum(math.exp(x - top) for x in exponents)
             out[head], magnitude[head] = p @ values[:, head // group], p @ np.abs(values[:, head // group])
     return out, magnitude, lse
 

@@ -62,6 +62,8 @@ class Numpy:
         if operands.k is not None:
             with np.errstate(invalid="ignore", over="ignore"):
                 _append(problem, operands)
+        if operands.lengths.cu_seqlens_q is not None:
+            _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
         leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
         rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
         rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
@@ -102,6 +104,14 @@ def merge(outs: Array, lses: Array, out: Array, lse: Array) -> None:
     out[...] = merged
 
 
+def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
+    """Write 0 and LSE -inf to the rows of ragged queries that belong to no sequence."""
+    all_lse: Any = operands.softmax_lse
+    for rows in (slice(0, cu_seqlens_q[0]), slice(cu_seqlens_q[-1], None)):
+        operands.out[rows] = 0
+        all_lse[:, rows] = -np.inf
+
+
 # ------------------------------------------------------------------------------------------------ one sequence
 def _attend(
     problem: Problem, operands: Operands, b: int, leftpad: int, seqlen_k: int, seqlen_q: int, head: int, end_head: int
@@ -123,7 +133,7 @@ def _attend(
     packed = pack(_queries(operands, operands.q[tokens][:, q_heads], b))
     packed_qv = None
     if operands.qv is not None:
-        packed_qv = pack(_to_float32(operands.qv[tokens][:, q_heads]) * _score_factor(operands))
+        packed_qv = pack(_to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands))
     tree = None if operands.tree_mask is None else _tree(operands.tree_mask[tokens], seqlen_q)
     packed_out = np.empty((heads, rows, problem.headdim_v), np.float32)
     packed_lse = np.empty((heads, rows), np.float32)
@@ -165,9 +175,14 @@ def _attend(
     out[:, q_heads], lse[q_heads] = result, result_lse
 
 
-def _score_factor(operands: Operands) -> np.float32:
-    """Return what products with queries are multiplied by: softmax_scale, over the softcap."""
-    return np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
+def _scales_scores(operands: Operands) -> bool:
+    """Whether softmax_scale waits for the scores: a large one could make infinite queries of finite scores."""
+    return abs(operands.softmax_scale) > 1
+
+
+def _query_factor(operands: Operands) -> np.float32:
+    """Return what queries are multiplied by: softmax_scale, if it is small."""
+    return np.float32(1 if _scales_scores(operands) else operands.softmax_scale)
 
 
 def _tree(mask: Array, seqlen_q: int) -> NDArray[np.bool_]:
@@ -203,7 +218,7 @@ def _queries(operands: Operands, q: Array, b: int) -> Floats:
         positions = base + np.arange(len(q)) if rotary.moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
         x = _to_float32(_rotate(rotary, x, positions).astype(q.dtype))
-    return x * _score_factor(operands)
+    return x * _query_factor(operands)
 
 
 def _attend_rows(
@@ -238,9 +253,14 @@ def _attend_rows(
         for begin, block in keys.blocks(operands.cache.v):
             _scores(qv, block, more[..., : len(block)])
             scores[..., begin : begin + len(block)] += more[..., : len(block)]
+    if _scales_scores(operands):
+        scores *= np.float32(operands.softmax_scale)
     if operands.softcap:
+        cap = np.float32(min(operands.softcap, float(_LARGEST)))
+        # Not the queries over the cap: products of numbers as small as that would lose their bits.
+        scores /= cap
         np.tanh(scores, out=scores)
-        scores *= np.float32(operands.softcap)
+        scores *= cap
     if hidden is not None:
         np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN

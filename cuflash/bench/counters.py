@@ -198,12 +198,12 @@ def _parts(metadata: SchedulerMetadata) -> int:
 
 
 def _partial_bound(metadata: SchedulerMetadata) -> int:
-    """Return bytes of two partial results for every block that the plan may use; with ``split_size`` of all parts."""
+    """Return bytes of two partial results for every block of the plan, and with ``split_size`` of cut items' splits."""
     problem, tiles = metadata.problem, metadata.partition
     most = 2 * metadata.num_blocks
     if problem.split_size:
         items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
-        most = items * -(-metadata.max_seqlen_k // problem.split_size)
+        most += min(items, metadata.num_blocks) * -(-metadata.max_seqlen_k // problem.split_size)
     return most * tiles.rows * (4 * problem.headdim_v + 8)
 
 

@@ -19,7 +19,10 @@ from .source import Variant, element_defines
 from .tiles import Tiling, tiling
 
 NAME = "decode"
+SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _LOG2E = math.log2(math.e)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
+_COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition:
@@ -72,9 +75,13 @@ def launch(
     """
     tiles: Tiling = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
+    items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
     if problem.split_size:
-        max_splits = -(-max(metadata.max_seqlen_k, 1) // problem.split_size)
-        slots = problem.batch_size * problem.num_heads_kv * tiles.row_blocks * max_splits
+        cut_items = min(items, metadata.num_blocks)  # at most
+        slot_bytes = 4 * tiles.rows * (problem.headdim_v + 2)
+        longest = max(1, min(metadata.max_seqlen_k, operands.cache.capacity))
+        max_splits = _max_splits(longest, problem.split_size, slot_bytes * max(1, cut_items))
+        slots += cut_items * max_splits
     scratch = {
         "partials": Scratch((slots * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
         "counters": Scratch((metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
@@ -85,7 +92,6 @@ def launch(
     lse_strides = (0, 0, 0) if lse is None else element_strides(lse)
     # Rotated queries are new memory.
     q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
-    scale = operands.softmax_scale * _LOG2E
     values: dict[str, Any] = {
         **row_strides("q", q_strides, ragged),
         **row_strides("out", element_strides(operands.out), ragged),
@@ -94,6 +100,8 @@ def launch(
         **length_fields(problem, operands.lengths),
         **cache_fields(operands.cache),
         **mask_fields(problem),
+        "batch_size": problem.batch_size,
+        "total_q": operands.out.shape[0] if ragged else 0,
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "row_blocks": tiles.row_blocks,
@@ -102,23 +110,41 @@ def launch(
         **divisor_fields("by_row_blocks", tiles.row_blocks),
         "split_size": problem.split_size or 0,
         "max_splits": max_splits,
+        "slots_by_item": items <= metadata.num_blocks,
         "num_slots": slots,
+        **_score_values(operands.softmax_scale, operands.softcap),
         # Signs are turned in the queries, so that the scale is positive.
         "query_flip": 0,
-        "tanh_scale": 0.0,
-        "score_cap": 0.0,
+        "query_keep": 0xFFFFFFFF,
     }
-    if problem.has_softcap:
-        values["tanh_scale"] = 2 * scale / operands.softcap
-        values["score_cap"] = operands.softcap * _LOG2E
-        scale = 1.0
-    elif scale < 0:
+    if operands.softmax_scale <= 0 and not problem.has_softcap:
         values["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
-    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
-    values["score_scale"] = max(abs(scale), 1e-30)
-    values["score_slack"] = 8 / max(abs(scale), 1e-30)
-    kernel, threads = decode_variant(problem, tiles), 32 * tiles.warps
+        values["query_keep"] = 0xFFFFFFFF if operands.softmax_scale else 0
     pointers = arrays if scratch else {**arrays, "partials": ABSENT, "counters": ABSENT}
-    return make_launch(
-        kernel, "DecodeParams", metadata.num_blocks, threads, tiles.shared_bytes, values, pointers
-    ), scratch
+    grid, threads = metadata.num_blocks, 32 * tiles.warps
+    decode = decode_variant(problem, tiles)
+    return make_launch(decode, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
+
+
+def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:
+    """Return the splits that an item may have if it is cut, with ``split_size``: items with more stay whole."""
+    return min(-(-longest // split_size), max(1, SPLIT_BYTES // bytes_of_a_split))
+
+
+def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
+    """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
+    values = dict.fromkeys(("score_cap", "cap_scale", "cap_inverse", "tanh_scale", "cap_exactly"), 0.0)
+    lse_scale = abs(softmax_scale)
+    if softcap:
+        lse_scale = 1.0
+        values["score_cap"] = min(softcap, _LARGEST)
+        values["cap_scale"] = softmax_scale
+        values["cap_inverse"] = min(2.0**64 / softcap, _LARGEST)
+        tanh_scale = 2 * _LOG2E * softmax_scale / softcap
+        values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
+        values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
+    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
+    score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
+    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
+    values["lse_scale"] = lse_scale
+    return values

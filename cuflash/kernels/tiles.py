@@ -84,7 +84,9 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     is_float32 = problem.qkv_dtype == "float32"
     if is_float32:
         most_rows = min(most_rows, 16)
-    rows = next(size for size in (8, 16, 32) if size >= min(problem.rows, most_rows))
+    # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
+    wanted = problem.rows if problem.split_size is None else problem.group
+    rows = next(size for size in (8, 16, 32) if size >= min(wanted, most_rows))
     row_blocks = max(1, -(-problem.rows // rows))
     itemsize = numpy_dtype(problem.kv_dtype).itemsize
     row_bytes = max(d, dv) * itemsize

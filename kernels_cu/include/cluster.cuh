@@ -30,7 +30,7 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segme
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = warp; row < segment.valid_rows; row += kWarps) {
-        const MergedStates<kCluster> merged([&](int i) { return parts.state[i][row]; });
+        const MergedStates<kCluster> merged(p.score_scale, false, [&](int i) { return parts.state[i][row]; });
         const RowOutput at(p, segment, row);
         float lse;
         const float factor = finish_row(p, at.head, merged.state, lse);

@@ -29,19 +29,23 @@ struct RowOutput {
 // The factor that turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a
 // value of zero; it enters here, once, however the item was split.
 __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, RowState state, float& lse) {
-    float factor = 1.0f;
+    float factor = 1.0f, top = state.maximum * p.lse_scale;
     if (p.sinks) {
-        const float sink = p.sinks[head] * kLog2e;
-        const float maximum = fmaxf(state.maximum, sink);
-        factor = exp2_approx(state.maximum - maximum);
-        state.sum = state.sum * factor + exp2_approx(sink - maximum);
-        state.maximum = maximum;
+        const float sink = p.sinks[head];
+        const float above = fmaxf(state.maximum * p.score_scale, kLowest) - sink * kLog2e;  // in log2 units
+        if (state.sum != 0.0f && above >= 0.0f) {
+            state.sum += exp2_approx(-above);
+        } else {
+            factor = state.sum != 0.0f ? exp2_approx(above) : 0.0f;
+            state.sum = state.sum * factor + (sink > -infinity() ? 1.0f : 0.0f);
+            top = sink;
+        }
     }
     if (state.sum == 0.0f) {
         lse = -infinity();
         return 0.0f;
     }
-    lse = (state.maximum + log2_approx(state.sum)) * kLn2;
+    lse = fmaf(log2_approx(state.sum), kLn2, top);
     return factor * reciprocal_approx(state.sum);
 }
 
@@ -50,8 +54,32 @@ __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOut
     store4<Element>(p.out, at.out + vector * 4, o);
 }
 
+// Rows of ragged queries that belong to no sequence give 0 and LSE -inf; the blocks share them out.
+__device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p) {
+    if (p.total_q == 0) return;
+    const int begin = min(max(p.lengths.cu_seqlens_q[0], 0), p.total_q);  // rows of sequences: begin .. end
+    const int end = min(max(p.lengths.cu_seqlens_q[p.batch_size], begin), p.total_q);
+    const int heads = p.num_heads_kv * p.group;
+#pragma unroll 1
+    for (int number = blockIdx.x; number < p.total_q - (end - begin); number += gridDim.x) {
+        const long long row = number < begin ? number : number + (end - begin);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < heads * kVectors; i += kThreads) {
+            const int head = i / kVectors, vector = i % kVectors;
+            store4<Element>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
+            if (vector == 0 && p.softmax_lse) p.softmax_lse[head * p.lse_head_stride + row] = -infinity();
+        }
+    }
+}
+
 __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
     return reinterpret_cast<float4*>(p.partials) + static_cast<long long>(slot) * (kRows * kVectors);
+}
+
+// The slots of the splits with which blocks go on; before them every block has two. At most one cut item begins in a block, so
+// cut items have room by their own numbers or by those of these blocks, whichever are fewer.
+__device__ __forceinline__ int split_slots(const DecodeParams& p, int item, int first_block) {
+    return 2 * gridDim.x + (p.slots_by_item ? item : first_block) * p.max_splits;
 }
 
 __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slot) {
@@ -61,7 +89,7 @@ __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slo
 
 // Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * kStride`.
 struct Parts {
-    // A block has two slots: for the item that starts in it, and for the one that it goes on with.
+    // Without split_size a block has two slots: for the item that starts in it, and for the one that it goes on with.
     static constexpr int kStride = kHasSplitSize ? 1 : 2;
     int first, next, count;
 
@@ -91,16 +119,26 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     part[i] = load_cg_if(i < number, from + i * Parts::kStride * kRows * kVectors);
                 }
                 // Lane i % kWide weighs part begin + i.
-                const int mine = begin + lane % kWide;
+                const int number_of_lane = begin + lane % kWide;
                 RowState state = {kLowest, 0.0f};
-                if (mine < parts.count) {
-                    const float2 loaded = load_cg(partial_states(p, parts.slot(mine)) + row);
+                if (number_of_lane < parts.count) {
+                    const float2 loaded = load_cg(partial_states(p, parts.slot(number_of_lane)) + row);
                     state = {loaded.x, loaded.y};
                 }
-                float before;
-                const float weight = merge_lanes<kWide>(state, merged, before);
-                scale(o, before);
-                for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
+                if constexpr (kHasSplitSize) {
+                    const Fold mine = fold_lanes<kWide>(p.score_scale, state, merged.maximum);
+                    for_each<kWide>([&](int i) {
+                        const Fold fold = {__shfl_sync(kFullWarp, mine.kept, i), __shfl_sync(kFullWarp, mine.added, i)};
+                        const float sum = __shfl_sync(kFullWarp, state.sum, i);
+                        if (begin + i == 0) o = part[i], merged.sum = sum;
+                        else if (begin + i < parts.count) o = fold(o, part[i]), merged.sum = fold(merged.sum, sum);
+                    });
+                } else {
+                    float before;
+                    const float weight = merge_lanes<kWide>(p.score_scale, state, merged, before);
+                    scale(o, before);
+                    for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
+                }
             }
             float lse;
             const float factor = finish_row(p, at.head, merged, lse);
@@ -124,17 +162,29 @@ template <typename MergeBlock>
 __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment,
                                                u32& is_last, MergeBlock merge_block) {
     const bool whole = segment.starts && segment.ends;
+    const bool is_answer = whole && segment.last;
     Parts parts;
-    int slot;
+    int slot, before = -1;  // where this result goes, and to what it is added
     if constexpr (kHasSplitSize) {
-        const int first_split = clamped_split(p, segment.visible.begin);
-        parts.count = segment.visible.end > segment.visible.begin
-                          ? clamped_split(p, segment.visible.end - 1) - first_split + 1
-                          : 0;
-        const int item_slot = segment.item * p.max_splits;
-        slot = item_slot + segment.split;
-        parts.first = item_slot + first_split;
-        parts.next = parts.first;
+        if (segment.split < 0) return;
+        // A block that begins an item folds its splits as they come, in two slots in turn: nobody writes what others still read.
+        // A block that goes on with one keeps each split in a slot of its own, and the last block folds them.
+        const Cut cut = cut_item(share, segment);
+        const int splits = split_slots(p, segment.item, cut.first_block);
+        if (segment.starts) {
+            slot = 2 * blockIdx.x + segment.split % 2;
+            if (segment.split > 0) before = slot ^ 1;
+        } else {
+            slot = splits + segment.split;
+        }
+        if (segment.last && !whole) {
+            const int begin = segment.visible.begin, count = split_count(p, segment.visible);
+            const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
+            const int folded = min(max(cut_key, begin) / p.split_size - begin / p.split_size, count);
+            parts.count = 1 + count - folded;
+            parts.first = 2 * cut.first_block + (max(folded, 1) - 1) % 2;
+            parts.next = splits + folded - 1;
+        }
     } else {
         // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue
         // only the first one, slot 2 b.
@@ -144,11 +194,17 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         parts.first = 2 * cut.first_block + 1;
         parts.next = 2 * cut.first_block;
     }
-    const bool is_answer = whole && (!kHasSplitSize || parts.count <= 1);
-    // With split_size, an empty part has no slot. Without, every block of first_block .. last_block has one, which the merge
-    // reads even if the part is empty.
-    if (is_answer || !kHasSplitSize || segment.keys.end > segment.keys.begin) {
+    // With split_size, an empty split has no slot. Else every block of first_block .. last_block has one, as has the beginning of
+    // an item, which the merge reads even if it is empty.
+    if (!kHasSplitSize || segment.starts || segment.keys.end > segment.keys.begin) {
         merge_block([&](int row, int vector, float4 output, RowState state) {
+            if (kHasSplitSize && before >= 0) {
+                const float4 sum = load_cg_if(true, partial_output(p, before) + row * kVectors + vector);
+                const float2 loaded = load_cg(partial_states(p, before) + row);
+                RowState folded = {loaded.x, loaded.y};
+                output = Fold::of(folded, state, p.score_scale)(sum, output);
+                state = folded;
+            }
             if (is_answer) {
                 const RowOutput at(p, segment, row);
                 float lse;

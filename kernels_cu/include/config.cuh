@@ -20,4 +20,4 @@ constexpr bool kHasChunk = HAS_CHUNK;            // attention_chunk
 constexpr bool kHasSplitSize = HAS_SPLIT_SIZE;   // items are cut at multiples of split_size keys
 
 constexpr int kGrain = 16;           // a cluster cuts its item at multiples of this many keys, like a plan of this family
-constexpr float kLowest = -3.0e38f;  // a maximum before any key: finite, so that differences are never NaN
+constexpr float kLowest = -3.4028235e38f;  // a maximum before any key: finite, so that differences are never NaN

@@ -26,6 +26,8 @@ struct DecodeParams {
     long long lse_batch_stride;
     long long lse_head_stride;
     Mask mask;
+    int batch_size;
+    int total_q;               // rows of ragged queries, else 0
     int num_heads_kv;
     int group;                 // query heads per KV head
     int row_blocks;
@@ -33,11 +35,17 @@ struct DecodeParams {
     FastDivisor by_group;
     FastDivisor by_row_blocks;
     int split_size;            // with HAS_SPLIT_SIZE
-    int max_splits;            // slots per item with split_size
+    int max_splits;            // of an item that may be cut: slots for so many splits
+    int slots_by_item;         // items have slots of their own, else the blocks in which they begin
     int num_slots;
     unsigned int query_flip;   // sign bits to turn where softmax_scale is negative: queries are negated instead
-    float score_scale;         // weights are exp2(score * score_scale - ..); 1 with softcap, whose scores are in log2 units
+    unsigned int query_keep;   // with query_flip: bits to keep, none where softmax_scale is 0
+    float score_scale;         // weights are exp2(score * score_scale - ..): log2(e) |softmax_scale|; log2(e) for capped scores
     float score_slack;         // 8 / score_scale
+    float lse_scale;           // score_scale / log2(e)
     float tanh_scale;          // with softcap: 2 log2(e) softmax_scale / softcap
-    float score_cap;           // softcap * log2(e)
+    float score_cap;           // softcap
+    float cap_scale;           // softmax_scale
+    float cap_inverse;         // 2^64 / softcap
+    int cap_exactly;           // the cap is so large, or the scale so small, that the short way is too coarse
 };

@@ -19,7 +19,7 @@ struct Segment {
     Sequence lengths;
     KeyRange visible;  // of the whole item
     KeyRange keys;     // of this segment
-    int split;         // with split_size: number of this split in its sequence
+    int split;         // with split_size: number of this split in its item; negative: another block reads the item
     bool starts;       // this block reads the item's first key
     bool ends;         // this block reads the item's last key
     bool last;         // last segment of the item in this share
@@ -30,9 +30,10 @@ struct Share {
     Cut end;
 };
 
-// The split of a key. Only max_splits slots exist, by the host's upper bound of the lengths: keys beyond it join the last split.
-__device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
-    return min(key / p.split_size, p.max_splits - 1);
+// Splits of an item that sees these keys. One with more than max_splits has not enough slots for a cut: the block in which it
+// begins reads all of it.
+__device__ __forceinline__ int split_count(const DecodeParams& p, KeyRange visible) {
+    return visible.end > visible.begin ? (visible.end - 1) / p.split_size - visible.begin / p.split_size + 1 : 0;
 }
 
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
@@ -70,22 +71,25 @@ struct ShareWalker {
 
     // Writes the next segment; false at the end of the share.
     __device__ __forceinline__ bool next(const DecodeParams& p, const Share& share, Segment& s) {
-        if (item > share.end.item || (item == share.end.item && key >= share.end.key)) return false;
+        if (item > share.end.item) return false;
+        if (item == share.end.item && (kHasSplitSize ? share.end.key == 0 : key >= share.end.key)) return false;
         describe_item(p, item, s);
-        const int part_end = item == share.end.item ? share.end.key : kItemEnd;
         s.starts = item != share.begin.item || share.begin.key == 0;
+        const bool uncut = kHasSplitSize && split_count(p, s.visible) > p.max_splits;
+        const int part_end = item == share.end.item && !(uncut && s.starts) ? share.end.key : kItemEnd;
+        if (kHasSplitSize && key >= part_end) return false;
         s.ends = part_end == kItemEnd;
         s.keys.begin = max(s.visible.begin, key);
         s.keys.end = min(s.visible.end, part_end);
         s.last = true;
         if constexpr (kHasSplitSize) {
-            s.split = clamped_split(p, s.keys.begin);
-            const int split_end = (s.split + 1) * p.split_size;
-            if (s.split == p.max_splits - 1) {
-                // The last split takes all the rest, and is not cut: it belongs to the block in which it begins.
-                const int split_begin = max(s.visible.begin, split_end - p.split_size);
-                s.keys.end = key <= split_begin && split_begin < part_end ? s.visible.end : s.keys.begin;
-            } else if (split_end < s.keys.end) {
+            // Unsigned: behind the last split it may pass 2^31.
+            const u32 split = s.keys.begin / p.split_size, split_end = (split + 1) * p.split_size;
+            s.split = split - s.visible.begin / p.split_size;
+            if (uncut && !s.starts) {
+                s.split = -1;
+                s.keys.end = s.keys.begin;
+            } else if (split_end < static_cast<u32>(s.keys.end)) {
                 s.keys.end = split_end;
                 s.last = false;
             }

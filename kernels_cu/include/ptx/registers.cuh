@@ -16,6 +16,13 @@ __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value))
 __device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
 
+// This thread's number in its block, read where it is asked for: no compiler keeps it in a register until then.
+__device__ __forceinline__ u32 thread_number() {
+    u32 number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+}
+
 // A zero that the compiler can neither fold nor prove to be the same in all lanes: what it is added to stays in a register
 // of each lane.
 __device__ __forceinline__ u32 zero_of_each_lane() {
