@@ -134,12 +134,18 @@ class SchedulerMetadata:
 
     @property
     def efficiency(self) -> float:
-        """How even the shares are: keys per used block, ideal / longest; 1.0 when there are no keys."""
+        """Visible keys / (blocks of the plan, idle ones too, x longest share in keys); 1.0 when there are no keys."""
+        shares = self._shares(self.work())
+        return float(shares.sum() / (self.num_blocks * shares.max())) if shares.any() else 1.0
+
+    @property
+    def balance(self) -> float:
+        """The same over the blocks that are used: how even their shares are."""
         shares = self._shares(self.work())
         return float(shares.mean() / shares.max()) if shares.any() else 1.0
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the shares of the blocks, coloured by sequence. Needs matplotlib (``pip install cuflash[plot]``).
+        """Draw the shares of the blocks, coloured by sequence. Needs matplotlib.
 
         Args:
             ax: Where to draw; a new figure without it.
@@ -174,10 +180,14 @@ class SchedulerMetadata:
             ("splits", _splits_summary(work, p.batch_size)),
         ]
         if shares.any():
-            efficiency = shares.mean() / shares.max()
+            longest = shares.max()
             lines += [
                 ("keys/block", f"min {shares.min()}, median {np.median(shares):.0f}, max {shares.max()}"),
-                ("efficiency", f"{100 * efficiency:.1f} % (ideal / longest share)"),
+                (
+                    "efficiency",
+                    f"{100 * shares.sum() / (self.num_blocks * longest):.1f} % (keys / blocks x longest share)",
+                ),
+                ("balance", f"{100 * shares.mean() / longest:.1f} % (the same over used blocks)"),
             ]
         title = f"Schedule of {p.batch_size} sequences x {p.max_seqlen_q} queries"
         return "\n".join([title, *(f"  {name:<10}  {text}" for name, text in lines)])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from bench import cubins, sass
 
 from cuflash import kernels
-from cuflash.bench import cubins, sass
 from cuflash.device import Device
 from cuflash.problem import make_problem
 from cuflash.tiling import tiling

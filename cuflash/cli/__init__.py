@@ -10,13 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .. import __version__, bench
+from .. import __version__
 from . import demo, info, schedule
 from .text import survive_any_encoding
 
 __all__ = ["demo", "info", "main", "schedule"]
 
-_COMMANDS = (demo, info, schedule, bench)
+_COMMANDS = (demo, info, schedule)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, backends, kernels
-from .. import repeat as repeated
-from ..device import Device
+from cuflash import arrays, backends, kernels
+from cuflash import repeat as repeated
+from cuflash.device import Device
 
 
 class DeviceArray:

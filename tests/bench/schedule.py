@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Device
-from ..planner import plan, plan_words
-from ..problem import make_problem
-from ..scheduling import Lengths, SchedulerMetadata
-from ..tiling import tiling
-from . import peers, report, workloads
-from .report import Record
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.device import Device
+from cuflash.planner import plan, plan_words
+from cuflash.problem import make_problem
+from cuflash.scheduling import Lengths, SchedulerMetadata
+from cuflash.tiling import tiling
+
+from . import policies, workloads
 
 # A100, H200, RTX 5090.
 _ARCHS = {108: 80, 132: 90, 170: 120}
@@ -46,8 +48,8 @@ def measure(
                     "blocks": len(loads),
                     "keys_per_block": round(float(loads.mean())),
                     "efficiency": _efficiency(loads),
-                    "efficiency_fa3": _efficiency(peers.flash_attention_3(lengths, number, num_sm)),
-                    "efficiency_flashinfer": _efficiency(peers.flashinfer(lengths, number, num_sm)),
+                    "efficiency_fa3": _efficiency(policies.flash_attention_3(lengths, number, num_sm)),
+                    "efficiency_flashinfer": _efficiency(policies.flashinfer(lengths, number, num_sm)),
                 }
 
 
@@ -105,7 +107,7 @@ _NOTES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench schedule``."""
+    """Describe the arguments of ``python -m tests.bench schedule``."""
     add = parser.add_argument
     add("--num-sm", type=int, nargs="+", default=list(_ARCHS), help="multiprocessors (default: 108 132 170)")
     add("--heads", type=int, nargs="+", default=[1, 2, 4, 8], help="KV heads (default: 1 2 4 8)")
@@ -113,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench schedule``."""
+    """Run ``python -m tests.bench schedule``."""
     records = list(measure(arguments.num_sm, arguments.heads, arguments.trace))
     if arguments.json:
         report.write(records + summary(records), as_json=True)

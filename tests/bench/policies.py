@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scheduling import WORK
+from cuflash.scheduling import WORK
 
 Loads = NDArray[np.int64]
 Part = tuple[int, int, int, int]  # sequence, KV head, first key, end
