@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,12 @@ class Shape:
         heads_kv: KV heads.
         headdim: Elements of a key.
         page_size: Keys per page; None for a contiguous cache.
-        headdim_v: Elements of a value; None: those of a key. Fewer than a key has, and they are the first elements of
-            the key's own row, as MLA's are.
+        headdim_v: Elements of a value; None: those of a key.
         dtype: Element type of the queries.
         kv_dtype: Element type of the cache; None: that of the queries.
         queries: Queries of each sequence.
         causal: Whether a query sees only the keys up to its own; the last one sees all.
+        latent: Whether values are the first elements of the keys' own rows, as MLA's are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Shape:
     kv_dtype: str | None = None
     queries: int = 1
     causal: bool = True
+    latent: bool = False
 
     @property
     def dim_v(self) -> int:
@@ -56,15 +58,10 @@ class Shape:
         return self.headdim_v or self.headdim
 
     @property
-    def is_latent(self) -> bool:
-        """Whether values are the first elements of the keys' own rows."""
-        return self.dim_v < self.headdim
-
-    @property
     def kv_bytes(self) -> int:
         """Bytes of the visible keys and values, each counted once."""
         itemsize = 1 if self.kv_dtype in QUANTISED else numpy_dtype(self.kv_dtype or self.dtype).itemsize
-        row = self.headdim + (0 if self.is_latent else self.dim_v)
+        row = self.headdim + (0 if self.latent else self.dim_v)
         return int(self.lengths.sum()) * self.heads_kv * row * itemsize
 
     @property
@@ -130,7 +127,7 @@ class Inputs:
                 "q": xp.empty((batch, shape.queries, shape.heads_q, shape.headdim), dtype),
                 "k_cache": xp.empty((*rows, shape.heads_kv, shape.headdim), stored),
             }
-            if not shape.is_latent:
+            if not shape.latent:
                 arrays["v_cache"] = xp.empty((*rows, shape.heads_kv, shape.dim_v), stored)
             for j, array in enumerate(arrays.values()):
                 fill(array, 3 * i + j + 1)
@@ -157,8 +154,7 @@ class Inputs:
             return copy["q"], copy["k_cache"], copy["v_cache"]
         if i not in self._contiguous:
             k = self._gathered(copy["k_cache"], copy["page_table"])
-            latent = self.shape.is_latent
-            v = k[..., : self.shape.dim_v] if latent else self._gathered(copy["v_cache"], copy["page_table"])
+            v = k[..., : self.shape.dim_v] if self.shape.latent else self._gathered(copy["v_cache"], copy["page_table"])
             self._contiguous[i] = copy["q"], k, v
         return self._contiguous[i]
 
@@ -198,3 +194,19 @@ def to_host(array: Any) -> NDArray[Any]:
 def bits(dtype: Any) -> Any:
     """Return the unsigned integer type of a type's size."""
     return np.dtype(f"u{np.dtype(dtype).itemsize}")
+
+
+def read_trace(path: str) -> NDArray[np.int64]:
+    """Read lengths from a text file: the last word of each line where it is a number; commas part words too.
+
+    Raises:
+        ValueError: If the file cannot be read or has no length.
+    """
+    try:
+        lines = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--trace must name a text file: {error}") from None
+    lengths = np.array([int(words[-1]) for words in lines if words and words[-1].isdecimal()], np.int64)
+    if not len(lengths):
+        raise ValueError(f"--trace must name a file whose lines end in a length, got {path}")
+    return np.maximum(lengths, 1)

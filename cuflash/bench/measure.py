@@ -66,7 +66,7 @@ class Reference:
         answers = []
         for s in self.sequences:
             k = inputs.sequence("k_cache", s)
-            v = k[..., : shape.dim_v] if shape.is_latent else inputs.sequence("v_cache", s)
+            v = k[..., : shape.dim_v] if shape.latent else inputs.sequence("v_cache", s)
             q = to_host(inputs.copies[0]["q"][s : s + 1])
             answers.append(flash_attn_with_kvcache(q, k, v, **shape.options)[0].astype(np.float32))
         self.answers = np.stack(answers)

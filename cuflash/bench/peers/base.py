@@ -62,7 +62,7 @@ class Peer(ABC):
             return "paged caches only"
         if not cls.ragged and not shape.uniform:
             return "equal lengths only"
-        if cls.latent is not None and cls.latent != shape.is_latent:
+        if cls.latent is not None and cls.latent != shape.latent:
             return "MLA only" if cls.latent else "no MLA"
         if not cls.causal_queries and shape.queries > 1 and shape.causal:
             return "no causal mask of several queries at the end"

@@ -26,7 +26,7 @@ class FlashAttention3(TorchPeer):
         of_wheel = importlib.util.find_spec("flash_attn_interface") is None
         self.library = importlib.import_module("fa3_fwd_interface" if of_wheel else "flash_attn_interface")
         self.copies = [self._arguments(inputs, i, has_pages) for i in range(len(inputs.copies))]
-        headdim = shape.headdim - shape.dim_v if shape.is_latent else shape.headdim
+        headdim = shape.headdim - shape.dim_v if shape.latent else shape.headdim
         self.metadata = self.library.get_scheduler_metadata(
             len(shape.lengths), shape.queries, int(shape.lengths.max()), shape.heads_q, shape.heads_kv, headdim,
             self.copies[0]["cache_seqlens"], qkv_dtype=self.dtype, headdim_v=shape.dim_v,
@@ -37,7 +37,7 @@ class FlashAttention3(TorchPeer):
         copy = inputs.copies[i]
         q, k, v = (copy["q"], copy["k_cache"], copy["v_cache"]) if has_pages else inputs.contiguous(i)
         tensors = {"q": self.tensor(q), "k_cache": self.tensor(k), "v_cache": self.tensor(v)}
-        if inputs.shape.is_latent:  # its own spelling: the columns of the values are queries and keys of their own
+        if inputs.shape.latent:  # its own spelling: the columns of the values are queries and keys of their own
             first = inputs.shape.dim_v
             tensors["qv"] = tensors["q"][..., :first]
             tensors["q"], tensors["k_cache"] = tensors["q"][..., first:], tensors["k_cache"][..., first:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class _Paged(TorchPeer):
     modules = ("flashinfer",)
     # The last three are what its kernels are compiled with at first use, which takes 25 to 110 s each.
     install = "pip install flashinfer-python apache-tvm-ffi cuda-tile nvidia-cutlass-dsl"
-    kv_dtypes = ("float8_e4m3fn", "float8_e5m2")
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float8_e4m3fn", "float8_e5m2")
     paged = True
 
     def prepare(self, inputs: Inputs) -> None:
