@@ -142,7 +142,7 @@ class SchedulerMetadata:
     def balance(self) -> float:
         """The same over the blocks that are used: how even their shares are."""
         shares = self._shares(self.work())
-        return float(shares.mean() / shares.max()) if shares.any() else 1.0
+        return float(shares.sum() / (len(shares) * shares.max())) if shares.any() else 1.0
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the shares of the blocks, coloured by sequence. Needs matplotlib.
