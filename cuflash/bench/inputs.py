@@ -33,7 +33,7 @@ class Shape:
         page_size: Keys per page; None for a contiguous cache.
         headdim_v: Elements of a value; None: those of a key.
         dtype: Element type of the queries.
-        kv_dtype: Element type of the cache; None: that of the queries.
+        kv_dtype: Element type of a quantised cache, of ``QUANTISED``; None: the cache's is that of the queries.
         queries: Queries of each sequence.
         causal: Whether a query sees only the keys up to its own; the last one sees all.
         latent: Whether values are the first elements of the keys' own rows, as MLA's are.
@@ -60,7 +60,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the visible keys and values, each counted once."""
-        itemsize = 1 if self.kv_dtype in QUANTISED else numpy_dtype(self.kv_dtype or self.dtype).itemsize
+        itemsize = 1 if self.kv_dtype in QUANTISED else numpy_dtype(self.dtype).itemsize
         row = self.headdim + (0 if self.latent else self.dim_v)
         return int(self.lengths.sum()) * self.heads_kv * row * itemsize
 
@@ -117,7 +117,7 @@ class Inputs:
         batch, longest = len(shape.lengths), int(shape.lengths.max())
         count = number_of_copies(shape.kv_bytes, l2_bytes)
         dtype = numpy_dtype(shape.dtype)
-        stored = QUANTISED[shape.kv_dtype][0] if shape.kv_dtype in QUANTISED else numpy_dtype(shape.kv_dtype or dtype)
+        stored = QUANTISED[shape.kv_dtype][0] if shape.kv_dtype in QUANTISED else dtype
         rows: tuple[int, ...] = (batch, longest)
         if shape.page_size is not None:
             rows = (int((-(-shape.lengths // shape.page_size)).sum()), shape.page_size)

@@ -20,6 +20,7 @@ from ..device import host_device
 from ..dtypes import dtype_name
 from ..scheduling import SchedulerMetadata
 from . import packages
+from .parser import program
 from .text import Progress, aligned, bars, environment, hanging, heads, integers, positive, size, table, width, wrapped
 
 if TYPE_CHECKING:
@@ -145,14 +146,14 @@ def _range(lengths: NDArray[np.int64]) -> str:
 # ------------------------------------------------------------------------------------------------------ without a GPU
 def _evenness(shapes: list[Shape], plans: list[SchedulerMetadata], why: str, as_json: bool) -> int:
     """Say why there are no times, and how evenly the plans share out the keys."""
-    command = packages.install(*packages.cuda()) if "not installed" in why else ""
+    remedy = packages.install(*packages.cuda()) if "not installed" in why else f"{program()} info says more"
     device = host_device()
     if as_json:
         rows = zip(shapes, plans, strict=True)
         report.write((_plan_record(shape, plan, why) for shape, plan in rows), as_json=True)
         return 0
     hanging("", f"No times: {why}.")
-    hanging("-> ", command)
+    hanging("-> ", remedy)
     hanging("", f"How evenly keys are shared out on {device.num_sm} SMs of sm_{device.arch}:")
     for shape, plan in zip(shapes, plans, strict=True):
         print()

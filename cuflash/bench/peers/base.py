@@ -89,6 +89,7 @@ class TorchPeer(Peer):
     """A peer that takes torch's tensors. ``run`` returns its output, ``shaped`` brings that into our order."""
 
     torch: Any
+    device: ClassVar[str] = "cuda"
 
     @classmethod
     def missing(cls) -> str:
@@ -127,7 +128,7 @@ class TorchPeer(Peer):
 
     def on_gpu(self, array: NDArray[Any]) -> Any:
         """Return a copy on the GPU, as int32."""
-        return self.torch.from_numpy(array.astype(np.int32)).cuda()
+        return self.torch.from_numpy(array.astype(np.int32)).to(self.device)
 
     def _quietly(self, i: int) -> Any:
         with warnings.catch_warnings(), self.torch.no_grad():

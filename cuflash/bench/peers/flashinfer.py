@@ -26,7 +26,7 @@ class _Paged(TorchPeer):
         self.library = importlib.import_module("flashinfer")
         self.copies = [tuple(self.tensor(c[name]) for name in ("q", "k_cache", "v_cache")) for c in inputs.copies]
         self.copies = [(q.flatten(0, 1), k, v) for q, k, v in self.copies]
-        self.workspace = self.torch.zeros(_WORKSPACE, dtype=self.torch.uint8, device="cuda")
+        self.workspace = self.torch.zeros(_WORKSPACE, dtype=self.torch.uint8, device=self.device)
 
 
 class FlashInfer(_Paged):
