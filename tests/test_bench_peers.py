@@ -180,6 +180,7 @@ REFUSALS = [
     ("FA2", {"kv_dtype": "int8"}, "no int8 cache"),
     ("FlashInfer", {"lengths": RAGGED, "queries": 4}, ""),
     ("FlashInfer", {"kv_dtype": "float8_e5m2"}, ""),
+    ("FlashInfer", {"headdim": 192, "headdim_v": 128}, "one head dim only"),
     ("FlashInfer", {"page_size": None}, "paged caches only"),
     ("XQA", {"queries": 2}, "one query only"),
     ("XQA", {"page_size": 1}, "pages of 16, 32, 64 or 128"),

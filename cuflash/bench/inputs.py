@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import flash_attn_with_kvcache
+from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from ..dtypes import numpy_dtype
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
 from .timing import number_of_calls, number_of_copies
 
 # How elements of quantised caches are stored, and the scale with which random ones are numbers about 1.

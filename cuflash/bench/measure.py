@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import flash_attn_with_kvcache
-from ..scheduling import SchedulerMetadata
+from .. import SchedulerMetadata, flash_attn_with_kvcache
 from .inputs import Inputs, Shape, bits, to_host
 from .peers import Peer, reason
 from .report import Record

@@ -113,7 +113,9 @@ class Gpu:
         """Terabytes per second of a long read."""
         free, _ = self.xp.cuda.runtime.memGetInfo()
         bulk = min(max(4 << 30, 16 * self.l2_bytes), free // 4)
-        return bulk / read_us(medians(self.readers(bulk), rounds=5)) / 1e6
+        time_us = read_us(medians(self.readers(bulk), rounds=5))
+        self.free()
+        return bulk / time_us / 1e6
 
     def fill(self, array: Any, seed: int) -> None:
         """Fill a contiguous array with random numbers between -2 and 2."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import SchedulerMetadata
 from ..bench import report
 from ..bench.inputs import QUANTISED, Shape, read_trace
 from ..bench.measure import measure
@@ -18,7 +19,6 @@ from ..bench.report import Record
 from ..bench.timing import Gpu, require_gpu
 from ..device import host_device
 from ..dtypes import dtype_name
-from ..scheduling import SchedulerMetadata
 from . import packages
 from .parser import program
 from .text import Progress, aligned, bars, environment, hanging, heads, integers, positive, size, table, width, wrapped

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import flash_attn_with_kvcache
+from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from ..dtypes import dtype_name, numpy_dtype
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
 from .info import backend_in_use
 from .text import Progress, aligned, bars, environment, hanging, heads, positive, seconds, size, width
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
+from .. import SchedulerMetadata, get_scheduler_metadata
 from . import packages
 from .text import aligned, bars, environment, heads, integers, positive, table, width
 

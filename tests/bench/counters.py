@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuflash.attention import flash_attn_with_kvcache
+from cuflash import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.dtypes import numpy_dtype
 from cuflash.problem import Problem
-from cuflash.scheduling import SchedulerMetadata, get_scheduler_metadata
 from cuflash.tiling import TILE_KEYS
 
 from .device import plan_for

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.attention import flash_attn_with_kvcache
+from cuflash import flash_attn_with_kvcache
 from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.dtypes import dtype_name, numpy_dtype

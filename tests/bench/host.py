@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import attention, kernels, repeat
-from cuflash.attention import flash_attn_with_kvcache
+from cuflash import SchedulerMetadata, attention, flash_attn_with_kvcache, get_scheduler_metadata, kernels, repeat
 from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.device import Device
 from cuflash.dtypes import numpy_dtype
-from cuflash.scheduling import SchedulerMetadata, get_scheduler_metadata
 
 from .standin import DeviceArray, Machine, empty, gpu
 

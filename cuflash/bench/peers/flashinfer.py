@@ -20,6 +20,11 @@ class _Paged(TorchPeer):
     kv_dtypes: ClassVar[tuple[str, ...]] = ("float8_e4m3fn", "float8_e5m2")
     paged = True
 
+    @classmethod
+    def refusal(cls, shape: Shape) -> str:
+        """Return why it does not run a shape, or ""."""
+        return super().refusal(shape) or ("one head dim only" if shape.dim_v != shape.headdim else "")
+
     def prepare(self, inputs: Inputs) -> None:
         """Make tensors: queries are rows (batch * queries, heads, headdim)."""
         super().prepare(inputs)
