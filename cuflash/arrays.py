@@ -256,7 +256,7 @@ def _import_dlpack(name: str, x: Any) -> NativeArray:
             try:
                 import cupy
             except ImportError as error:
-                raise ImportError(f"{name} lives on a GPU, which needs CuPy: pip install cuflash[cuda12]") from error
+                raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
             # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet
             # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8.
             return cupy.from_dlpack(x)

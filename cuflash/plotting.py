@@ -49,7 +49,7 @@ def plot_work(
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install cuflash[plot]") from error
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 6), layout="constrained")
     block, sequence = work["block"].astype(int), work["sequence"].astype(int)

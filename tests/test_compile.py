@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from bench import cubins, sass
 
-from cuflash.bench import cubins, sass
 from cuflash.device import Device
 from cuflash.kernels import decode
 from cuflash.kernels.append import append_variant

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.standin import DeviceArray
 from numpy.testing import assert_allclose, assert_array_equal
 
 import cuflash
-from cuflash.bench.standin import DeviceArray
 from cuflash.problem import Problem
 
 SEQLENS = np.array([40, 7, 80], np.int32)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.standin import DeviceArray, Machine, gpu
 
 import cuflash
 from cuflash import arguments, memo, scheduling
 from cuflash.backends import sim
-from cuflash.bench.standin import DeviceArray, Machine, gpu
 from cuflash.device import Device
 
 Arguments = dict[str, Any]

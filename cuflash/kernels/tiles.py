@@ -2,7 +2,7 @@
 
 A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring
 of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of
-them are in flight. Why these numbers are good is counted by ``python -m cuflash bench resources``.
+them are in flight. Why these numbers are good is counted by ``python -m tests.bench resources``.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
     distributed = ("-n", str(workers)) if workers > 1 and importlib.util.find_spec("xdist") else ()
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
-    bench = (python, "-m", "cuflash", "bench", "gpu")
+    bench = (python, "-m", "tests.bench", "gpu")
     quick = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")  # flex_attention compiles for long
     return [
         Part("info", (python, "-m", "cuflash", "info"), 60, shows=True),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels.source import Variant, source
-from ..simulator.compile import cache_dir, store
+from cuflash import cache
+from cuflash.kernels.source import Variant, source
 
 # What CuPy adds to a module's own options (cupy/cuda/compiler.py), and ptxas' account of registers and memory.
 _OPTIONS = ("-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
@@ -57,8 +57,8 @@ def cubin(variant: Variant, arch: int, fresh: bool = False) -> Cubin:
     path = _path(variant, arch)
     if fresh or not path.with_suffix(".json").exists():
         code, facts = _compile(variant, arch)
-        store(path, code)
-        store(path.with_suffix(".json"), json.dumps(facts).encode())
+        cache.store(path, code)
+        cache.store(path.with_suffix(".json"), json.dumps(facts).encode())
     start = time.process_time()
     source.cache_clear()
     code = _path(variant, arch).read_bytes()
@@ -87,7 +87,7 @@ def _options(variant: Variant, arch: int) -> tuple[str, ...]:
 
 def _path(variant: Variant, arch: int) -> Path:
     key = json.dumps([source(variant.file), _options(variant, arch), nvrtc_version()])
-    return cache_dir() / f"{variant.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    return cache.folder() / f"{variant.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 _warm = False  # whether NVRTC has loaded its parts, which the first compilation waits for

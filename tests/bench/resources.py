@@ -7,15 +7,17 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..device import Device
-from ..dtypes import dtype_name, numpy_dtype
-from ..kernels.decode import decode_variant
-from ..kernels.tiles import Tiling, tiling
-from ..partition import GRAIN
-from ..problem import Problem, make_problem
-from . import report, sass
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.device import Device
+from cuflash.dtypes import dtype_name, numpy_dtype
+from cuflash.kernels.decode import decode_variant
+from cuflash.kernels.tiles import Tiling, tiling
+from cuflash.partition import GRAIN
+from cuflash.problem import Problem, make_problem
+
+from . import sass
 from .cubins import Cubin, cubin
-from .report import Record
 
 # What NVIDIA sells with each architecture: the A100, RTX 3090, RTX 4090, H200, B200 and RTX 5090.
 NUM_SM = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -144,7 +146,7 @@ _NOTES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench resources``."""
+    """Describe the arguments of ``python -m tests.bench resources``."""
     add = parser.add_argument
     add("--arch", type=int, nargs="+", choices=tuple(NUM_SM), default=tuple(NUM_SM), help="default: all of them")
     add("--dtype", nargs="+", default=["bfloat16"], help="element types (default: bfloat16)")
@@ -156,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench resources``."""
+    """Run ``python -m tests.bench resources``."""
     dtypes = [dtype_name("--dtype", name) for name in arguments.dtype]
     records = measure(arguments.arch, dtypes, arguments.headdim, arguments.rows, arguments.items, arguments.fresh)
     report.write(records, arguments.json, _NOTES)

@@ -8,19 +8,21 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Device
-from ..kernels import choose
-from ..metadata import SchedulerMetadata
-from ..operands import Lengths
-from ..planner import plan, plan_words
-from ..problem import make_problem
-from . import peers, report, workloads
-from .report import Record
+from cuflash import SchedulerMetadata
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.device import Device
+from cuflash.kernels import choose
+from cuflash.operands import Lengths
+from cuflash.planner import plan, plan_words
+from cuflash.problem import make_problem
+
+from . import policies, workloads
 
 # A100, H200, RTX 5090.
 _ARCHS = {108: 80, 132: 90, 170: 120}
 _LONG_SHARE = 1024  # keys per block above which a share is long beside the grain of the cuts
-_FIELDS = ("efficiency", "efficiency_fa3", "efficiency_flashinfer")
+_FIELDS = ("balance", "balance_fa3", "balance_flashinfer")
 
 
 def measure(
@@ -46,9 +48,9 @@ def measure(
                     "num_sm": num_sm,
                     "blocks": len(loads),
                     "keys_per_block": round(float(loads.mean())),
-                    "efficiency": _efficiency(loads),
-                    "efficiency_fa3": _efficiency(peers.flash_attention_3(lengths, number, num_sm)),
-                    "efficiency_flashinfer": _efficiency(peers.flashinfer(lengths, number, num_sm)),
+                    "balance": _balance(loads),
+                    "balance_fa3": _balance(policies.flash_attention_3(lengths, number, num_sm)),
+                    "balance_flashinfer": _balance(policies.flashinfer(lengths, number, num_sm)),
                 }
 
 
@@ -80,7 +82,7 @@ def summary(records: list[Record]) -> list[Record]:
     return rows
 
 
-def _efficiency(loads: NDArray[np.int64]) -> float:
+def _balance(loads: NDArray[np.int64]) -> float:
     return float(loads.mean() / loads.max())
 
 
@@ -90,22 +92,22 @@ def _by_workload(records: list[Record]) -> Iterator[Record]:
         chosen = [record for record in records if record["workload"] == name]
         medians = {field: float(np.median([record[field] for record in chosen])) for field in _FIELDS}
         keys = [record["keys_per_block"] for record in chosen]
-        least = min(record["efficiency"] for record in chosen)
+        least = min(record["balance"] for record in chosen)
         yield {"workload": name, "keys_per_block": f"{min(keys)} .. {max(keys)}", **medians, "least": least}
 
 
 _NOTES = (
     "",
-    "Keys per used block, mean / longest: how long the slowest block lets the others wait. A row is the median over KV",
-    "heads and multiprocessors, least our lowest; --json lists them all. FlashAttention-3: dynamic splits, sorted,",
-    "persistent blocks; FlashInfer: binary search of the part length, two blocks per multiprocessor. No trace of real",
-    "requests is included; --trace reads one.",
+    "balance: keys per used block, mean / longest, how long the slowest block lets the others wait. A row is the",
+    "median over KV heads and multiprocessors, least our lowest; --json lists them all. FlashAttention-3: dynamic",
+    "splits, sorted, persistent blocks; FlashInfer: binary search of the part length, two blocks per multiprocessor.",
+    "No trace of real requests is included; --trace reads one.",
     "",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench schedule``."""
+    """Describe the arguments of ``python -m tests.bench schedule``."""
     add = parser.add_argument
     add("--num-sm", type=int, nargs="+", default=list(_ARCHS), help="multiprocessors (default: 108 132 170)")
     add("--heads", type=int, nargs="+", default=[1, 2, 4, 8], help="KV heads (default: 1 2 4 8)")
@@ -113,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench schedule``."""
+    """Run ``python -m tests.bench schedule``."""
     records = list(measure(arguments.num_sm, arguments.heads, arguments.trace))
     if arguments.json:
         report.write(records + summary(records), as_json=True)

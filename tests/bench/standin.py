@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, backends, memo
-from ..backends.machine import KernelBackend
-from ..device import Device
-from ..kernels.launch import Launch, Scratch
+from cuflash import arrays, backends, memo
+from cuflash.backends.machine import KernelBackend
+from cuflash.device import Device
+from cuflash.kernels.launch import Launch, Scratch
 
 
 class DeviceArray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..metadata import WORK
+from cuflash.metadata import WORK
 
 Loads = NDArray[np.int64]
 Part = tuple[int, int, int, int]  # sequence, KV head, first key, end

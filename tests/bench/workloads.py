@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cuflash.bench.inputs import read_trace
+
 Lengths = NDArray[np.int64]
 
 _LONGEST = 131_072
@@ -47,9 +49,6 @@ def ragged(trace: str | None = None) -> Iterator[tuple[str, Lengths]]:
 
 
 def _of_trace(path: str, batch: int = 64, batches: int = 16) -> Iterator[tuple[str, Lengths]]:
-    lines = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines()]
-    lengths = np.array([int(words[-1]) for words in lines if words and words[-1].isdigit()], np.int64)
-    if not len(lengths):
-        raise ValueError(f"--trace must name a file whose lines end in a length, got {path}")
+    lengths = read_trace(path)
     for begin in range(0, min(len(lengths), batch * batches), batch):
-        yield f"trace {Path(path).stem}, requests {begin} ..", np.maximum(lengths[begin : begin + batch], 1)
+        yield f"trace {Path(path).stem}, requests {begin} ..", lengths[begin : begin + batch]

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import flash_attn_with_kvcache
-from ..dtypes import dtype_name, numpy_dtype
-from . import report
+from cuflash import flash_attn_with_kvcache
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.dtypes import dtype_name, numpy_dtype
+
 from .device import plan_for
-from .report import Record
 
 
 def measure(
@@ -92,7 +93,7 @@ def _alternately(first: Callable[[], Any], second: Callable[[], Any], runs: int)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench cpu``."""
+    """Describe the arguments of ``python -m tests.bench cpu``."""
     add = parser.add_argument
     add("--dtype", nargs="+", default=["float32", "bfloat16"], help="element types (default: float32 bfloat16)")
     add("--batch", type=int, default=8, help="sequences (default: 8)")
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench cpu``."""
+    """Run ``python -m tests.bench cpu``."""
     dtypes = [dtype_name("--dtype", name) for name in arguments.dtype]
     records = measure(dtypes, arguments.batch, arguments.keys, runs=arguments.runs)
     report.write(records, arguments.json, ("", "time_ratio: the NumPy backend's time / torch's; medians."))

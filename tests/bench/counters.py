@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import flash_attn_with_kvcache
-from ..dtypes import numpy_dtype
-from ..metadata import SchedulerMetadata
-from ..partition import GRAIN
-from ..problem import Problem
-from ..scheduling import get_scheduler_metadata
-from . import report
+from cuflash import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.dtypes import numpy_dtype
+from cuflash.partition import GRAIN
+from cuflash.problem import Problem
+
 from .device import plan_for
-from .report import Record
 
 _PAGE = 16
 _SECTOR = 32  # bytes that memory moves at least
@@ -125,7 +124,7 @@ def count(workload: Workload, arch: int, num_sm: int = 4) -> Record:
 
 
 def _count(workload: Workload, arch: int) -> Record:
-    from ..simulator import Checks, record
+    from cuflash.simulator import Checks, record
 
     metadata = workload.plan()
     rng = np.random.default_rng(0)
@@ -234,14 +233,14 @@ _SIMULATED_NOTES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench counters``."""
+    """Describe the arguments of ``python -m tests.bench counters``."""
     add = parser.add_argument
     add("--arch", type=int, nargs="+", default=[80, 90], help="architectures to simulate (default: 80 90)")
     add("--num-sm", type=int, default=132, help="multiprocessors to plan real workloads for (default: 132)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench counters``."""
+    """Run ``python -m tests.bench counters``."""
     simulated = list(simulate(arguments.arch))
     real = list(planned(arguments.arch[-1:], arguments.num_sm))
     if arguments.json:

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import arguments, kernels, memo
-from ..attention import flash_attn_with_kvcache
-from ..device import Device
-from ..dtypes import numpy_dtype
-from ..metadata import SchedulerMetadata
-from ..scheduling import get_scheduler_metadata
-from . import report
-from .report import Record
+from cuflash import SchedulerMetadata, arguments, flash_attn_with_kvcache, get_scheduler_metadata, kernels, memo
+from cuflash.bench import report
+from cuflash.bench.report import Record
+from cuflash.device import Device
+from cuflash.dtypes import numpy_dtype
+
 from .standin import DeviceArray, Machine, empty, gpu
 
 _BATCH, _KEYS, _HEADS_Q, _HEADS_KV, _HEADDIM, _PAGE = 32, 4096, 32, 8, 128, 16
@@ -174,11 +172,11 @@ _NOTES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of ``bench host``."""
+    """Describe the arguments of ``python -m tests.bench host``."""
     parser.add_argument("--seconds", type=float, default=0.2, help="how long to repeat each part (default: 0.2)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``bench host``."""
+    """Run ``python -m tests.bench host``."""
     report.write(measure(arguments.seconds), arguments.json, _NOTES)
     return 0

@@ -7,9 +7,13 @@ import math
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
+
+import numpy as np
 
 _SOURCE = r"""
 typedef unsigned int u32;
@@ -41,15 +45,22 @@ extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* from, u6
     if (sum == 0x9e3779b9u) *sink = sum;
 }
 
-// bfloat16 numbers between -2 and 2 from a counter (the finaliser of MurmurHash3).
-extern "C" __global__ void fill_random(unsigned short* to, u64 count, u32 seed) {
+// Numbers between -2 and 2 from a counter (the finaliser of MurmurHash3), of the type that is `kind`: 0 bfloat16,
+// 1 float16, 2 float32, 3 a float of 8 bits (its highest exponent bit is 0), 4 int8 (between -127 and 127).
+extern "C" __global__ void fill_random(void* to, u64 count, u32 seed, u32 kind) {
     const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
     for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
         u32 h = static_cast<u32>(i) * 0x9e3779b9u ^ static_cast<u32>(i >> 32) ^ seed;
         h = (h ^ h >> 16) * 0x85ebca6bu;
         h = (h ^ h >> 13) * 0xc2b2ae35u;
         const float x = static_cast<float>(static_cast<int>(h ^ h >> 16)) * (2.0f / 2147483648.0f);
-        to[i] = static_cast<unsigned short>(__float_as_uint(x) >> 16);
+        unsigned short half;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+        if (kind == 0) static_cast<unsigned short*>(to)[i] = static_cast<unsigned short>(__float_as_uint(x) >> 16);
+        if (kind == 1) static_cast<unsigned short*>(to)[i] = half;
+        if (kind == 2) static_cast<float*>(to)[i] = x;
+        if (kind == 3) static_cast<unsigned char*>(to)[i] = static_cast<unsigned char>(h & 0xbf);
+        if (kind == 4) static_cast<signed char*>(to)[i] = static_cast<signed char>(static_cast<int>(h % 255) - 127);
     }
 }
 """
@@ -62,28 +73,105 @@ class Sampler(Protocol):
         """Run once; return microseconds per call."""
 
 
-class Kernels:
-    """The kernels of this file on the current device."""
+_KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}  # of fill_random
+
+
+class Gpu:
+    """CuPy's current device: it makes arrays, and times calls.
+
+    Attributes:
+        xp: CuPy.
+        facts: What figures depend on: the GPU, its clocks as they are, versions.
+
+    Raises:
+        RuntimeError: Without CuPy and a GPU.
+    """
 
     def __init__(self) -> None:
+        require_gpu()
         import cupy
-        import numpy as np
 
+        self.xp: Any = cupy
+        self.facts = machine_facts()
         module = cupy.RawModule(code=_SOURCE, options=("-std=c++17",))
         self._read, self._fill = module.get_function("read_all"), module.get_function("fill_random")
-        self._blocks = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self._blocks = 4 * self.facts["multiprocessors"]
         self._sink = cupy.zeros(1, np.uint32)
-        self._u32, self._u64 = np.uint32, np.uint64
 
-    def read(self, array: Any, slices: bool) -> None:
+    @property
+    def arch(self) -> int:
+        """Compute capability, 90 for 9.0."""
+        return int(self.xp.cuda.Device().compute_capability)
+
+    @property
+    def l2_bytes(self) -> int:
+        """Size of the L2 cache."""
+        return int(self.facts["l2_bytes"])
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Terabytes per second of a long read."""
+        free, _ = self.xp.cuda.runtime.memGetInfo()
+        bulk = min(max(4 << 30, 16 * self.l2_bytes), free // 4)
+        time_us = read_us(medians(self.readers(bulk), rounds=5))
+        self.free()
+        return bulk / time_us / 1e6
+
+    def fill(self, array: Any, seed: int) -> None:
+        """Fill a contiguous array with random numbers between -2 and 2."""
+        scrambled, kind = np.uint32(seed * 2654435761 % 2**32), np.uint32(_KINDS[array.dtype.name])
+        self._fill((self._blocks,), (512,), (array, np.uint64(array.size), scrambled, kind))
+
+    def graph(self, calls: Sequence[Callable[[], Any]]) -> Sampler:
+        """Capture calls."""
+        return CupyGraph(calls)
+
+    def readers(self, size: int) -> dict[str, Sampler]:
+        """Return plain reads of ``size`` bytes, at changing places of a buffer larger than the L2 cache.
+
+        Returns:
+            One of each pattern; see :func:`read_us`.
+        """
+        size = max(16, size // 16 * 16)
+        buffer = self.xp.empty(max(5 * self.l2_bytes, 2 * size) // 16 * 16, np.uint8)
+        self.fill(buffer, 1)
+        places = buffer.size // size
+
+        def call(place: int, slices: bool) -> Callable[[], None]:
+            return lambda: self._read_all(buffer[place * size : (place + 1) * size], slices)
+
+        calls = number_of_calls(3 + size / 4e6, places)
+        patterns = {"read, side by side": False, "read, in slices": True}
+        return {name: CupyGraph([call(i % places, slices) for i in range(calls)]) for name, slices in patterns.items()}
+
+    def _read_all(self, array: Any, slices: bool) -> None:
         """Read a contiguous array, all blocks side by side or each in a slice of its own."""
         count = array.nbytes // 16
         blocks = max(1, min(self._blocks, -(-count // 512)))
-        self._read((blocks,), (512,), (array, self._u64(count), self._u32(slices), self._sink))
+        self._read((blocks,), (512,), (array, np.uint64(count), np.uint32(slices), self._sink))
 
-    def fill(self, array: Any, seed: int) -> None:
-        """Fill a contiguous array of bfloat16 with random numbers."""
-        self._fill((self._blocks,), (512,), (array, self._u64(array.size), self._u32(seed * 2654435761 % 2**32)))
+    def synchronise(self) -> None:
+        """Wait for the GPU."""
+        self.xp.cuda.Device().synchronize()
+
+    def free(self) -> None:
+        """Give memory that nobody uses back to the device: other libraries have pools of their own."""
+        self.xp.get_default_memory_pool().free_all_blocks()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def require_gpu() -> None:
+    """Raise RuntimeError, saying what is missing, if there is no GPU that CuPy can use."""
+    try:
+        import cupy
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        why = "CuPy is not installed" if missing else f"CuPy cannot be imported ({error})"
+        raise RuntimeError(f"no GPU found: {why}") from error
+    if not cupy.cuda.is_available():
+        raise RuntimeError("no GPU found: CuPy sees none")
 
 
 class CupyGraph:
@@ -184,30 +272,8 @@ def number_of_calls(expected_us: float, copies: int) -> int:
     return max(20, copies, min(400, math.ceil(2000 / expected_us)))
 
 
-def read_samplers(kernels: Kernels, size: int, l2_bytes: int) -> dict[str, Sampler]:
-    """Return plain reads of ``size`` bytes, at changing places of a buffer larger than the L2 cache.
-
-    Returns:
-        One of each pattern, by names that begin with "read"; see :func:`read_us`.
-    """
-    import cupy
-    import numpy as np
-
-    size = size // 16 * 16
-    buffer = cupy.empty(max(5 * l2_bytes, 2 * size) // 16 * 16, np.uint8)
-    kernels.fill(buffer.view(np.uint16), 1)
-    places = buffer.size // size
-
-    def call(place: int, slices: bool) -> Callable[[], None]:
-        return lambda: kernels.read(buffer[place * size : (place + 1) * size], slices)
-
-    calls = number_of_calls(3 + size / 4e6, places)
-    patterns = {"read, side by side": False, "read, in slices": True}
-    return {name: CupyGraph([call(i % places, slices) for i in range(calls)]) for name, slices in patterns.items()}
-
-
 def read_us(times: Mapping[str, float]) -> float:
-    """Return the time of the faster pattern of :func:`read_samplers`."""
+    """Return the time of the faster pattern of :meth:`Gpu.readers`."""
     return min(time for name, time in times.items() if name.startswith("read"))
 
 
