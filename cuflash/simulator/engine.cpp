@@ -43,12 +43,16 @@ void report(Warp &w, u32 kind, u32 lane, u64 address, const char *format, ...) {
 
 namespace {
 
-constexpr u64 SLICE = 20000;  // instructions that a warp may execute before the next one has its turn
+constexpr u64 SLICE = 20000;  // branches that a warp may execute before the next one has its turn
+constexpr u64 LOOK = 1024;    // instructions between two looks at the clock
+constexpr std::chrono::milliseconds SIGNALS(50);  // between two looks at signals
 
 struct Engine {
     LaunchArgs &args;
     Launch L;
     std::vector<std::unique_ptr<Cluster>> pool;
+
+    void *thread_state = nullptr;  // of Python, while the launch runs without its lock
 
     explicit Engine(LaunchArgs &a) : args(a) {}
 
@@ -223,6 +227,19 @@ struct Engine {
         return ready == m;
     }
 
+    // Every loop comes by here. Python handles its signals, which a launch must not keep waiting.
+    void look(Warp &w) {
+        L.look_at = L.steps + LOOK;
+        auto now = std::chrono::steady_clock::now();
+        if (now > L.deadline) time_limit(w);
+        if (now < L.signals_at) return;
+        L.signals_at = now + SIGNALS;
+        args.acquire(thread_state);
+        int raised = args.signals();
+        thread_state = args.release();
+        if (raised) throw Interrupt();
+    }
+
     // Runs a warp until it has to wait or its slice ends. Says whether it executed anything.
     bool run(Warp &w) {
         u64 budget = SLICE, start = L.steps;
@@ -266,6 +283,7 @@ struct Engine {
             L.steps++;
             switch (i.ctl) {
                 case BRANCH: {
+                    if (L.steps >= L.look_at) look(w);
                     if (budget) budget--;
                     if (m == mask) {
                         pc = i.target;
@@ -604,7 +622,7 @@ struct Engine {
                     yielded = yielded && w->yield;
                 }
             }
-            if (std::chrono::steady_clock::now() > L.deadline) time_limit(resident);
+            if (!turn.empty()) look(*turn[0]);
             bool finished = false;
             for (size_t k = 0; k < resident.size();) {
                 bool done = true;
@@ -639,15 +657,10 @@ struct Engine {
         }
     }
 
-    void time_limit(std::vector<std::unique_ptr<Cluster>> &resident) {
-        for (auto &c : resident)
-            for (auto &b : c->blocks)
-                for (Warp &w : b->warps)
-                    if (!w.groups.empty()) {
-                        w.pc = w.groups[0].pc;
-                        report(w, K_TIME_LIMIT, first(w.groups[0].mask), 0, "the launch took longer than %.1f s",
-                               args.time_limit);
-                    }
+    void time_limit(Warp &w) {
+        if (!w.groups.empty()) w.pc = w.groups[0].pc;
+        u32 lane = w.groups.empty() ? 0 : first(w.groups[0].mask);
+        report(w, K_TIME_LIMIT, lane, 0, "the launch took longer than %.1f s", args.time_limit);
     }
 
     int launch() {
@@ -681,13 +694,20 @@ struct Engine {
         auto &entries = table();
         for (Ins &i : L.loaded) i.fn = entries[i.op].fn;
         L.code = L.loaded.data();
-        L.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(s64(args.time_limit * 1e6));
+        auto now = std::chrono::steady_clock::now();
+        L.deadline = now + std::chrono::microseconds(s64(args.time_limit * 1e6));
+        L.signals_at = now + SIGNALS;
+        thread_state = args.release();
+        int result = 0;
         try {
             main();
         } catch (const Stop &) {
-            return 1;
+            result = 1;
+        } catch (const Interrupt &) {
+            result = 2;
         }
-        return 0;
+        args.acquire(thread_state);
+        return result;
     }
 };
 

@@ -91,6 +91,10 @@ struct LaunchArgs {
     u64 output_size, output_used;
     const u32 *tables;  // branch targets of brx.idx
     u32 window, multiprocessors;
+    // PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals of the Python that called
+    void *(*release)();
+    void (*acquire)(void *);
+    int (*signals)();
 };
 
 struct Launch {
@@ -111,7 +115,8 @@ struct Launch {
     u64 steps = 0;  // instructions executed, the clock of the machine
     RaceState races;
     u64 changes = 0;  // events that another thread may be waiting for
-    std::chrono::steady_clock::time_point deadline;
+    u64 look_at = 0;  // the step at which the engine looks at the clock again
+    std::chrono::steady_clock::time_point deadline, signals_at;
 
     u64 clock() const { return steps * 4; }
     bool check(u32 which) const { return checks & which; }

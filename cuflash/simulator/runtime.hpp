@@ -141,7 +141,8 @@ struct Finding {
     char text[512];
 };
 
-struct Stop {};  // thrown by the first finding
+struct Stop {};       // thrown by the first finding
+struct Interrupt {};  // thrown when a signal's handler raised an exception in Python
 
 struct Region {
     u64 lo, hi;
