@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,8 +32,10 @@ __all__ = [
     "store",
 ]
 
-_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "ops.cpp")
+_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
 # What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
+# Sources that need the architecture's own features: wgmma and setmaxnreg exist on sm_90a alone.
+_OWN_FEATURES = re.compile(r"\b(wgmma\.|setmaxnreg\.|__CUDA_ARCH_FEAT_SM90_ALL)")
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 
@@ -216,7 +219,7 @@ def compile_ptx(
     Args:
         code: the source.
         options: of NVRTC; -arch, -std and -lineinfo are added where they are missing.
-        arch: such as "sm_90" or "sm_90a".
+        arch: such as "sm_90" or "sm_90a"; a source with wgmma or setmaxnreg makes the former the latter.
         name: the file name that messages show.
         headers: contents of #include files by name.
 
@@ -229,13 +232,15 @@ def compile_ptx(
     """
     given = tuple(options)
     full = list(given)
+    headers = headers or {}
+    if arch == "sm_90" and any(_OWN_FEATURES.search(text) for text in (code, *headers.values())):
+        arch = "sm_90a"
     if not any(o.startswith(("-arch", "--gpu-architecture")) for o in given):
         full.append("-arch=" + arch.replace("sm_", "compute_"))
     for option in (*_CUPY_OPTIONS, "-std=c++17", "-lineinfo"):
         stem = option.split("=")[0].lstrip("-")
         if not any(o.split("=")[0].lstrip("-") == stem for o in given):
             full.append(option)
-    headers = headers or {}
     version = _nvrtc_version()
     entry = None
     if not any(

@@ -102,6 +102,7 @@ struct Engine {
 
     void exit_lanes(Warp &w, size_t index, u32 mask) {
         check_exit(w, mask);
+        if (w.live == mask) check_products_exit(w);
         w.live &= ~mask;
         w.block->live -= u32(__builtin_popcount(mask));
         w.groups[index].mask &= ~mask;
@@ -113,6 +114,7 @@ struct Engine {
             if (w.block->barriers[k].arrived) try_barrier(*w.block, k);
         if (w.block->live == 0) {
             check_block_exit(*w.block);
+            check_warpgroups_exit(*w.block);
             w.block->done = true;
         }
         if (L.cluster_size > 1) try_cluster(*w.block->cluster);
@@ -523,6 +525,7 @@ struct Engine {
             b.done = false;
             for (Barrier &bar : b.barriers) bar = Barrier();
             b.mbarriers.clear();
+            b.warpgroups.clear();
             memset(b.shared, 0xff, L.shared_size);  // NaN in every format
             if (L.checks & C_INIT) b.initialised.assign(L.shared_size, 0);
             if (L.checks & C_FLIGHT) b.in_flight.assign(L.shared_size, 0);
@@ -534,6 +537,7 @@ struct Engine {
                 w.groups.push_back({w.live, 0, READY, {}});
                 w.copies.clear();
                 w.copies_started = 0;
+                w.products = Products();
                 memset(w.committed, 0, sizeof w.committed);
                 memset(w.bulk_committed, 0, sizeof w.bulk_committed);
                 memset(w.cluster_phase, 0, sizeof w.cluster_phase);

@@ -213,6 +213,7 @@ class _LaunchArgs(ctypes.Structure):
         ("tables", ctypes.c_void_p),
         ("window", ctypes.c_uint32),
         ("multiprocessors", ctypes.c_uint32),
+        ("registers", ctypes.c_uint32),
         ("release", ctypes.c_void_p),
         ("acquire", ctypes.c_void_p),
         ("signals", ctypes.c_void_p),
@@ -549,6 +550,7 @@ class Kernel:
             address_of(tables) if len(tables) else 0,
             settings.window,
             132,
+            program.registers,
             *_python(),
         )
         start = time.perf_counter()
