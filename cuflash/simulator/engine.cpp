@@ -172,6 +172,9 @@ struct Engine {
         u32 id = barrier_id(w, g);
         Barrier &bar = b.barriers[id];
         u32 expected = i.flags & HAS_COUNT ? w.reg<u32>(i.o[1])[first(m)] : 0;
+        if (expected % 32)
+            report(w, K_DIVERGENT_BARRIER, first(m), 0, "barrier %u is for %u threads, which are no whole warps", id,
+                   expected);
         if (bar.arrived == 0) {
             bar.expected = expected;
             bar.pc = w.pc;

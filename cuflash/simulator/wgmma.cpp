@@ -46,44 +46,68 @@ void pieces(const Matrix &x, bool mn_major, u32 first_row, u32 rows, u32 element
     }
 }
 
-f32 element(u8 kind, const u8 *p, u32 e) {
-    u16 half;
-    switch (kind) {
-        case 0: memcpy(&half, p + 2 * e, 2); return F16::widen(half);
-        case 1: memcpy(&half, p + 2 * e, 2); return Bf16::widen(half);
-        case 2: return E4m3::widen(p[e]);
-        default: return E5m2::widen(p[e]);
+struct HalfElement {
+    static constexpr u32 N = 8;  // of 16 bytes
+    static f32 at(const u8 *p, u32 e) {
+        u16 v;
+        memcpy(&v, p + 2 * e, 2);
+        return F16::widen(v);
     }
-}
+};
+struct Bf16Element {
+    static constexpr u32 N = 8;
+    static f32 at(const u8 *p, u32 e) {
+        u16 v;
+        memcpy(&v, p + 2 * e, 2);
+        return Bf16::widen(v);
+    }
+};
+struct E4m3Element {
+    static constexpr u32 N = 16;
+    static f32 at(const u8 *p, u32 e) { return E4m3::widen(p[e]); }
+};
+struct E5m2Element {
+    static constexpr u32 N = 16;
+    static f32 at(const u8 *p, u32 e) { return E5m2::widen(p[e]); }
+};
 
 u32 elements(const Ins &i) { return i.b < 2 ? 8 : 16; }  // of 16 bytes
 u32 columns(const Ins &i) { return 8 * (u32(i.a) + 1); }
 
-void read_matrix(Warp &w, const Ins &i, u64 descriptor, bool mn_major, u32 first_row, u32 rows, bool minus, f32 *out) {
+// out[k][row]
+template <class E>
+void read_matrix(Warp &w, u64 descriptor, bool mn_major, u32 first_row, u32 rows, f32 *out) {
     const u8 *shared = w.block->shared;
-    u32 n = elements(i);
-    pieces(Matrix(descriptor), mn_major, first_row, rows, n, [&](u32 at, u32 row, u32 k) {
-        for (u32 e = 0; e < n; e++) {  // out[k][row]
-            f32 v = element(i.b, shared + at, e);
-            out[mn_major ? k * rows + row + e : (k + e) * rows + row] = minus ? -v : v;
-        }
+    pieces(Matrix(descriptor), mn_major, first_row, rows, E::N, [&](u32 at, u32 row, u32 k) {
+        f32 *to = out + k * rows + row, v[E::N];
+        for (u32 e = 0; e < E::N; e++) v[e] = E::at(shared + at, e);
+        if (mn_major) memcpy(to, v, sizeof v);
+        else
+            for (u32 e = 0; e < E::N; e++) to[e * rows] = v[e];
     });
 }
 
-// Fragments of A, r < 4, E elements of a register: row lane / 4 + 8 (r & 1), columns (r >> 1) 4 E + (lane & 3) E + e.
-void read_registers(Warp &w, const Ins &i, bool minus, f32 *out) {
-    u32 n = elements(i) / 4;
+// Fragments of A, r < 4, n elements of a register: row lane / 4 + 8 (r & 1), columns (r >> 1) 4 n + (lane & 3) n + e.
+template <class E>
+void read_registers(Warp &w, const Ins &i, f32 *out) {
+    constexpr u32 n = E::N / 4;
     for (u32 r = 0; r < 4; r++) {
         const u32 *s = w.reg<u32>(i.o[r]);
         for (u32 l = 0; l < 32; l++) {
             u8 bytes[4];
             memcpy(bytes, &s[l], 4);
-            for (u32 e = 0; e < n; e++) {
-                f32 v = element(i.b, bytes, e);
-                out[((r >> 1) * 4 * n + (l & 3) * n + e) * 16 + l / 4 + 8 * (r & 1)] = minus ? -v : v;
-            }
+            for (u32 e = 0; e < n; e++)
+                out[((r >> 1) * 4 * n + (l & 3) * n + e) * 16 + l / 4 + 8 * (r & 1)] = E::at(bytes, e);
         }
     }
+}
+
+template <class E>
+void read_operands(Warp &w, const WarpProduct &p, f32 *a, f32 *b) {
+    const Ins &i = *p.ins;
+    if (i.c & A_IN_REGISTERS) read_registers<E>(w, i, a);
+    else read_matrix<E>(w, p.a, i.c & TRANSPOSED_A, 16 * (w.index & 3), 16, a);
+    read_matrix<E>(w, p.b, i.c & TRANSPOSED_B, 0, columns(i), b);
 }
 
 // The accumulator: register r of a lane is row lane / 4 + 8 (r >> 1 & 1), column 8 (r >> 2) + 2 (lane & 3) + (r & 1).
@@ -91,11 +115,15 @@ void perform(Warp &w, WarpProduct &p) {
     if (p.done) return;
     p.done = true;
     const Ins &i = *p.ins;
-    const u32 N = columns(i), K = 2 * elements(i), quarter = 16 * (w.index & 3);
+    const u32 N = columns(i), K = 2 * elements(i);
     alignas(64) static thread_local f32 a[32 * 16], b[32 * 256], c[16][256];
-    if (i.c & A_IN_REGISTERS) read_registers(w, i, i.c & MINUS_A, a);
-    else read_matrix(w, i, p.a, i.c & TRANSPOSED_A, quarter, 16, i.c & MINUS_A, a);
-    read_matrix(w, i, p.b, i.c & TRANSPOSED_B, 0, N, i.c & MINUS_B, b);
+    switch (i.b) {
+        case 0: read_operands<HalfElement>(w, p, a, b); break;
+        case 1: read_operands<Bf16Element>(w, p, a, b); break;
+        case 2: read_operands<E4m3Element>(w, p, a, b); break;
+        default: read_operands<E5m2Element>(w, p, a, b);
+    }
+    const f32 sign = bool(i.c & MINUS_A) != bool(i.c & MINUS_B) ? -1.f : 1.f;
     const u32 *slots = w.launch->args->tables + i.target;
     for (u32 r = 0; r < N / 2; r++) {
         const f32 *s = w.reg<f32>(u16(slots[r]));
@@ -105,7 +133,7 @@ void perform(Warp &w, WarpProduct &p) {
     for (u32 row = 0; row < 16; row++) {
         f32 *sum = c[row];
         for (u32 k = 0; k < K; k++) {
-            const f32 x = a[k * 16 + row], *y = b + k * N;
+            const f32 x = sign * a[k * 16 + row], *y = b + k * N;
             _Pragma("GCC ivdep") for (u32 n = 0; n < N; n++) sum[n] = fma_once(x, y[n], sum[n]);
         }
     }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from simulated import ORDERS, compiled, found, line_of, run
+from simulated import ORDERS, PREFIX, compiled, found, line_of, run
 from wgmma import Product, layouts, operand
 
-from cuflash.simulator import SimModule, UnsupportedInstruction, compile_ptx
+from cuflash.simulator import SimModule, SimulationError, UnsupportedInstruction, compile_ptx
+from cuflash.simulator.launch import mutated
+from cuflash.simulator.mutate import mutants
 
 PRODUCTS = layouts()
 
@@ -243,9 +246,6 @@ def test_the_finding_names_both_places() -> None:
     assert finding.other_line is not None and "wgmma.mma_async" in source.splitlines()[finding.other_line - 1]
 
 
-ZERO = "for (int i = 0; i < 4; ++i) c[i] = 0;"
-
-
 @pytest.mark.parametrize("settings", ORDERS)
 def test_pipelined_products(settings: dict[str, Any]) -> None:
     """The scores of the next tile under way while this one's accumulate, across a loop's end; A in registers."""
@@ -342,12 +342,9 @@ def test_registers(few: int, many: int, message: str, settings: dict[str, Any]) 
     assert finding.check == "registers" and message in finding.message
 
 
-@pytest.mark.parametrize("settings", ORDERS)
-def test_producer_and_consumers(settings: dict[str, Any]) -> None:
-    """A ring of tiles filled by cp.async, full and empty mbarriers, named barriers of a warpgroup."""
-    source = (
-        GOOD.split("extern")[0]
-        + """
+RING = (
+    GOOD.split("extern")[0]
+    + """
 __device__ __forceinline__ void wait_for(u64* bar, u32 parity) {
   asm volatile("{.reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D:}"
                ::"r"(shared_address(bar)), "r"(parity) : "memory");
@@ -394,21 +391,71 @@ extern "C" __global__ void __launch_bounds__(384, 1) kernel(const uint4* x, floa
   }
 }
 """
-    )
+)
+
+
+def tiles() -> tuple[np.ndarray, np.ndarray]:
     import ml_dtypes
 
-    x = np.random.default_rng(0).integers(-3, 4, (5, 8, 64)).astype(ml_dtypes.bfloat16)
-    out = np.zeros((256, 4), np.float32)
-    run(compiled(source), 1, 384, (x, out, np.int32(5)), **settings)
+    x = np.random.default_rng(0).integers(-3, 4, (11, 8, 64)).astype(ml_dtypes.bfloat16)
+    return x, np.zeros((256, 4), np.float32)
+
+
+@pytest.mark.parametrize("settings", ORDERS)
+def test_producer_and_consumers(settings: dict[str, Any]) -> None:
+    """A ring of tiles filled by cp.async, full and empty mbarriers, named barriers of warpgroups."""
+    x, out = tiles()
+    run(compiled(RING), 1, 384, (x, out, np.int32(len(x))), **settings)
     np.testing.assert_array_equal(out, sum(sums(tile, 64) for tile in x))
     # without the consumers' fence, and with a stage that is given back before it was read
-    finding = found(compiled(source.replace("      PROXY;", "")), 1, 384, (x, out, np.int32(5)), **settings)
+    finding = found(compiled(RING.replace("      PROXY;", "")), 1, 384, (x, out, np.int32(len(x))), **settings)
     assert finding.check == "proxy"
-    early = source.replace("      WAIT(0);\n      PIN;\n", "").replace(
-        '    asm volatile("barrier.sync %0, 128;"', '    WAIT(0);\n    asm volatile("barrier.sync %0, 128;"'
+    wait = "      WAIT(0);\n      PIN;\n"
+    assert wait in RING
+    early = RING.replace(wait, "").replace(
+        '    asm volatile("barrier.sync', '    WAIT(0);\n    asm volatile("barrier.sync'
     )
-    finding = found(compiled(early), 1, 384, (x, out, np.int32(5)), **settings)
-    assert finding.check in ("shared_race", "warpgroup")
+    finding = found(compiled(early), 1, 384, (x, out, np.int32(len(x))), **settings)
+    assert finding.check == "shared_race"
+
+
+def test_mutants_are_killed() -> None:
+    x, out = tiles()
+    kernel = compiled(RING)
+    run(kernel, 1, 384, (x, out, np.int32(len(x))))
+    kinds = {"drop a proxy fence", "drop a commit", "drop a wait", "drop a product", "transpose B or not"}
+    chosen = [m for m in mutants(kernel) if "wgmma" in m.instruction or "proxy" in m.instruction]
+    assert kinds <= {m.kind for m in chosen}
+    for mutant in chosen:
+        again = np.zeros_like(out)
+        with mutated(mutant.key, mutant.apply):
+            try:
+                run(kernel, 1, 384, (x, again, np.int32(len(x))), time_limit=10)
+            except SimulationError:
+                continue
+        assert again.tobytes() != out.tobytes(), mutant
+
+
+def test_a_copy_is_a_renaming() -> None:
+    """What a compiler may do at a loop's end: an accumulator that is under way moves to another register."""
+    ptx = compile_ptx(PREFIX + planted(), arch="sm_90a")
+    number = int(re.search(r"\.reg \.f32 \s*%f<(\d+)>", ptx)[1])  # type: ignore[index]
+    accumulator = re.findall(r"wgmma\.mma_async\S+\s*\{(%f\d+)", ptx)[-1]
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    moved = ptx.replace(f"%f<{number}>", f"%f<{number + 1}>")
+    there, back = f"mov.f32 %f{number}, {accumulator};", f"mov.f32 {accumulator}, %f{number};"
+    x, out = inputs()
+    kernel = SimModule(ptx=moved.replace(wait, f"{there}\n{wait}\n{back}")).get_function("kernel")
+    run(kernel, 1, 256, (x, out))
+    np.testing.assert_array_equal(out, sums(x))
+    kernel = SimModule(ptx=moved.replace(wait, f"{there}\n{back}\n{wait}")).get_function("kernel")
+    assert found(kernel, 1, 256, (x, out)).check == "warpgroup"
+
+
+def test_a_named_barrier_is_for_whole_warps() -> None:
+    source = 'extern "C" __global__ void kernel(float* x) { asm volatile("barrier.sync 1, 40;"); x[threadIdx.x] = 1; }'
+    finding = found(compiled(source), 1, 64, (np.zeros(64, np.float32),))
+    assert finding.check == "divergent_barrier" and "40 threads" in finding.message
 
 
 def test_the_architecture_follows_from_the_source() -> None:
