@@ -233,7 +233,7 @@ def _length(rng: np.random.Generator, longest: int, around: int) -> int:
     if kind < 2:
         return int(kind)
     if kind == 2:
-        return max(0, around * int(rng.integers(1, 1 + longest // around)) + int(rng.integers(-1, 2)))
+        return max(0, around * int(rng.integers(1, 2 + longest // around)) + int(rng.integers(-1, 2)))
     return int(rng.integers(1 + longest))
 
 
