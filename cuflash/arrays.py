@@ -1,29 +1,27 @@
 """The border: any framework's arrays in, arrays of the caller's kind out, without a copy.
 
 Inside, an array is a ``numpy.ndarray`` (host memory) or a ``cupy.ndarray`` (GPU memory); everything else with a
-``__dlpack__`` method passes through the two functions :func:`import_array` and :func:`export_array`. No framework is
+``__dlpack__`` method passes through :func:`import_array` and :func:`exporter`. No framework is
 imported here: whoever hands over a torch tensor has imported torch.
-
-NumPy's own DLPack knows neither bfloat16 nor float8, so host capsules are read here (ctypes), and made by relabelling
-the capsule that NumPy makes for the same bits as unsigned integers.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from .dlpack import CUDA_DEVICES, HOST_DEVICES, Exporter, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
-_IMMUTABLE = ("jax", "jaxlib", "tensorflow")  # frameworks whose arrays never change, though DLPack < 1.0 cannot say so
+_INT32_MAX = 2**31 - 1
+_IMMUTABLE = (("jax", "Array"), ("tensorflow", "Tensor"))  # arrays that never change, which DLPack < 1.0 cannot say
 
 
 def import_array(name: str, x: Any) -> NativeArray:
@@ -50,15 +48,25 @@ def import_array(name: str, x: Any) -> NativeArray:
     return importer(name, x)
 
 
-def import_index(name: str, x: Any) -> NativeArray:
+def import_device_array(name: str, x: Any) -> NativeArray | None:
+    """Return ``x`` as a CuPy array if it lives on a GPU, else None: also for what is no array at all."""
+    kind = type(x)
+    if not hasattr(kind, "__dlpack_device__") or isinstance(x, np.ndarray):
+        return None
+    return import_array(name, x) if x.__dlpack_device__()[0] in CUDA_DEVICES else None
+
+
+def import_index(name: str, x: Any, wraps: bool = False) -> NativeArray:
     """Return an array of indices or lengths as int32.
 
     Args:
         name: The argument's name, for the error.
         x: On the host an array of any integer type with values in the range of int32, on a device of int32.
+        wraps: Whether values beyond the range are legal where nobody looks: they become the nearest that int32 has
+            (all negative ones -1).
 
     Returns:
-        An int32 array; contiguous on the host, where it may be a copy.
+        An int32 array; aligned, and contiguous on the host, where it may be a copy.
 
     Raises:
         TypeError: If ``x`` is not an integer array.
@@ -68,34 +76,107 @@ def import_index(name: str, x: Any) -> NativeArray:
     if is_on_device(array):
         if array.dtype != np.int32:
             raise TypeError(f"{name} must be int32 on a device, got {array.dtype}")
-        return array
+        return aligned(name, array, 4)
     if array.dtype != np.int32:
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be an integer array, got {array.dtype}")
-        if array.size and not (-(2**31) <= array.min() and array.max() < 2**31):
+        if wraps:
+            array = np.clip(array, np.asarray(-1 if array.dtype.kind == "i" else 0, array.dtype), None)
+            array = np.minimum(array, np.asarray(min(_INT32_MAX, np.iinfo(array.dtype).max), array.dtype))
+        elif array.size and not (-_INT32_MAX <= array.min() and array.max() <= _INT32_MAX):
             raise ValueError(f"{name} must have values in the range of int32, got {array.min()} to {array.max()}")
-    return np.ascontiguousarray(array, np.int32)
+    # Not ascontiguousarray, which makes one dimension of none.
+    return np.require(array, np.int32, ["A"]) if array.flags.c_contiguous else np.array(array, np.int32, order="C")
 
 
-def export_array(native: NativeArray, like: Any) -> Any:
-    """Return ``native`` as an array of the same kind as ``like``, on the same memory.
+def exporter(like: Any) -> Callable[[NativeArray], Any]:
+    """Return what makes arrays of the kind of ``like`` of native ones, on the same memory.
+
+    It is chosen before a call writes anything. NumPy and CuPy callers get native arrays; those of a framework its own
+    view (JAX may copy memory that does not begin at a multiple of 64 bytes: what :func:`empty` allocates does). Who
+    hands over an object of a kind that nobody can make gets the native array.
 
     Args:
-        native: A NumPy or CuPy array.
         like: An array of the caller's.
-
-    Returns:
-        ``native`` itself for NumPy and CuPy callers, else their framework's view of it. (JAX may copy memory that
-        does not begin at a multiple of 64 bytes: what :func:`empty` allocates does.)
     """
     kind = type(like)
-    if kind is np.ndarray or kind is type(native) or isinstance(like, np.ndarray):
-        return native
-    # The array API standard's way to the namespace; torch and others have from_dlpack at the top of the package.
-    namespace = getattr(like, "__array_namespace__", None)
-    module = namespace() if namespace is not None else sys.modules[_root(kind)]
-    # On a GPU, from_dlpack tells CuPy the framework's current stream, which then waits for CuPy's current stream.
-    return module.from_dlpack(native if is_on_device(native) else _Exporter(native))
+    found = _exporters.get(kind)
+    if found is None:
+        found = _exporters[kind] = _exporter(like)
+    return found
+
+
+def strides_of(array: NativeArray) -> tuple[int, ...]:
+    """Return strides in bytes, 0 for axes along which there is nothing to step: theirs may be any number."""
+    return tuple([stride if size > 1 else 0 for size, stride in zip(array.shape, array.strides)])
+
+
+def address_of(array: NativeArray) -> int:
+    """Return the address of the first element."""
+    return array.data.ptr if is_on_device(array) else array.ctypes.data
+
+
+def span_of(array: NativeArray) -> tuple[int, int]:
+    """Return the addresses [begin, end) between which all elements lie."""
+    begin = end = address_of(array)
+    if not array.size:
+        return begin, begin
+    for size, stride in zip(array.shape, array.strides):
+        if stride > 0:
+            end += (size - 1) * stride
+        else:
+            begin += (size - 1) * stride
+    return begin, end + array.itemsize
+
+
+def overlaps(first: NativeArray, second: NativeArray) -> bool:
+    """Whether two arrays may share memory: whether their spans meet."""
+    if not first.size or not second.size:
+        return False
+    a, b = span_of(first), span_of(second)
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def aligned(name: str, array: NativeArray, size: int) -> NativeArray:
+    """Return an array that begins at a multiple of ``size`` bytes: itself, or a copy of a small one that does not.
+
+    Raises:
+        ValueError: If the copy cannot be made, or would not outlive a capture.
+    """
+    if not array.size or address_of(array) % size == 0:
+        return array
+    if is_on_device(array):
+        refuse_in_capture(name, f"begin at a multiple of {size} bytes")
+    copy = empty(array.shape, array.dtype, array)
+    copy_into(name, copy, array)
+    return copy
+
+
+def copy_into(name: str, target: NativeArray, array: NativeArray) -> None:
+    """Copy an array wherever it begins; elements off their own boundaries cannot be read one by one on a GPU.
+
+    Raises:
+        ValueError: For strided elements that are off their boundaries, on a GPU.
+    """
+    if not is_on_device(array) or address_of(array) % array.itemsize == 0:
+        target[...] = array
+    elif array.flags.c_contiguous:
+        target.data.copy_from_device_async(array.data, array.nbytes)
+    else:
+        raise ValueError(
+            f"{name} must begin at a multiple of {array.itemsize} bytes or be contiguous, got strides {array.strides}"
+        )
+
+
+def refuse_in_capture(name: str, rule: str) -> None:
+    """Raise if a CUDA graph is being captured: it would go on using a copy that is gone when the call returns.
+
+    Raises:
+        ValueError: During a capture, naming the argument and what it must be to need no copy.
+    """
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and cupy.cuda.get_current_stream().is_capturing():
+        raise ValueError(f"{name} must {rule} while a graph is captured: memory made by the call would not outlive it")
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
@@ -115,7 +196,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
 
 def is_writeable(native: NativeArray, given: Any) -> bool:
     """Whether memory may be written; CuPy has no flag for that, so that the caller's own array decides on a GPU."""
-    return getattr(native.flags, "writeable", _root(type(given)) not in _IMMUTABLE)
+    return getattr(native.flags, "writeable", not _is_immutable(given))
 
 
 def is_on_device(native: NativeArray) -> bool:
@@ -169,13 +250,13 @@ def _import_numpy(name: str, x: np.ndarray) -> np.ndarray:
 def _import_dlpack(name: str, x: Any) -> NativeArray:
     device, _ = x.__dlpack_device__()
     try:
-        if device in _HOST_DEVICES:
-            return _import_host(name, x)
-        if device in _CUDA_DEVICES:
+        if device in HOST_DEVICES:
+            return import_host(name, x, _is_immutable(x))
+        if device in CUDA_DEVICES:
             try:
                 import cupy
             except ImportError as error:
-                raise ImportError(f"{name} lives on a GPU, which needs CuPy: pip install cuflash[cuda12]") from error
+                raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
             # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet
             # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8.
             return cupy.from_dlpack(x)
@@ -188,137 +269,35 @@ def _root(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
+def _exporter(like: Any) -> Callable[[NativeArray], Any]:
+    cupy = sys.modules.get("cupy")
+    if isinstance(like, np.ndarray) or (cupy is not None and isinstance(like, cupy.ndarray)):
+        return _itself
+    # The array API standard's way to the namespace; torch and others have from_dlpack at the top of the package. A
+    # subclass in somebody's module is what its base class is.
+    find = getattr(like, "__array_namespace__", None)
+    modules = [find()] if find is not None else []
+    modules += [sys.modules.get(_root(kind)) for kind in type(like).__mro__ if _is_at_home(kind)]
+    for module in modules:
+        from_dlpack = getattr(module, "from_dlpack", None)
+        if from_dlpack is not None:
+            # On a GPU, from_dlpack tells CuPy the framework's current stream, which then waits for CuPy's current one.
+            return lambda native: from_dlpack(native if is_on_device(native) else Exporter(native))
+    return _itself
+
+
+def _is_immutable(x: Any) -> bool:
+    return any(isinstance(x, getattr(sys.modules.get(module), name, ())) for module, name in _IMMUTABLE)
+
+
+def _is_at_home(kind: type) -> bool:
+    """Whether a class is what its module has under its name: modules of that name may be anybody's."""
+    return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind is not object
+
+
+def _itself(native: NativeArray) -> NativeArray:
+    return native
+
+
 _importers: dict[type, Callable[[str, Any], NativeArray]] = {}
-
-
-# ---------------------------------------------------------------------------------------------------- host DLPack
-# The structs of dlpack.h: https://dmlc.github.io/dlpack/latest/c_api.html
-_HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
-_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
-_READ_ONLY = 1  # bit of DLManagedTensorVersioned.flags
-
-_DTYPES: dict[tuple[int, int], np.dtype] = {
-    **{(0, 8 * size): np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
-    **{(1, 8 * size): np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
-    **{(2, 8 * size): np.dtype(f"f{size}") for size in (2, 4, 8)},
-    (4, 16): np.dtype(ml_dtypes.bfloat16),
-    (6, 8): np.dtype(bool),
-    (10, 8): np.dtype(ml_dtypes.float8_e4m3fn),
-    (12, 8): np.dtype(ml_dtypes.float8_e5m2),
-}
-_CODES = {dtype: code for (code, _), dtype in _DTYPES.items()}
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),  # in elements; NULL: C order
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-_Deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)  # PYFUNCTYPE keeps the GIL, as NumPy does when it calls a deleter
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (("tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter))
-
-
-class _DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", _Deleter),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    )
-
-
-_VERSIONED, _UNVERSIONED = b"dltensor_versioned", b"dltensor"
-# Names that a consumed capsule bears from then on; the bytes must outlive the capsule.
-_USED = {_VERSIONED: b"used_dltensor_versioned", _UNVERSIONED: b"used_dltensor"}
-
-_capsule_is_valid = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.argtypes, _capsule_pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-_capsule_set_name = ctypes.pythonapi.PyCapsule_SetName
-_capsule_set_name.argtypes = (ctypes.py_object, ctypes.c_char_p)
-
-
-def _managed(capsule: Any) -> tuple[bytes, Any]:
-    """Return a capsule's name and the managed tensor in it."""
-    name = _VERSIONED if _capsule_is_valid(capsule, _VERSIONED) else _UNVERSIONED
-    struct = _DLManagedTensorVersioned if name is _VERSIONED else _DLManagedTensor
-    return name, struct.from_address(_capsule_pointer(capsule, name))
-
-
-class _Foreign:
-    """Owns a managed tensor: NumPy keeps it as the base of the arrays that view its memory."""
-
-    __slots__ = ("__array_interface__", "_deleter", "_managed")
-
-    def __init__(self, managed: Any, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
-        self._deleter = managed.deleter
-        self._managed = ctypes.addressof(managed)
-
-    def __del__(self) -> None:
-        if self._deleter:
-            self._deleter(self._managed)
-
-
-def _import_host(name: str, x: Any) -> np.ndarray:
-    """View the host memory behind ``x.__dlpack__()`` as a NumPy array."""
-    try:
-        capsule = x.__dlpack__(max_version=(1, 1))
-    except TypeError:  # older than DLPack 1.0
-        capsule = x.__dlpack__()
-    capsule_name, managed = _managed(capsule)
-    tensor = managed.tensor
-    dtype = _DTYPES.get((tensor.code, tensor.bits))
-    if dtype is None or tensor.lanes != 1:
-        raise ValueError(f"{name} has elements that NumPy cannot name: {getattr(x, 'dtype', 'unknown')}")
-    shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tuple(s * dtype.itemsize for s in tensor.strides[: tensor.ndim]) if tensor.strides else None
-    if capsule_name is _VERSIONED:
-        read_only = bool(managed.flags & _READ_ONLY)
-    else:
-        read_only = _root(type(x)) in _IMMUTABLE
-    address = (tensor.data or 0) + tensor.byte_offset
-    # ml_dtypes have no code in the array interface: the bits come as unsigned integers.
-    interface = {
-        "version": 3,
-        "typestr": dtype.str if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}").str,
-        "shape": shape,
-        "strides": strides,
-        "data": (address, read_only),
-    }
-    _capsule_set_name(capsule, _USED[capsule_name])  # from here on the memory is ours to release
-    array = np.asarray(_Foreign(managed, interface))
-    return array if array.dtype == dtype else array.view(dtype)
-
-
-class _Exporter:
-    """Hands a NumPy array to another framework, with the element types that NumPy's own DLPack lacks."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._code = None if array.dtype.isbuiltin == 1 else _CODES[array.dtype]
-        self._bits = array if self._code is None else array.view(f"u{array.dtype.itemsize}")
-
-    def __dlpack__(self, **options: Any) -> Any:
-        capsule = self._bits.__dlpack__(**options)
-        if self._code is not None:
-            _managed(capsule)[1].tensor.code = self._code
-        return capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._bits.__dlpack_device__()
+_exporters: dict[type, Callable[[NativeArray], Any]] = {}

@@ -10,17 +10,15 @@ What a plan's words are stands in ``kernels_cu/include/schedule.cuh``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .device import Device
+from .operands import Lengths
+from .partition import MAX_BLOCKS_PER_SM, Partition
 from .problem import Problem
-from .tiling import MAX_BLOCKS_PER_SM, TILE_KEYS, Tiling
-
-if TYPE_CHECKING:
-    from .scheduling import Lengths
 
 PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
@@ -56,7 +54,7 @@ def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints, In
     if lengths.cu_seqlens_k_new is not None:
         seqlen_k += np.maximum(np.diff(lengths.cu_seqlens_k_new.astype(np.int64)), 0)
     else:
-        seqlen_k += problem.max_seqlen_k_new
+        seqlen_k += lengths.seqlen_k_new
     if lengths.cu_seqlens_q is not None:
         seqlen_q = np.diff(lengths.cu_seqlens_q.astype(np.int64)).clip(0, problem.max_seqlen_q)
     else:
@@ -64,7 +62,7 @@ def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints, In
     return leftpad, np.minimum(seqlen_k, _INT32_MAX), seqlen_q
 
 
-def visible_keys(problem: Problem, tiling: Tiling, seqlen_k: Ints, seqlen_q: Ints) -> tuple[Ints, Ints]:
+def visible_keys(problem: Problem, partition: Partition, seqlen_k: Ints, seqlen_q: Ints) -> tuple[Ints, Ints]:
     """Return the keys [begin, end) that a row block sees, counted from the leftpad; 0, 0 where it sees none.
 
     Query position i of a sequence stands at p = i + seqlen_k - seqlen_q. What a row sees begins and ends no earlier
@@ -72,61 +70,53 @@ def visible_keys(problem: Problem, tiling: Tiling, seqlen_k: Ints, seqlen_q: Int
 
     Args:
         problem: The problem: its masks and its group size.
-        tiling: The tile sizes: rows and number of the row blocks.
+        partition: The rows and the number of the row blocks.
         seqlen_k: (batch,) valid keys.
         seqlen_q: (batch,) query positions.
 
     Returns:
         begin and end, (batch * row_blocks,) each, the row block fastest.
     """
-    if tiling.row_blocks > 1:
+    if partition.row_blocks > 1:
         seqlen_k, seqlen_q = seqlen_k[:, None], seqlen_q[:, None]
     num_rows = seqlen_q * problem.group
-    first_row = np.arange(tiling.row_blocks, dtype=np.int64) * tiling.rows
-    end = np.where(first_row < num_rows, seqlen_k, 0)
+    first_row = np.arange(partition.row_blocks, dtype=np.int64) * partition.rows
+    mask = problem.mask
+    end = np.where(first_row < num_rows, mask.shard.held(seqlen_k), 0)
     begin = np.zeros_like(end)
-    if problem.is_masked:
-        left, right = problem.window
-        chunk = problem.attention_chunk
+    if mask.hides:
         first = first_row // problem.group + (seqlen_k - seqlen_q)
-        last = (np.minimum(first_row + tiling.rows, num_rows) - 1) // problem.group + (seqlen_k - seqlen_q)
-        if left >= 0:
-            begin = np.maximum(begin, first - left)
-        if right >= 0:
-            end = np.minimum(end, last + (right + 1))
-        if chunk:
-            begin = np.maximum(begin, first // chunk * chunk)
-            end = np.minimum(end, (last // chunk + 1) * chunk)
+        last = (np.minimum(first_row + partition.rows, num_rows) - 1) // problem.group + (seqlen_k - seqlen_q)
+        begin, end = mask.first(first), np.minimum(end, mask.end(last, seqlen_k))
         none = begin >= end
         begin[none] = end[none] = 0
     return begin.ravel(), end.ravel()
 
 
-def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NDArray[np.int32]) -> None:
+def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArray[np.int32]) -> None:
     """Plan a decode step: fill ``array``.
 
     Args:
         problem: The problem.
-        tiling: Its tile sizes on the device.
-        num_blocks: The most blocks that the plan may use.
+        partition: How its kernel family cuts it.
         lengths: Host arrays.
         array: (plan_words(batch_size, device),) int32, every word of it is written.
     """
     sequences = plan_sequences(array, problem.batch_size)
     leftpad, seqlen_k, seqlen_q = sequence_lengths(problem, lengths)
     sequences[0], sequences[1], sequences[2] = leftpad, seqlen_k, seqlen_q
-    begin, end = visible_keys(problem, tiling, seqlen_k, seqlen_q)
+    begin, end = visible_keys(problem, partition, seqlen_k, seqlen_q)
     items = len(begin) * problem.num_heads_kv
     cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
     array[1:PLAN_CUTS] = 0
-    if tiling.cluster > 1:
-        item, key = _cut_for_clusters(problem, tiling, begin, end)
+    if partition.cluster > 1:
+        item, key = _cut_for_clusters(problem, partition, begin, end)
         array[0] = used = len(item)
         cuts[:used, 0], cuts[:used, 1], cuts[:used, 2], cuts[:used, 3] = item, key, np.arange(used), np.arange(used)
         cuts[used:] = (items, 0, used, used)
         return
 
-    item, key = _cut(problem, tiling, num_blocks, begin, end)
+    item, key = _cut(problem, partition, begin, end)
     used = len(item)
     blocks = np.arange(used)
     # Blocks that hold a part of the item of a cut: from the one that holds its beginning to the one that holds its end.
@@ -139,9 +129,9 @@ def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, ar
     cuts[used:] = (items, 0, used, used)
 
 
-def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """Return (item, key) where the share of every used block begins."""
-    heads, row_blocks = problem.num_heads_kv, tiling.row_blocks
+    heads, row_blocks, num_blocks = problem.num_heads_kv, partition.row_blocks, partition.num_blocks
     units = len(begin)  # (sequence, row block): what the KV heads have in common
     items = units * heads
     if items == 0:
@@ -178,7 +168,7 @@ def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: In
     begin, end = begin[unit], end[unit]
 
     # The overhead stands at the beginning of an item.
-    grain = problem.split_size or TILE_KEYS
+    grain = problem.split_size or partition.grain
     key = (begin + np.maximum(x - overhead, 0) + grain // 2) // grain * grain
     key = np.where(x <= slack, begin, np.where(cost - x <= slack, end, key))
     if 0 < problem.num_splits < blocks:
@@ -186,7 +176,7 @@ def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: In
         # Items that equal shares would cut into more parts: equal parts instead.
         many = (cost - 1) * blocks > (parts - 1) * total
         part = (2 * parts * x + cost) // (2 * cost)
-        even = (begin + (end - begin) * part // parts + TILE_KEYS // 2) // TILE_KEYS * TILE_KEYS
+        even = (begin + (end - begin) * part // parts + partition.grain // 2) // partition.grain * partition.grain
         even = np.where(part == 0, begin, np.where(part == parts, end, even))
         key = np.where(many, even, key)
     after = key >= end
@@ -198,15 +188,17 @@ def _cut(problem: Problem, tiling: Tiling, num_blocks: int, begin: Ints, end: In
     return item[kept], key[kept]
 
 
-def _cut_for_clusters(problem: Problem, tiling: Tiling, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """Return (item, key) where the share of every block begins: a cluster cuts its item into equal parts."""
-    rows = (len(begin) // tiling.row_blocks, 1, tiling.row_blocks, 1)  # sequence, KV head, row block, part
+    rows = (len(begin) // partition.row_blocks, 1, partition.row_blocks, 1)  # sequence, KV head, row block, part
     begin, end = begin.reshape(rows), end.reshape(rows)
-    part = np.arange(tiling.cluster)
-    key = (begin + (end - begin) * part // tiling.cluster + TILE_KEYS // 2) // TILE_KEYS * TILE_KEYS
+    part = np.arange(partition.cluster)
+    key = (
+        (begin + (end - begin) * part // partition.cluster + partition.grain // 2) // partition.grain * partition.grain
+    )
     after = (key >= end) & (part > 0)
     key = np.where(after | (key <= begin) | (part == 0), 0, key)
-    shape = (rows[0], problem.num_heads_kv, tiling.row_blocks, tiling.cluster)
+    shape = (rows[0], problem.num_heads_kv, partition.row_blocks, partition.cluster)
     items = np.arange(math.prod(shape[:3])).reshape(*shape[:3], 1)
     item = items + np.broadcast_to(after, shape)
     return item.ravel(), np.broadcast_to(key, shape).ravel()
@@ -225,47 +217,3 @@ def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
 def largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of ``number`` that is at most ``limit`` and at least 7/8 of it, else 0."""
     return next((d for d in range(min(limit, number), (limit * 7 + 7) // 8 - 1, -1) if d > 0 and number % d == 0), 0)
-
-
-def plan_launch(problem: Problem, tiling: Tiling, num_blocks: int, words: int) -> tuple[int, int, dict[str, int]]:
-    """Return threads, dynamic shared memory and the values of ``PlanParams`` for a launch of ``plan.cu`` with grid 1.
-
-    Args:
-        problem: The problem.
-        tiling: Its tile sizes.
-        num_blocks: The most blocks that the plan may use.
-        words: Size of the plan.
-
-    Returns:
-        (threads, bytes, values by name of the field; the pointers are the caller's).
-    """
-    batch, row_blocks = problem.batch_size, tiling.row_blocks
-    units = batch * row_blocks
-    # A thread for every unit and for every cut, as far as a block goes.
-    threads = min(1024, -(-max(units, num_blocks) // 32) * 32)
-    slice_sequences = max(1, -(-batch // threads))
-    slice_shift = max(1, min(threads // max(1, batch), row_blocks)).bit_length() - 1
-    left, right = problem.window
-    values = {
-        "window_left": left,
-        "window_right": right,
-        "attention_chunk": problem.attention_chunk,
-        "batch_size": batch,
-        "num_heads_kv": problem.num_heads_kv,
-        "group": problem.group,
-        "rows": tiling.rows,
-        "row_blocks": row_blocks,
-        "max_seqlen_q": problem.max_seqlen_q,
-        "max_seqlen_k_new": problem.max_seqlen_k_new,
-        "num_blocks": num_blocks,
-        "num_cuts": (words - PLAN_CUTS - 3 * batch) // 4,
-        "divisor": largest_divisor(units * problem.num_heads_kv, num_blocks),
-        "cluster": tiling.cluster,
-        "num_splits": problem.num_splits,
-        "split_size": problem.split_size or 0,
-        "slice_sequences": slice_sequences,
-        "slice_shift": slice_shift,
-        "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),
-    }
-    shared_bytes = 8 * (threads + 1) + 8 * num_blocks + 4 * -(-num_blocks // 32)
-    return threads, shared_bytes, values

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .scheduling import SchedulerMetadata
-
 # Of Okabe and Ito's palette, told apart with every kind of colour vision, those that have a lighter shade of their own.
 # https://jfly.uni-koeln.de/color/
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
@@ -20,41 +18,21 @@ _LABELLED_BLOCKS = 40  # more bars than that are too slim for text
 _BRACKETED_BLOCKS = 320
 
 
-def plot_schedule(metadata: SchedulerMetadata, ax: Axes | None = None) -> Axes:
-    """Draw what each block reads: a bar per block, coloured by sequence, a black mark where an item is cut.
+def plot_work(
+    work: NDArray[Any], num_blocks: int, ax: Axes | None = None, labels: bool = True, title: str | None = None
+) -> Axes:
+    """Draw a list of work as :meth:`SchedulerMetadata.work` gives it, of whatever schedule.
 
-    Args:
-        metadata: The plan.
-        ax: Where to draw; a new figure without it.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ImportError: Without matplotlib.
-    """
-    problem, work = metadata.problem, metadata.work()
-    used = int(work["block"].max(initial=-1)) + 1
-    ax = plot_work(work, max(1, used), ax)
-    ax.set_title(
-        f"{problem.batch_size} sequences, {problem.num_heads_q}/{problem.num_heads_kv} heads on {used} blocks: "
-        f"efficiency {100 * metadata.efficiency:.1f} %",
-        loc="left", fontsize="medium", pad=16,
-    )  # fmt: skip
-    return ax
-
-
-def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None, labels: bool = True) -> Axes:
-    """Draw a list of work as :meth:`SchedulerMetadata.work` gives it, of whatever schedule; the title is the caller's.
-
-    The shares of a block stand one behind the other. KV heads of a sequence alternate in shade. Blocks whose partial
-    results are merged are joined by a bracket on the right.
+    A bar per block, coloured by sequence, a black mark where an item is cut. The shares of a block stand one behind the
+    other. KV heads of a sequence alternate in shade. Blocks whose partial results are merged are joined by a bracket
+    on the right.
 
     Args:
         work: Lines with the fields of ``WORK``, sorted by block.
         num_blocks: Bars to draw; those without work stay empty.
         ax: Where to draw; a new figure without it.
         labels: Whether to write "sequence:head" on the bars, if they are few.
+        title: What to write above.
 
     Returns:
         The axes.
@@ -71,7 +49,7 @@ def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None, label
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install cuflash[plot]") from error
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 6), layout="constrained")
     block, sequence = work["block"].astype(int), work["sequence"].astype(int)
@@ -147,6 +125,8 @@ def plot_work(work: NDArray[Any], num_blocks: int, ax: Axes | None = None, label
     ax.set_ylabel("thread block")
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.04, 1), frameon=False, fontsize="small",
               title=None if some else "colours: sequences", title_fontsize="small")  # fmt: skip
+    if title is not None:
+        ax.set_title(title, loc="left", fontsize="medium", pad=16)
     return ax
 
 

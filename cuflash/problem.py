@@ -1,7 +1,8 @@
 """Problem: everything about one attention problem but its data.
 
-Both public functions turn their arguments into a :class:`Problem` first. It is the only place where scalar arguments
-are checked and where masks are normalised, so that a plan and the call that uses it can never disagree about them.
+All public functions turn their arguments into a :class:`Problem` first. Here its scalars are checked and masks are
+normalised, so that a plan and the call that uses it can never disagree about them; arrays are checked in
+``arguments.py``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .dtypes import FLOAT_DTYPES, dtype_name
+from .mask import Mask, Shard
 
-MAX_HEADDIM = 256
+MAX_HEADDIM = 512
+MAX_JOINT_HEADDIM = 576  # of keys whose first columns are the values
 MAX_BATCH = 2**31 // 64
 _INT32_MAX = 2**31 - 1
+_MAX_RANKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,15 @@ class Problem:
         kv_dtype: Element type of the cache; ``qkv_dtype`` unless the cache is quantised.
         cu_seqlens_q: Whether queries are ragged.
         page_size: Keys per page, or None for a contiguous cache.
-        max_seqlen_k_new: Appended keys per sequence; 0 without append. For ragged new keys it is 0 and the next field
-            is True, because only the device knows their lengths.
-        cu_seqlens_k_new: Whether appended keys are ragged.
-        window_size: Normalised (left, right); -1 is unbounded. A right bound of 0 is kept in the next field alone.
-        causal: Whether a row sees no key after its own position (right bound 0).
+        window_size: Normalised (left, right); -1 is unbounded. A causal mask is a right bound of 0.
         attention_chunk: Chunk length, 0 without chunks.
         has_softcap: Whether scores are capped.
         num_splits: 0 balances freely, 1 never splits, n bounds the parts of an item.
         split_size: Keys per part in batch-invariant mode, or None.
         sm_margin: Multiprocessors left free.
+        cp_world_size: Ranks that share every sequence (context parallelism).
+        cp_rank: Whose keys the cache holds.
+        cp_interleave: Neighbouring positions that a rank holds.
     """
 
     batch_size: int
@@ -55,15 +58,15 @@ class Problem:
     kv_dtype: str
     cu_seqlens_q: bool = False
     page_size: int | None = None
-    max_seqlen_k_new: int = 0
-    cu_seqlens_k_new: bool = False
     window_size: tuple[int, int] = (-1, -1)
-    causal: bool = False
     attention_chunk: int = 0
     has_softcap: bool = False
     num_splits: int = 0
     split_size: int | None = None
     sm_margin: int = 0
+    cp_world_size: int = 1
+    cp_rank: int = 0
+    cp_interleave: int = 1
 
     @property
     def group(self) -> int:
@@ -76,19 +79,11 @@ class Problem:
         return self.max_seqlen_q * self.group
 
     @property
-    def appends(self) -> bool:
-        """Whether the call writes new keys before it attends."""
-        return self.max_seqlen_k_new > 0 or self.cu_seqlens_k_new
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether a row may see less than all keys of its sequence."""
-        return self.causal or self.window_size != (-1, -1) or self.attention_chunk > 0
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """The bounds (left, right) of what a row sees around its own position, -1 for unbounded."""
-        return self.window_size[0], 0 if self.causal else self.window_size[1]
+    def mask(self) -> Mask:
+        """Which keys a row sees."""
+        left, right = self.window_size
+        shard = Shard(self.cp_world_size, self.cp_rank, self.cp_interleave)
+        return Mask(left, right, self.attention_chunk, shard)
 
 
 def make_problem(
@@ -103,16 +98,17 @@ def make_problem(
     headdim_v: int | None = None,
     cu_seqlens_q: bool = False,
     page_size: int | None = None,
-    max_seqlen_k_new: int = 0,
-    cu_seqlens_k_new: bool = False,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    attention_chunk: int | None = 0,
     has_softcap: bool = False,
     num_splits: int = 0,
     split_size: int | None = None,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
 ) -> Problem:
     """Check scalar arguments and normalise the masks.
 
@@ -121,22 +117,24 @@ def make_problem(
         max_seqlen_q: Query length (longest one if ragged).
         num_heads_q: Query heads.
         num_heads_kv: KV heads.
-        headdim: Elements of a query and key row: a multiple of 8 up to 256.
+        headdim: Elements of a query and key row: a multiple of 8 up to 512; up to 576 with shorter values, which then
+            are the first columns of the keys.
         qkv_dtype: A string, NumPy or ml_dtypes dtype.
         kv_dtype: Element type of the cache, default ``qkv_dtype``.
         headdim_v: Elements of a value row, default ``headdim``.
         cu_seqlens_q: Whether queries are ragged.
         page_size: Keys per page, None for a contiguous cache.
-        max_seqlen_k_new: Appended keys per sequence.
-        cu_seqlens_k_new: Whether appended keys are ragged.
         causal: Bottom-right aligned causal mask.
-        window_size: (left, right), -1 is unbounded.
-        attention_chunk: Chunk length, 0 for none.
+        window_size: (left, right), -1 or None is unbounded; None for no window.
+        attention_chunk: Chunk length, 0 or None for none.
         has_softcap: Whether scores are capped.
         num_splits: 0, 1 or an upper bound of parts per item.
         split_size: A multiple of 64, or None.
         pack_gqa: Accepted for compatibility; heads are always packed.
         sm_margin: Multiprocessors left free.
+        cp_world_size: Ranks that share every sequence.
+        cp_rank: This rank.
+        cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
         The normalised problem.
@@ -151,8 +149,7 @@ def make_problem(
     num_heads_q = integer("num_heads_q", num_heads_q, 1, 65536)
     num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
     check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
-    headdim = check_headdim("headdim", headdim)
-    headdim_v = headdim if headdim_v is None else check_headdim("headdim_v", headdim_v)
+    headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
     q_name = dtype_name("qkv_dtype", qkv_dtype)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
     if q_name not in FLOAT_DTYPES:
@@ -163,8 +160,7 @@ def make_problem(
         raise NotImplementedError(f"kv_dtype: quantised caches are not implemented yet, got {kv_name}")
     if page_size is not None:
         page_size = integer("page_size", page_size, 1)
-    max_seqlen_k_new = integer("max_seqlen_k_new", max_seqlen_k_new, 0)
-    attention_chunk = integer("attention_chunk", attention_chunk, 0)
+    attention_chunk = 0 if attention_chunk is None else integer("attention_chunk", attention_chunk, 0)
     num_splits = integer("num_splits", num_splits, 0)
     if split_size is not None:
         split_size = integer("split_size", split_size, 64)
@@ -173,7 +169,11 @@ def make_problem(
         if num_splits:
             raise ValueError(f"split_size and num_splits exclude each other, got split_size={split_size} and "
                              f"num_splits={num_splits}")  # fmt: skip
-    left, right = _normalised_window(window_size, boolean("causal", causal), max_seqlen_q)
+    left, right = window_bounds(window_size)
+    # A right bound that can never hide a key is none: query i of sq sees keys up to i + sk - sq + right. The left one
+    # stays: whether it hides keys depends on the lengths, which a plan may not rely on.
+    right = 0 if boolean("causal", causal) else right
+    right = -1 if right >= max_seqlen_q - 1 else right
     boolean("has_softcap", has_softcap)
     if pack_gqa is not None:
         boolean("pack_gqa", pack_gqa)
@@ -188,15 +188,15 @@ def make_problem(
         kv_dtype=kv_name,
         cu_seqlens_q=bool(cu_seqlens_q),
         page_size=page_size,
-        max_seqlen_k_new=0 if cu_seqlens_k_new else max_seqlen_k_new,
-        cu_seqlens_k_new=bool(cu_seqlens_k_new),
-        window_size=(left, -1 if right == 0 else right),
-        causal=right == 0,
+        window_size=(left, right),
         attention_chunk=attention_chunk,
         has_softcap=bool(has_softcap),
         num_splits=num_splits,
         split_size=split_size,
         sm_margin=integer("sm_margin", sm_margin, 0),
+        cp_world_size=(world := integer("cp_world_size", cp_world_size, 1, _MAX_RANKS)),
+        cp_rank=integer("cp_rank", cp_rank, 0, world - 1),
+        cp_interleave=integer("cp_interleave", cp_interleave, 1, _INT32_MAX // world),
     )
 
 
@@ -206,8 +206,12 @@ def first_difference(plan: Problem, call: Problem) -> tuple[str, Any, Any] | Non
         return None
     for field in fields(Problem):
         planned, called = getattr(plan, field.name), getattr(call, field.name)
-        if planned != called:
-            return field.name, planned, called
+        if planned == called:
+            continue
+        is_causal = [problem.window_size[1] == 0 for problem in (plan, call)]
+        if field.name == "window_size" and is_causal[0] != is_causal[1]:
+            return "causal", is_causal[0], is_causal[1]
+        return field.name, planned, called
     return None
 
 
@@ -251,20 +255,22 @@ def check_heads(name: str, heads: int, kv_name: str, heads_kv: int) -> None:
         raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}")
 
 
-def check_headdim(name: str, value: Any) -> int:
-    """Return a head dim that kernels can handle, or raise naming the argument."""
-    number = integer(name, value, 8, MAX_HEADDIM)
-    if number % 8:
-        raise ValueError(f"{name} must be a multiple of 8, got {number}")
-    return number
+def check_headdims(name: str, headdim: Any, name_v: str, headdim_v: Any) -> tuple[int, int]:
+    """Return head dims that kernels can handle, of values as of keys where None is given, or raise naming them."""
+    dim = integer(name, headdim, 8, MAX_JOINT_HEADDIM)
+    if dim > MAX_HEADDIM and headdim_v is None:
+        raise ValueError(f"{name} must be at most {MAX_HEADDIM} unless values are shorter than keys, got {dim}")
+    dim_v = dim if headdim_v is None else integer(name_v, headdim_v, 8, MAX_HEADDIM)
+    for which, number in ((name, dim), (name_v, dim_v)):
+        if number % 8:
+            raise ValueError(f"{which} must be a multiple of 8, got {number}")
+    return dim, dim_v
 
 
-def _normalised_window(window_size: Any, causal: bool, max_seqlen_q: int) -> tuple[int, int]:
-    """Fold ``causal`` into the window and drop bounds that can never hide a key.
-
-    Query i of sq sees keys up to i + sk - sq + right, so right >= sq - 1 shows every key whatever the lengths are.
-    The left bound is never dropped: whether it hides keys depends on the lengths, which a plan may not rely on.
-    """
+def window_bounds(window_size: Any) -> tuple[int, int]:
+    """Return the bounds of a window as given, -1 for none; None, for the pair or for a bound, says none, too."""
+    if window_size is None:
+        return -1, -1
     if isinstance(window_size, (str, bytes)):
         raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     try:
@@ -273,9 +279,7 @@ def _normalised_window(window_size: Any, causal: bool, max_seqlen_q: int) -> tup
         raise TypeError(f"window_size must be a pair (left, right), got {type(window_size).__name__}") from None
     if len(pair) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {len(pair)} values")
-    left, right = (integer(f"window_size[{side}]", value, -1) for side, value in enumerate(pair))
-    if causal:
-        right = 0
-    if right >= max_seqlen_q - 1:
-        right = -1
+    left, right = (
+        -1 if bound is None else integer(f"window_size[{side}]", bound, -1) for side, bound in enumerate(pair)
+    )
     return left, right

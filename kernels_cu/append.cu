@@ -4,8 +4,8 @@
 // warp takes one row (token, head): first all rows of q, if they are rotated, then those of k, then those of v.
 // Rotation is computed in float32 without fused multiply-adds, so that its bits do not depend on the compiler.
 #include "append_params.cuh"
+#include "elements.cuh"
 #include "stream.cuh"
-#include "types.cuh"
 
 using Bits = ELEMENT::Bits;
 
@@ -27,7 +27,7 @@ struct Token {
             if (cu_seqlens[middle] <= token) low = middle;
             else high = middle;
         }
-        sequence = token < cu_seqlens[batch_size] ? low : -1;
+        sequence = cu_seqlens[0] <= token && token < cu_seqlens[batch_size] ? low : -1;
         position = token - cu_seqlens[low];
     }
 };
@@ -43,7 +43,8 @@ __device__ __forceinline__ void rotate_row(const AppendParams& p, const Bits* fr
         const int first = adjacent ? 2 * pair : pair, second = adjacent ? 2 * pair + 1 : pair + half;
         Bits a = from[first], b = from[second];
         if (pair < half) {
-            const float x = ELEMENT::to_float(a), y = ELEMENT::to_float(b), c = ELEMENT::to_float(cosines[pair]), s = ELEMENT::to_float(sines[pair]);
+            const float x = ELEMENT::to_float(a), y = ELEMENT::to_float(b);
+            const float c = ELEMENT::to_float(cosines[pair]), s = ELEMENT::to_float(sines[pair]);
             a = ELEMENT::from_float(__fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s)));
             b = ELEMENT::from_float(__fadd_rn(__fmul_rn(x, s), __fmul_rn(y, c)));
         }
@@ -52,14 +53,9 @@ __device__ __forceinline__ void rotate_row(const AppendParams& p, const Bits* fr
     }
 }
 
-// The element at which the row of a cache slot begins, or a negative number past the capacity.
-__device__ __forceinline__ long long cache_row(const AppendParams& p, int sequence, int key, int head, long long page_stride,
-                                               long long row_stride, long long head_stride) {
-    if (key < 0 || key >= p.capacity) return -1;
-    const int row = p.cache_batch_idx ? p.cache_batch_idx[sequence] : sequence;
-    const int page_index = key / p.page_size;
-    const long long page = p.page_table ? p.page_table[row * p.page_table_stride + page_index] : row;
-    return page * page_stride + (key - page_index * p.page_size) * row_stride + head * head_stride;
+// The row of a slot of the cache.
+__device__ __forceinline__ Bits* cache_row(void* cache, const PageCursor& place, CacheStrides strides, int head) {
+    return reinterpret_cast<Bits*>(static_cast<char*>(cache) + 16ll * (place.units(strides) + head * strides.head));
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_constant__ AppendParams p) {
@@ -70,11 +66,11 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
     const long long query_rows = static_cast<long long>(p.query_tokens) * p.num_heads_q;
     if (row < query_rows) {
         const int token = row / p.num_heads_q, head = row - static_cast<long long>(token) * p.num_heads_q;
-        const Token at(token, p.cu_seqlens_q, p.max_seqlen_q, p.batch_size);
+        const Token at(token, p.lengths.cu_seqlens_q, p.lengths.max_seqlen_q, p.batch_size);
         if (at.sequence < 0) return;
-        const int base = (p.rotary_seqlens ? p.rotary_seqlens : p.cache_seqlens)[at.sequence];
+        const int base = (p.rotary_seqlens ? p.rotary_seqlens : p.lengths.cache_seqlens)[at.sequence];
         // Ragged queries have no batch stride and count their tokens through.
-        const int position = p.cu_seqlens_q ? token : at.position;
+        const int position = p.lengths.cu_seqlens_q ? token : at.position;
         const long long from = at.sequence * p.q_batch_stride + position * p.q_row_stride + head * p.q_head_stride;
         rotate_row(p, static_cast<const Bits*>(p.q) + from, static_cast<Bits*>(p.q_rotated) + row * p.headdim, p.headdim,
                    p.rotary_dim, p.rotary_moves ? base + at.position : base);
@@ -87,21 +83,21 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
     if (row >= key_rows) return;
 
     const int token = row / p.num_heads_kv, head = row - static_cast<long long>(token) * p.num_heads_kv;
-    const Token at(token, p.cu_seqlens_k_new, p.max_seqlen_k_new, p.batch_size);
+    const Token at(token, p.lengths.cu_seqlens_k_new, p.lengths.seqlen_k_new, p.batch_size);
     if (at.sequence < 0) return;
-    const int key = p.cache_seqlens[at.sequence] + at.position;
-    const int position = p.cu_seqlens_k_new ? token : at.position;
+    const int key = p.lengths.cache_seqlens[at.sequence] + at.position;
+    if (key < 0 || key >= p.cache.capacity) return;
+    PageCursor place;
+    place.enter(p.cache, at.sequence);
+    place.seek(p.cache, key);
+    const int position = p.lengths.cu_seqlens_k_new ? token : at.position;
     if (is_value) {
-        const long long to = cache_row(p, at.sequence, key, head, p.v_page_stride, p.v_row_stride, p.v_head_stride);
-        if (to < 0) return;
         const long long from = at.sequence * p.v_batch_stride + position * p.v_token_stride + head * p.v_new_head_stride;
-        rotate_row(p, static_cast<const Bits*>(p.v) + from, static_cast<Bits*>(p.v_cache) + to, p.headdim_v, 0, 0);
+        rotate_row(p, static_cast<const Bits*>(p.v) + from, cache_row(p.v_cache, place, p.cache.v, head), p.headdim_v, 0, 0);
     } else {
-        const long long to = cache_row(p, at.sequence, key, head, p.k_page_stride, p.k_row_stride, p.k_head_stride);
-        if (to < 0) return;
-        const int base = (p.rotary_seqlens ? p.rotary_seqlens : p.cache_seqlens)[at.sequence];
+        const int base = (p.rotary_seqlens ? p.rotary_seqlens : p.lengths.cache_seqlens)[at.sequence];
         const long long from = at.sequence * p.k_batch_stride + position * p.k_token_stride + head * p.k_new_head_stride;
-        rotate_row(p, static_cast<const Bits*>(p.k) + from, static_cast<Bits*>(p.k_cache) + to, p.headdim, p.rotary_dim,
-                   base + at.position);
+        rotate_row(p, static_cast<const Bits*>(p.k) + from, cache_row(p.k_cache, place, p.cache.k, head), p.headdim,
+                   p.rotary_dim, base + at.position);
     }
 }

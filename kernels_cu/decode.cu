@@ -1,23 +1,26 @@
 // Decode attention: one launch for a layer, on a plan made once for the step.
 //
-// A block reads its share of all keys (plan.cu), item after item. Warp w owns every kWarps-th tile of 16 keys; it loads its
-// own tiles into its own ring (loader.cuh), scores them (mma.cuh or fma.cuh), keeps its own running maximum and sum
-// (softmax.cuh), and never waits for another warp until the item ends (combine.cuh). An item that lies in several blocks is
-// merged by the last of them to arrive.
+// A block reads its share of all keys (plan.cu), segment after segment; a segment is what it reads of one item. The keys of a
+// segment are tiles of kTileKeys; warp w reads tiles w, w + kWarps, .. It copies them into its own ring (loader.cuh), scores
+// them (mma.cuh or fma.cuh), keeps its own maxima and sums (softmax.cuh), and waits for no other warp until the segment ends
+// (merge_warps.cuh). An item that lies in several blocks is merged by the last of them to arrive (combine.cuh).
 //
-// Between two items a block waits for little: the keys of the next one follow in the ring while an item is read, and its
+// Between two segments the copies do not stop: the next one's keys follow in the ring while this one's are read, and its
 // queries come to a second buffer, where there is one.
 //
-// The ring: half-stage h holds the keys (h even) or values (h odd) of tile h / 2. While half-stage h is read, the copy of
-// half-stage h + kStages - 1 goes into the slot of half-stage h - 1, which all lanes have left behind.
+// The ring has kStages slots. Half-stage h is the keys (h even) or the values (h odd) of the warp's tile h / 2. While
+// half-stage h is read, half-stage h + kStages - 1 is copied to the slot of half-stage h - 1, which all lanes have read.
 #include "cluster.cuh"
 #include "combine.cuh"
-#include "config.cuh"
 #include "loader.cuh"
+#include "merge_warps.cuh"
 #include "params.cuh"
+#include "ptx/barriers.cuh"
+#include "ptx/copies.cuh"
 #include "segment.cuh"
 #include "softmax.cuh"
 #include "stream.cuh"
+#include "tiles.cuh"
 #if ELEMENT_BYTES == 2
 #include "mma.cuh"
 using Math = MmaMath<Element>;
@@ -26,12 +29,13 @@ using Math = MmaMath<Element>;
 using Math = FmaMath;
 #endif
 
-constexpr int kChunks = kKeyBytes / 16;  // pieces of 16 bytes of a query in shared memory
+constexpr int kChunks = kQueryBytes / 16;  // pieces of 16 bytes of a query in shared memory
 
-// Starts the copy of an item's queries to shared memory: kRows rows of kKeyBytes, swizzled; what does not exist is zero. The
+// Starts the copy of an item's queries to shared memory: kRows rows of kQueryBytes, swizzled; what does not exist is zero. The
 // copies belong to the group that is committed next.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
-    const long long start = s.sequence * p.q_batch_stride + (p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0) * p.q_row_stride;
+    const int* const cu_seqlens = p.lengths.cu_seqlens_q;
+    const long long start = s.sequence * p.q_batch_stride + (cu_seqlens ? cu_seqlens[s.sequence] : 0) * p.q_row_stride;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         const int row = i / kChunks, chunk = i % kChunks;
@@ -40,75 +44,18 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const Segmen
         const int head = s.kv_head * p.group + packed - position * p.group;
         const long long element = start + position * p.q_row_stride + head * p.q_head_stride;
         const char* from = static_cast<const char*>(p.q) + (exists ? element * Element::kBytes + chunk * 16 : 0);
-        cp_async_16_or_zero(exists, query + Swizzle<kKeyBytes>::offset(row, chunk), from);
+        cp_async_16_or_zero(exists, query + Swizzle<kQueryBytes>::offset(row, chunk), from);
     }
 }
 
-// Turns the signs of the queries that this thread has copied; for a negative softmax_scale.
-__device__ __forceinline__ void flip_queries(u32 flip, unsigned char* query) {
+// Turns the signs of the queries that this thread has copied, for a negative softmax_scale, or makes them zero, for one of zero.
+__device__ __forceinline__ void flip_queries(u32 keep, u32 flip, unsigned char* query) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kKeyBytes>::offset(i / kChunks, i % kChunks));
-        elements.x ^= flip, elements.y ^= flip, elements.z ^= flip, elements.w ^= flip;
+        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kQueryBytes>::offset(i / kChunks, i % kChunks));
+        elements.x = elements.x & keep ^ flip, elements.y = elements.y & keep ^ flip;
+        elements.z = elements.z & keep ^ flip, elements.w = elements.w & keep ^ flip;
     }
-}
-
-// The cut that says which blocks hold the parts of a segment's item.
-__device__ __forceinline__ Cut cut_item(const Share& share, const Segment& segment) {
-    return segment.starts ? share.end : share.begin;
-}
-
-// Merges what the warps found and hands the item on: to its output, or as a partial result to the block that arrives last.
-__device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment,
-                                               const Math& math, const Softmax& softmax, WarpStates& states, u32 free_slot) {
-    const bool whole = segment.starts && segment.ends;
-    Parts parts;
-    int slot;
-    if constexpr (kHasSplitSize) {
-        const int first_split = clamped_split(p, segment.visible.begin);
-        parts.count = segment.visible.end > segment.visible.begin
-                          ? clamped_split(p, segment.visible.end - 1) - first_split + 1
-                          : 0;
-        const int item_slot = segment.item * p.max_splits;
-        slot = item_slot + segment.split;
-        parts.first = item_slot + first_split;
-        parts.next = parts.first;
-    } else {
-        // A block is the first of at most one split item, slot 2 b + 1, and goes on with at most one other, slot 2 b.
-        const Cut cut = cut_item(share, segment);
-        slot = 2 * blockIdx.x + segment.starts;
-        parts.count = cut.last_block - cut.first_block + 1;
-        parts.first = 2 * cut.first_block + 1;
-        parts.next = 2 * cut.first_block;
-    }
-    const bool is_answer = whole && (!kHasSplitSize || parts.count <= 1);
-    // An empty split has no slot; an empty part of a plan that balances has one, which the merge reads.
-    if (is_answer || !kHasSplitSize || segment.keys.end > segment.keys.begin) {
-        merge_warps(segment, math, softmax, states, free_slot, [&](int row, int vector, float4 output, RowState state) {
-            if (is_answer) {
-                const RowOutput at(p, segment, row);
-                float lse;
-                const float factor = finish_row(p, at.head, state, lse);
-                store_answer(p, at, vector, output, factor);
-                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
-            } else {
-                store_global(partial_output(p, slot) + row * kVectors + vector, output);
-                if (vector == 0) partial_states(p, slot)[row] = make_float2(state.maximum, state.sum);
-            }
-        });
-    }
-    if (is_answer || !segment.last) return;
-    __syncthreads();
-    if (!whole) {
-        const Cut cut = cut_item(share, segment);
-        if (threadIdx.x == 0) {
-            const u32 others = cut.last_block - cut.first_block;
-            states.is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
-        }
-        __syncthreads();
-        if (!states.is_last) return;
-    }
-    merge_parts(p, segment, parts);
 }
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
@@ -117,21 +64,21 @@ struct BlockState {
     u64 fetched[kQueryBuffers];  // mbarriers: the queries in a buffer and their segment are there
     Segment segments[kQueryBuffers];
     WarpStates warps;
+    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
-static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "tiling.py sets this much shared memory aside");
+static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
 
 // What a warp reads of a segment.
 struct Reach {
-    u32 key, end;              // its first key; unsigned, since beyond the last tile it may pass 2^31
-    int full_begin, full_end;  // a tile that begins at one of these, or between, needs no mask
+    u32 key, end;              // first key of its next tile, and of no tile; unsigned: behind the last one it may pass 2^31
+    int full_begin, full_end;  // a tile that begins in full_begin .. full_end, both included, needs no mask
 
     __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int warp)
         : key(s.keys.begin + warp * kTileKeys), end(s.keys.end) {
-        const int queries = s.lengths.seqlen_q, keys = s.lengths.seqlen_k;
         const int first_query = query_of(p, s.first_row);
         const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
-        full_begin = first_visible(mask_of(p), keys, queries, last_query);
-        full_end = min(s.keys.end, last_visible(mask_of(p), keys, queries, first_query)) - kTileKeys;
+        full_begin = mask_of(p).first_visible(s.lengths, last_query);
+        full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
         pin(full_begin), pin(full_end);
     }
 };
@@ -145,23 +92,30 @@ struct Reach {
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_SM)
     decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
-    constexpr int kQueryBytes = kRows * kKeyBytes;
+    constexpr int kBufferBytes = kRows * kQueryBytes;
     unsigned char* const queries = shared + kWarps * kRingBytes;  // (kQueryBuffers, kRows, kPaddedHeadDim)
-    unsigned char* const state = queries + kQueryBuffers * kQueryBytes;
+    unsigned char* const state = queries + kQueryBuffers * kBufferBytes;
     BlockState& block = *reinterpret_cast<BlockState*>(state);
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto load_rows = [&] {  // the last two threads, beside those that load the share
+        const int end = threadIdx.x + 2 - kThreads;
+        if (p.total_q && end >= 0) (&block.rows_begin)[end] = p.lengths.cu_seqlens_q[end * p.batch_size];
+    };
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
+        load_rows();
+        __syncthreads();
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+        load_rows();
         __syncthreads();
     }
-    // Shared addresses of the half-stage that is read and of the one just left. Not in uniform registers, where ptxas would put
-    // what all lanes share: beside a cache policy it makes illegal copies of them (seen with 13.0 and 13.5).
+    // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
+    // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
     const u32 ring = shared_address(shared) + warp * kRingBytes + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
     const auto advance = [&] {
@@ -177,9 +131,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     // What follows are the steps of an item; `buffer` is that of its queries and its segment.
     const auto fetch = [&](const Segment& segment, int buffer) {
         if (threadIdx.x == 0) block.segments[buffer] = segment;
-        load_queries(p, segment, shared_address(queries) + buffer * kQueryBytes);
+        load_queries(p, segment, shared_address(queries) + buffer * kBufferBytes);
     };
-    // The first tiles of the first item come after its queries: they wait for the page table.
+    // The first item's queries come first, since its tiles wait for the page table.
     const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
         loader.start(walker, segment);
         u32 to = ring - 2 * kSlotBytes;
@@ -190,9 +144,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             to += 2 * kSlotBytes;
         }
     };
-    const auto flip = [&](int buffer) { flip_queries(p.query_flip, queries + buffer * kQueryBytes); };
+    const auto flip = [&](int buffer) { flip_queries(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
     const auto read = [&](int buffer, Reach reach) {
-        math.begin_item(shared_address(queries) + buffer * kQueryBytes, lane);
+        math.begin_item(shared_address(queries) + buffer * kBufferBytes, lane);
         softmax.reset();
         for (; reach.key < reach.end; reach.key += kWarps * kTileKeys) {
             Scores scores;
@@ -207,7 +161,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
             }
-            softmax.update(scores, math);
+            softmax.update(scores, math, block.warps.row);
 
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -218,11 +172,15 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     };
 
     const auto finish = [&](int buffer) {
-        launch_next();  // not earlier: its blocks would settle where this kernel leaves room, and lie unevenly
-        finish_segment(p, block.share, block.segments[buffer], math, softmax, block.warps, free_slot);
-        __syncthreads();  // the queries, the segment and the free slots are about to change
+        launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
+        const Segment& segment = block.segments[buffer];
+        finish_segment(p, block.share, segment, block.warps.is_last, [&](auto put) {
+            merge_warps(p.score_scale, segment, math, softmax, block.warps, free_slot, put);
+        });
+        __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
 
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
     Walker walker(block.share);
     if constexpr (kQueryBuffers == 2) {
         bool more = true;
@@ -266,7 +224,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     }
     if constexpr (kCluster > 1) {
         cluster_wait();
-        merge_warps(block.segments[0], math, softmax, block.warps, free_slot,
+        merge_warps(p.score_scale, block.segments[0], math, softmax, block.warps, free_slot,
                     [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
         cluster_arrive();
         cluster_wait();

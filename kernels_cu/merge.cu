@@ -1,7 +1,7 @@
 // Merges partial results over disjoint keys: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
 // One warp a row (batch, query, head); a part without keys (LSE -inf) counts as nothing, whatever its output holds.
+#include "elements.cuh"
 #include "stream.cuh"
-#include "types.cuh"
 
 using Bits = ELEMENT::Bits;
 
@@ -15,7 +15,6 @@ struct MergeParams {
     int queries;
     int heads;
     int headdim;
-    int reserved;
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_constant__ MergeParams p) {

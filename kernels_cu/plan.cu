@@ -8,27 +8,21 @@
 #include "stream.cuh"
 
 struct PlanParams {
-    int* plan;                    // schedule.cuh; every word is written
-    const int* cache_seqlens;     // (batch_size,)
-    const int* cache_leftpad;     // (batch_size,) or null
-    const int* cu_seqlens_q;      // (batch_size + 1,) or null
-    const int* cu_seqlens_k_new;  // (batch_size + 1,) or null
-    int window_left;              // -1: unbounded
-    int window_right;
-    int attention_chunk;  // 0: none
+    int* plan;            // schedule.cuh; every word is written
+    Lengths lengths;
+    Mask mask;
     int batch_size;
     int num_heads_kv;
     int group;  // query heads per KV head
     int rows;   // packed query rows of a row block
     int row_blocks;
-    int max_seqlen_q;
-    int max_seqlen_k_new;
     int num_blocks;       // most blocks that the plan may use
     int num_cuts;         // entries of the plan
     int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
     int cluster;          // blocks that share an item, or 1: blocks share all keys
     int num_splits;       // 0: free, n: most parts of an item
-    int split_size;       // cuts lie at multiples of this many keys, or 0
+    int split_size;       // items are cut at all multiples of this many keys, or 0
+    unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
     int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
@@ -36,8 +30,11 @@ struct PlanParams {
 
 constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
-constexpr int kTileKeys = 16;  // cuts lie at multiples of a warp's tile
-constexpr int kMinShare = 64;  // keys per block below which cutting items further does not pay
+constexpr int kMinShare = 64;        // keys per block below which cutting items further does not pay
+constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
+constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
+constexpr int kShortOverhead = 16;   // .. at most so many
+constexpr int kLongestShare = 106;   // per cent of the mean share that snapping to items may give the longest one
 
 template <typename T>
 __device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
@@ -78,10 +75,9 @@ __device__ void plan_for_clusters(const PlanParams& p, Mask mask, int items) {
         Cut cut = {items, 0, used, used};
         if (u < used) {
             const int item = u / p.cluster, item_of_kv_head = item / p.row_blocks;
-            const Sequence sequence = sequence_lengths(item_of_kv_head / p.num_heads_kv, p.cache_seqlens, p.cache_leftpad,
-                                                       p.cu_seqlens_q, p.cu_seqlens_k_new, p.max_seqlen_q, p.max_seqlen_k_new);
+            const Sequence sequence = p.lengths.of(item_of_kv_head / p.num_heads_kv);
             const KeyRange keys = row_block_keys(mask, sequence, p.group, p.rows, item % p.row_blocks);
-            cut = cluster_cut(keys, item, u % p.cluster, p.cluster);
+            cut = cluster_cut(keys, item, u % p.cluster, p.cluster, p.grain);
             cut.first_block = cut.last_block = u;
         }
         planned_cuts[u] = cut;
@@ -97,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize];
     const int thread = threadIdx.x, threads = blockDim.x;
     const int lane = thread & (kWarpSize - 1), warp = thread / kWarpSize, warps = threads / kWarpSize;
-    const Mask mask = {p.window_left, p.window_right, p.attention_chunk};
+    const Mask mask = p.mask;
     const int units = p.batch_size * p.row_blocks, items = units * p.num_heads_kv;
     const int parts = 1 << p.slice_shift;
     int* planned = p.plan + kPlanCuts + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
@@ -112,8 +108,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int shortest = 2147483647, longest = 0;
     #pragma unroll 1
     for (int n = 0; n < p.slice_units && s < p.batch_size && row_block < p.row_blocks; ++n) {
-        const Sequence sequence = sequence_lengths(s, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                                   p.max_seqlen_q, p.max_seqlen_k_new);
+        const Sequence sequence = p.lengths.of(s);
         if (row_block == 0) {
             planned[s] = sequence.leftpad;
             planned[p.batch_size + s] = sequence.seqlen_k;
@@ -155,12 +150,11 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long all_keys = head_keys * p.num_heads_kv;
     const bool uniform = shortest >= longest;  // also without any unit
 
-    // What an item costs beyond its keys: about 1/32 of the mean item. Short items weigh up to 1/16, so that the keys of the
-    // longest share stay near the mean share.
+    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
     int overhead = all_keys == 0;
     if (!uniform) {
-        const long long sixteenth = all_keys / (16ll * items);
-        overhead = (int)max(1ll, min(128ll, max(sixteenth / 2, min(16ll, sixteenth))));
+        const long long most = all_keys / (kOverheadPart / 2 * (long long)items);
+        overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
     }
     before[thread] = keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
     if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
@@ -176,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
         share = total / blocks;
         rest = (int)(total - share * blocks);
-        if (p.split_size == 0) {  // the longest share may exceed the mean by 6 %, both of its ends together
-            const long long most = 106 * ((all_keys + blocks - 1) / blocks) / 100;
+        if (p.split_size == 0) {  // both ends of a share together
+            const long long most = kLongestShare * ((all_keys + blocks - 1) / blocks) / 100;
             slack = max(0ll, (most - (share + (rest > 0))) / 2);
         }
     }
@@ -230,20 +224,19 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const int keys = range.end - range.begin;
         const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
         unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
-        const unsigned grain = p.split_size ? p.split_size : kTileKeys;
-        key = (key + grain / 2) / grain * grain;
-        if (x <= slack) key = range.begin;
-        else if (cost - x <= slack) key = range.end;
+        bool at_begin = x <= slack, at_end = cost - x <= slack;
         if (0 < p.num_splits && p.num_splits < blocks) {
             const long long most = p.num_splits;
             // Items that equal shares would cut into more parts: equal parts instead.
             if ((cost - 1) * blocks > (most - 1) * total) {
                 const long long part = (2 * most * x + cost) / (2 * cost);
-                key = (unsigned)((range.begin + keys * part / most + kTileKeys / 2) / kTileKeys * kTileKeys);
-                if (part == 0) key = range.begin;
-                if (part == most) key = range.end;
+                key = (unsigned)(range.begin + keys * part / most);
+                at_begin = part == 0, at_end = part == most;
             }
         }
+        key = (key + p.grain / 2) / p.grain * p.grain;
+        if (at_begin) key = range.begin;
+        else if (at_end) key = range.end;
         int item = (sequence * p.num_heads_kv + head) * p.row_blocks + row_block;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;

@@ -270,116 +270,59 @@ def sigmoid(x: Array, xp: Any) -> Array:
 
 
 class PagedCache:
-    """A KV cache in pages that are handed out in random order, and attention by cuflash.
-
-    Every layer has its own pages, but sequence, position and page number go together in the same way in all of them:
-    one page table and one plan serve the whole step.
+    """The cache on cuflash: one `PagedKVCache` for all layers, and one `DecodeStep` for all steps.
 
     Attributes:
-        k: Keys, rotated, (layers, pages, page_size, heads_kv, headdim).
-        v: Values, the same shape.
-        seqlens: Tokens in the cache, for each sequence (on the host).
-        page_table: Pages of each sequence in order, -1 where it has none (on the host).
-        meta: Plan of the last step.
+        kv: Pages, page table and lengths; pages are handed out in random order.
+        step: Attention on them.
+        sequences: The sequence of each row in `kv`.
     """
 
     def __init__(self, model: Llama, num_rows: int, max_seqlen: int, page_size: int = 16, seed: int = 0) -> None:
         """Allocates pages for num_rows sequences of up to max_seqlen tokens."""
         import cuflash  # here, so that the model with the plain cache runs without it
 
-        self._cuflash, self._model = cuflash, model
-        xp, config = model.xp, model.config
-        max_pages = -(-max_seqlen // page_size)
-        shape = (config.num_layers, num_rows * max_pages, page_size, config.num_heads_kv, config.headdim)
+        config = model.config
+        self.kv = cuflash.PagedKVCache(
+            config.num_layers,
+            num_rows * -(-max_seqlen // page_size),
+            page_size,
+            config.num_heads_kv,
+            config.headdim,
+            model.dtype,
+            max_sequences=num_rows,
+            max_seqlen=max_seqlen,
+            xp=model.xp,
+            seed=seed,
+        )
         # NaN: should attention read a slot that nobody wrote, the text would show it at once.
-        self.k, self.v = xp.full(shape, np.nan, model.dtype), xp.full(shape, np.nan, model.dtype)
-        self.cos, self.sin = rotary_table(config, xp, model.dtype)
-        self.seqlens = np.zeros(num_rows, np.int32)
-        self.page_table = np.full((num_rows, max_pages), -1, np.int32)
-        self.meta: Any = None
-        self._free = np.random.default_rng(seed).permutation(num_rows * max_pages).tolist()
-        self._plans: dict[int, Any] = {}  # decode plans by batch size, re-filled at every step
-
-    @property
-    def page_size(self) -> int:
-        """Tokens per page."""
-        return self.k.shape[2]
+        self.kv.k[...] = self.kv.v[...] = np.nan
+        cos, sin = rotary_table(config, model.xp, model.dtype)
+        self.step = cuflash.DecodeStep(self.kv, config.num_heads_q, rotary_cos=cos, rotary_sin=sin)
+        self.sequences: dict[int, int] = {}
 
     def plan(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Gives every sequence the pages that it needs, and plans the attention of all layers."""
-        xp = self._model.xp
-        rows = list(rows)
-        for row, end in zip(rows, self.seqlens[rows] + lengths):
-            missing = np.flatnonzero(self.page_table[row, : -(-end // self.page_size)] < 0)
-            self.page_table[row, missing] = [self._free.pop() for _ in missing]
-
-        self._rows, self._lengths = rows, list(lengths)
-        decode = max(lengths) == 1
-        cu_seqlens = None if decode else xp.asarray(np.concatenate([[0], np.cumsum(lengths)]), dtype=np.int32)
-        self._step = {
-            "cache_seqlens": xp.asarray(self.seqlens[rows]),
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k_new": cu_seqlens,
-        }
-        self.meta = self._plans.get(len(rows)) if decode else None
-        self.schedule()
-        if decode:
-            self._plans[len(rows)] = self.meta
-        else:
-            self._step["max_seqlen_q"] = max(lengths)
-        self._step["page_table"] = xp.asarray(self.page_table[rows])
-
-    @property
-    def lengths(self) -> Array:
-        """Tokens in the cache, for each sequence of the step, as the kernels read them."""
-        return self._step["cache_seqlens"]
-
-    def schedule(self) -> None:
-        """Plans the attention of all layers for `lengths`; a plan that is there is filled anew, without a sync."""
-        config = self._model.config
-        self.meta = self._cuflash.get_scheduler_metadata(
-            batch_size=len(self._rows),
-            max_seqlen_q=max(self._lengths),
-            max_seqlen_k=self.page_table.shape[1] * self.page_size,
-            num_heads_q=config.num_heads_q,
-            num_heads_kv=config.num_heads_kv,
-            headdim=config.headdim,
-            cache_seqlens=self.lengths,
-            qkv_dtype=self._model.dtype,
-            cu_seqlens_q=self._step["cu_seqlens_q"],
-            cu_seqlens_k_new=self._step["cu_seqlens_k_new"],
-            page_size=self.page_size,
-            max_seqlen_k_new=max(self._lengths),
-            causal=True,
-            out=self.meta,
-        )
+        for row in rows:
+            if row not in self.sequences:
+                self.sequences[row] = self.kv.add()
+        self.step.begin([self.sequences[row] for row in rows], lengths)
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """One call: rotates q and k, writes k and v into their pages, attends on the plan of the step."""
-        if max(self._lengths) == 1:  # (sequences, 1, heads, headdim); else ragged: (total, heads, headdim)
-            q, k, v = q[:, None], k[:, None], v[:, None]
-        return self._cuflash.flash_attn_with_kvcache(
-            q,
-            self.k[layer],
-            self.v[layer],
-            k=k,
-            v=v,
-            rotary_cos=self.cos,
-            rotary_sin=self.sin,
-            rotary_interleaved=True,
-            causal=True,
-            scheduler_metadata=self.meta,
-            **self._step,
-        )
+        return self.step(layer, q, k, v)
 
     def advance(self) -> None:
         """The new tokens belong to their sequences from now on."""
-        self.seqlens[self._rows] += np.asarray(self._lengths, np.int32)
+        self.step.commit()
 
     def release(self, row: int) -> None:
         """Ends a sequence: its pages are free for others."""
-        self._free.extend(page for page in self.page_table[row].tolist() if page >= 0)
-        self.page_table[row], self.seqlens[row] = -1, 0
+        self.kv.free(self.sequences.pop(row))
+
+    def pages(self) -> dict[int, np.ndarray]:
+        """Page numbers of each row's sequence, in order."""
+        return {row: self.kv.pages(sequence) for row, sequence in self.sequences.items()}
 
 
 class PlainCache:

@@ -1,31 +1,24 @@
-"""Random attention problems, full of traps, and the check of their answers.
+"""Running random problems on a backend, and the check of their answers.
 
-A :class:`Case` says what a problem is like; :func:`make_inputs` makes the arrays of one; :func:`run` calls cuflash on a
-backend and :func:`check` holds the result against the reference.
-
-The traps: every slot of the caches that no row sees holds NaN or Inf (past the lengths, before the leftpad, outside the
-windows, unselected rows, unused pages); unused page-table entries hold huge and negative numbers; pages lie in random
-order; pages and cache rows are shared between sequences where nothing is appended.
+A :class:`Case` says what a problem is like (cases.py); :func:`make_inputs` makes the arrays of one (inputs.py);
+:func:`run` calls cuflash on a backend and :func:`check` holds the result against the reference.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import reference
+from cases import DTYPES, Case
+from inputs import as_uint8, make_inputs
 
 import cuflash
 
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
+__all__ = ["DTYPES", "Backend", "Case", "all_pairs", "check", "expected", "make_inputs", "run"]
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 # Below these, numbers have fewer bits (GPUs may also flush float32 ones to zero).
 TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-125, "float32": 2.0**-125}
@@ -46,196 +39,57 @@ class Backend:
     to_numpy: Callable[[Any], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a problem is like.
-
-    Attributes:
-        dtype: Element type.
-        heads: (query heads, KV heads).
-        headdim: (of queries and keys, of values).
-        seqlens: Keys of each sequence that are in the cache before the call, without leftpad.
-        seqlens_q: Query length, or one per sequence (ragged).
-        page_size: Keys per page, None for a contiguous cache.
-        layout: "NHD" or "HND".
-        batch_idx: Whether sequences lie in other rows of the cache (or page table) than their own.
-        leftpad: Whether sequences begin later than at 0.
-        causal: Causal mask.
-        window: Window (left, right).
-        chunk: Attention chunk.
-        softcap: Cap of the scores.
-        sinks: Whether there are sinks.
-        scale: softmax_scale.
-        new: New keys of every sequence, or one number per sequence (ragged), None without append.
-        rotary: None, "interleaved" or "half".
-        rotary_dim: Rotated elements; 0 for all.
-        rotary_seqlens: Whether positions differ from the lengths.
-        plan: "none", "given", "stale" (made for other lengths), "long" (made for 1000 keys each) or "reused" (used by
-            two calls).
-        num_splits: As in the call.
-        split_size: As in the call.
-        poison: Whether unseen slots hold NaN and Inf.
-        seed: Of the random numbers.
-    """
-
-    dtype: str = "float32"
-    heads: tuple[int, int] = (4, 2)
-    headdim: tuple[int, int] = (64, 64)
-    seqlens: tuple[int, ...] = (77, 1, 130)
-    seqlens_q: int | tuple[int, ...] = 1
-    page_size: int | None = None
-    layout: str = "NHD"
-    batch_idx: bool = False
-    leftpad: bool = False
-    causal: bool = False
-    window: tuple[int, int] = (-1, -1)
-    chunk: int = 0
-    softcap: float = 0.0
-    sinks: bool = False
-    scale: float | None = None
-    new: int | tuple[int, ...] | None = None
-    rotary: str | None = None
-    rotary_dim: int = 0
-    rotary_seqlens: bool = False
-    plan: str = "none"
-    num_splits: int = 0
-    split_size: int | None = None
-    poison: bool = True
-    seed: int = 0
-
-    def __str__(self) -> str:
-        """What differs from the defaults, as the name of a test."""
-        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        return ",".join(f"{f.name}={getattr(self, f.name)}".replace(" ", "") for f in changed) or "default"
-
-
-# ------------------------------------------------------------------------------------------------ making problems
-def make_inputs(case: Case) -> dict[str, Any]:
-    """Return the arguments of ``flash_attn_with_kvcache`` (NumPy arrays) for a random problem."""
-    rng = np.random.default_rng(case.seed)
-    dtype = DTYPES[case.dtype]
-    batch = len(case.seqlens)
-    (num_heads, kv_heads), (d, dv) = case.heads, case.headdim
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32).astype(dtype)
-
-    leftpad = rng.integers(0, 20, batch) if case.leftpad else np.zeros(batch, np.int64)
-    seqlens = leftpad + case.seqlens
-    new = case.new if isinstance(case.new, tuple) else (case.new or 0,) * batch
-    used = seqlens + new
-    inputs: dict[str, Any] = {
-        "cache_seqlens": seqlens.astype(np.int32),
-        "causal": case.causal,
-        "window_size": case.window,
-        "attention_chunk": case.chunk,
-        "softcap": case.softcap,
-        "softmax_scale": case.scale,
-        "layout": case.layout,
-    }
-    if isinstance(case.seqlens_q, tuple):
-        starts = np.cumsum((0, *case.seqlens_q)).astype(np.int32)
-        inputs |= {
-            "q": normal(starts[-1], num_heads, d),
-            "cu_seqlens_q": starts,
-            "max_seqlen_q": max(case.seqlens_q),
-        }
-    else:
-        inputs["q"] = normal(batch, case.seqlens_q, num_heads, d)
-    if case.new is not None:
-        if isinstance(case.new, tuple):
-            starts = np.cumsum((0, *case.new)).astype(np.int32)
-            inputs |= {
-                "k": normal(starts[-1], kv_heads, d),
-                "v": normal(starts[-1], kv_heads, dv),
-                "cu_seqlens_k_new": starts,
-            }
-        else:
-            inputs |= {"k": normal(batch, case.new, kv_heads, d), "v": normal(batch, case.new, kv_heads, dv)}
-    if case.leftpad:
-        inputs["cache_leftpad"] = leftpad.astype(np.int32)
-    if case.sinks:
-        inputs["sinks"] = (2 * rng.standard_normal(num_heads)).astype(np.float32)
-
-    # Rows of the cache, or of the page table: more than sequences, some read twice where nothing is written.
-    rows = batch
-    if case.batch_idx:
-        rows = 2 * batch + 1
-        index = rng.permutation(rows)[:batch]
-        if case.new is None and batch > 1:
-            index[-1] = index[0]
-        inputs["cache_batch_idx"] = index.astype(np.int32)
-    longest = max(1, int(used.max(initial=0)))
-    if case.page_size is None:
-        shape: tuple[int, ...] = (rows, longest + int(rng.integers(0, 40)))
-        capacity = shape[1]
-    else:
-        needed = -(-longest // case.page_size)
-        columns = needed + int(rng.integers(0, 4))
-        capacity = columns * case.page_size
-        shape = (rows * needed + 3, case.page_size)
-        table = rng.choice([2**31 - 1, -(2**31), -1, 10**9], (rows, columns)).astype(np.int32)
-        pages = rng.permutation(shape[0])[: rows * needed].reshape(rows, needed)
-        for b in range(batch):
-            row = inputs["cache_batch_idx"][b] if case.batch_idx else b
-            count = -(-int(used[b]) // case.page_size)
-            table[row, :count] = pages[row, :count]
-            if case.new is None and count:  # a shared prefix
-                table[row, 0] = pages[0, 0]
-        inputs["page_table"] = table
-    inputs["k_cache"], inputs["v_cache"] = normal(*shape, kv_heads, d), normal(*shape, kv_heads, dv)
-    if case.layout == "HND":
-        for name in ("k_cache", "v_cache"):
-            inputs[name] = np.ascontiguousarray(inputs[name].swapaxes(1, 2))
-    if case.rotary is not None:
-        half = (case.rotary_dim or d // 16 * 16) // 2
-        queries = max(case.seqlens_q) if isinstance(case.seqlens_q, tuple) else case.seqlens_q
-        angles = rng.uniform(0, 2 * np.pi, (capacity + queries, half))
-        inputs |= {
-            "rotary_cos": np.cos(angles).astype(dtype),
-            "rotary_sin": np.sin(angles).astype(dtype),
-            "rotary_interleaved": case.rotary == "interleaved",
-        }
-        if case.rotary_seqlens:
-            inputs["rotary_seqlens"] = rng.integers(0, longest, batch).astype(np.int32)
-            inputs["rotary_seqlens"] = np.minimum(inputs["rotary_seqlens"], capacity - np.array(new)).astype(np.int32)
-    if case.poison:
-        _poison(case, inputs, used, leftpad, new)
-    return inputs
-
-
-def _poison(case: Case, inputs: dict[str, Any], used: np.ndarray, leftpad: np.ndarray, new: Sequence[int]) -> None:
-    """Overwrite every slot of the caches that no row sees with NaN or Inf."""
-    left, right = case.window[0], 0 if case.causal else case.window[1]
-    seen = np.zeros(inputs["k_cache"].shape[:-1], bool)
-    for b in range(len(used)):
-        sq = case.seqlens_q[b] if isinstance(case.seqlens_q, tuple) else case.seqlens_q
-        sk = int(used[b] - leftpad[b])
-        for j in range(sk - new[b]):
-            if any(reference.is_visible(j, i + sk - sq, left, right, case.chunk) for i in range(sq)):
-                where = (inputs["k_cache"], case.layout, inputs.get("cache_batch_idx"), inputs.get("page_table"))
-                seen[reference.find(b, int(leftpad[b]) + j, *where)] = True
-    for name, value in (("k_cache", np.nan), ("v_cache", np.inf)):
-        inputs[name][~seen] = np.nan
-        # Every other one Inf, which turns to NaN in other places.
-        inputs[name].reshape(-1, inputs[name].shape[-1])[::2][~seen.reshape(-1)[::2]] = value
-
-
 # ------------------------------------------------------------------------------------------------ running problems
 def run(case: Case, inputs: dict[str, Any], backend: Backend) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Call cuflash; return out, lse and the caches after the call as NumPy arrays. The inputs stay as they are."""
-    calls = 2 if case.plan == "reused" else 1
-    arguments = {
-        name: backend.to_native(value.copy()) if isinstance(value, np.ndarray) else value
-        for name, value in inputs.items()
-    }
+    results = run_all(case, inputs, backend)
+    return tuple(results[name] for name in ("out", "lse", "k_cache", "v_cache"))  # type: ignore[return-value]
+
+
+def run_all(case: Case, inputs: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Call cuflash; return out, lse and every argument after the call, arrays as NumPy arrays."""
+    if backend.name == "cuda" and case.kv_dtype:
+        inputs = as_uint8(inputs, case.kv_dtype)  # CuPy has no float8
+    arguments = transfer(inputs, backend)
     options: dict[str, Any] = {"num_splits": case.num_splits, "split_size": case.split_size}
     if case.plan != "none":
         options = {"scheduler_metadata": make_plan(case, inputs, backend)}
-    for _ in range(calls):
-        out, lse = cuflash.flash_attn_with_kvcache(**arguments, **options, return_softmax_lse=True)
-    arrays = (out, lse, arguments["k_cache"], arguments["v_cache"])
-    return tuple(backend.to_numpy(array) for array in arrays)  # type: ignore[return-value]
+    if case.merge == "in place":
+        options["out"], options["softmax_lse"] = arguments["merge_with"]
+    elif case.plan == "reused":
+        cuflash.flash_attn_with_kvcache(**arguments, **options)
+    out, lse = cuflash.flash_attn_with_kvcache(**arguments, **options, return_softmax_lse=True)
+
+    def to_numpy(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(to_numpy(part) for part in x)
+        return backend.to_numpy(x) if hasattr(x, "__dlpack__") else x
+
+    return {name: to_numpy(x) for name, x in (arguments | {"out": out, "lse": lse}).items()}
+
+
+def transfer(inputs: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Copy all arrays to a backend: strides stay as they are, and views of one memory stay views of one memory."""
+    memories: dict[int, Any] = {}
+
+    def move(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(move(part) for part in x)
+        if not isinstance(x, np.ndarray):
+            return x
+        root = x
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        if not root.flags.c_contiguous or not root.size:
+            return backend.to_native(x.copy())
+        if id(root) not in memories:
+            memories[id(root)] = backend.to_native(root.reshape(-1).view(np.uint8).copy())
+        memory, offset = memories[id(root)], x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+        if isinstance(memory, np.ndarray):
+            return np.ndarray(x.shape, x.dtype, memory, offset, x.strides)
+        return type(memory)(x.shape, x.dtype, memory.data + offset, x.strides)
+
+    return {name: move(x) for name, x in inputs.items()}
 
 
 def make_plan(case: Case, inputs: dict[str, Any], backend: Backend) -> cuflash.SchedulerMetadata:
@@ -252,6 +106,9 @@ def make_plan(case: Case, inputs: dict[str, Any], backend: Backend) -> cuflash.S
         if name in inputs
     }
     max_seqlen_q = inputs.get("max_seqlen_q", inputs["q"].shape[1])
+    newer = {name: inputs[name] for name in ("cp_world_size", "cp_rank", "cp_interleave") if name in inputs}
+    if case.kv_dtype:
+        newer["kv_dtype"] = case.kv_dtype
     return cuflash.get_scheduler_metadata(
         len(seqlens),
         max_seqlen_q,
@@ -262,7 +119,7 @@ def make_plan(case: Case, inputs: dict[str, Any], backend: Backend) -> cuflash.S
         qkv_dtype=case.dtype,
         headdim_v=case.headdim[1],
         page_size=case.page_size,
-        max_seqlen_k_new=0 if case.new is None else max(case.new) if isinstance(case.new, tuple) else case.new,
+        max_seqlen_k_new=max(case.appended, default=0),
         causal=case.causal,
         window_size=case.window,
         attention_chunk=case.chunk,
@@ -270,6 +127,7 @@ def make_plan(case: Case, inputs: dict[str, Any], backend: Backend) -> cuflash.S
         num_splits=case.num_splits,
         split_size=case.split_size,
         **lengths,
+        **newer,
     )
 
 
@@ -280,12 +138,26 @@ def expected(inputs: dict[str, Any]) -> reference.Answer:
 
 def check(case: Case, inputs: dict[str, Any], backend: Backend) -> None:
     """Run a problem and compare out, lse and caches with the reference."""
-    out, lse, k_cache, v_cache = run(case, inputs, backend)
+    results = run_all(case, inputs, backend)
     answer = expected(inputs)
-    check_out(case, out, answer)
-    check_lse(case, lse, answer)
-    check_cache("v_cache", v_cache, answer.v_cache)
-    check_cache("k_cache", k_cache, answer.k_cache)
+    check_out(case, results["out"], answer)
+    check_lse(case, results["lse"], answer)
+    slack = 1 if case.kv_dtype and case.rotary else 0
+    check_cache("v_cache", results["v_cache"], answer.v_cache, slack if case.mla == "joint" else 0)
+    check_cache("k_cache", results["k_cache"], answer.k_cache, slack)
+    for name in ("k_descale", "v_descale"):
+        if np.ndim(inputs.get(name)) == 3:
+            tolerance = 1e-6 if case.rotary else 0
+            np.testing.assert_allclose(results[name], getattr(answer, name), rtol=tolerance, err_msg=name)
+    written = {"k_cache", "v_cache", "k_descale", "v_descale"} | ({"merge_with"} if case.merge == "in place" else set())
+    for name in inputs.keys() - written:
+        for before, after in zip(_arrays(inputs[name]), _arrays(results[name]), strict=True):
+            assert before.tobytes() == after.tobytes(), f"{name} has been changed"
+
+
+def _arrays(x: Any) -> list[np.ndarray]:
+    """Return the arrays that an argument is made of."""
+    return [part for part in (x if isinstance(x, tuple) else (x,)) if isinstance(part, np.ndarray)]
 
 
 def check_out(case: Case, out: np.ndarray, answer: reference.Answer) -> None:
@@ -297,34 +169,63 @@ def check_out(case: Case, out: np.ndarray, answer: reference.Answer) -> None:
     large sink, outputs may be subnormal. The bound of a row without keys is 0: it must be exactly 0.
     """
     assert out.shape == answer.out.shape
-    assert out.dtype == DTYPES[case.dtype]
-    u = UNIT_ROUNDOFF[case.dtype]
-    error = np.abs(out.astype(np.float64) - answer.out)
+    assert out.dtype == DTYPES[case.out_dtype]
+    u = UNIT_ROUNDOFF[case.out_dtype]
+    defined = answer.defined.swapaxes(-1, -2)[..., None]
+    with np.errstate(invalid="ignore"):  # what has no meaning may be anything
+        error = np.where(defined, np.abs(out.astype(np.float64) - answer.out), 0)
     assert np.isfinite(error).all(), f"{np.count_nonzero(~np.isfinite(error))} of {error.size} elements are not finite"
-    bound = (2 * u + 1e-5) * answer.magnitude
-    bound[answer.magnitude > 0] += TINY[case.dtype]
+    # Rotated float8 queries may or may not be rounded to bfloat16: scores differ by up to 0.02.
+    slack = 0.02 if case.dtype == "float8_e4m3fn" and case.rotary else 1e-5
+    bound = (2 * u + slack) * answer.magnitude
+    bound[answer.magnitude > 0] += TINY[case.out_dtype]
     worst = np.unravel_index((error - bound).argmax(), error.shape) if error.size else ()
     assert (error <= bound).all(), f"out{list(map(int, worst))}: {out[worst]} instead of {answer.out[worst]}"
-    assert error.sum() <= (0.6 * u + 2e-6) * bound.sum() / (2 * u + 1e-5), "out is less accurate than rounding explains"
+    assert error.sum() <= (0.6 * u + slack / 5) * bound.sum() / (2 * u + slack), (
+        "out is less accurate than rounding explains"
+    )
 
 
 def check_lse(case: Case, lse: np.ndarray, answer: reference.Answer) -> None:
     """Compare an LSE with the reference: float32 sums, but tanh and rotated 16-bit queries may be less accurate."""
     assert lse.shape == answer.lse.shape
     assert lse.dtype == np.float32
-    empty = np.isneginf(answer.lse)
+    empty = np.isneginf(answer.lse) & answer.defined
     np.testing.assert_array_equal(lse[empty], -np.inf)
     bound = 1e-3 if case.softcap or (case.rotary and case.dtype != "float32") else 2e-5
-    np.testing.assert_allclose(lse[~empty], answer.lse[~empty], rtol=1e-6, atol=bound)
+    bound = 0.02 if case.rotary and case.dtype == "float8_e4m3fn" else bound
+    rest = answer.defined & ~empty
+    np.testing.assert_allclose(lse[rest], answer.lse[rest], rtol=1e-6, atol=bound)
 
 
-def check_cache(name: str, cache: np.ndarray, expected: np.ndarray) -> None:
-    """Compare a cache bit by bit (NaN included) with what a separate write would have made."""
+def check_cache(name: str, cache: np.ndarray, expected: np.ndarray, slack: int = 0) -> None:
+    """Compare a cache bit by bit (NaN included) with what a separate write would have made.
+
+    Args:
+        name: Of the cache.
+        cache: What is.
+        expected: What must be.
+        slack: By how many units codes of 8 bits may differ: rounded after a rotation, they may be beside each other.
+    """
     bits = f"u{cache.dtype.itemsize}"
-    different = (cache.view(bits) != expected.view(bits)).any(-1)
+    cache, expected = np.ascontiguousarray(cache), np.ascontiguousarray(expected)
+    different = cache.view(bits) != expected.view(bits)
+    if slack:
+        # Codes of one sign are in order as integers (int8 as they are); a zero of either sign is a zero.
+        a, b = (_ordered(x) for x in (cache, expected))
+        different &= np.abs(a - b) > slack
+    different = different.any(-1)
     assert not different.any(), (
         f"{name} differs in {np.count_nonzero(different)} rows, first {np.argwhere(different)[0]}"
     )
+
+
+def _ordered(codes: np.ndarray) -> np.ndarray:
+    """Return 8-bit codes as integers in the order of their values."""
+    if codes.dtype == np.int8:
+        return codes.astype(int)
+    x = codes.view(np.uint8).astype(int)
+    return np.where(x < 128, x, 128 - x)
 
 
 # ------------------------------------------------------------------------------------------------ all pairs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -10,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HAS_GPU
 
 import cuflash
+from cuflash import cache, simulator
+from cuflash.bench import peers
+from cuflash.cli import bench as bench_command
+from cuflash.cli import driver, main, packages
 from cuflash.cli import info as info_command
-from cuflash.cli import main
-from cuflash.cli.text import bars, seconds, size, table
+from cuflash.cli.text import bars, seconds, size, table, wrapped
 
+ROOT = Path(__file__).parents[1]
 DEMO = ["demo", "--batch", "3", "--seqlen", "40", "--layers", "2"]
 
 
@@ -23,7 +30,7 @@ DEMO = ["demo", "--batch", "3", "--seqlen", "40", "--layers", "2"]
 def terminal(monkeypatch):
     """A terminal of 80 columns, without settings."""
     monkeypatch.setenv("COLUMNS", "80")
-    for name in ("CUFLASH_BACKEND", "CUFLASH_NUM_SM", "CUFLASH_ARCH"):
+    for name in ("CUFLASH_BACKEND", "CUFLASH_NUM_SM", "CUFLASH_ARCH", "CUFLASH_VALIDATE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,8 +51,16 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert raised.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("usage: python -m cuflash")
-    return captured.err.splitlines()[-1]
+    message, usage, help_line = re.fullmatch(r"(error: .*)\n(usage: .*)\n(.*)\n", captured.err, re.DOTALL).groups()
+    assert usage.startswith("usage: python -m cuflash") and len(usage.splitlines()) == 1
+    assert help_line.endswith("--help says more")
+    assert max(map(len, captured.err.splitlines())) <= 80
+    return unwrapped(message)
+
+
+def unwrapped(text: str) -> str:
+    """Return text without the line breaks that a narrow terminal makes necessary."""
+    return re.sub(r"\s+", " ", text)
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -77,8 +92,9 @@ def test_version_and_help(capsys):
 def test_demo(capsys):
     out = call(capsys, *DEMO, "--backend", "numpy")
     assert "planned once, run by 2 layers" in out
-    for name in ("backend", "sequences", "efficiency", "shares", "error", "one plan", "no plan"):
+    for name in ("backend", "sequences", "efficiency", "balance", "shares", "error", "time"):
         assert re.search(rf"^  {name} ", out, re.MULTILINE), name
+    assert "the NumPy backend needs no plan" in out and "one plan" not in out and "no plan " not in out
     assert "within float32's rounding" in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -113,7 +129,7 @@ def test_demo_sees_wrong_results(capsys, monkeypatch):
 
     monkeypatch.setattr(demo, "flash_attn_with_kvcache", wrong)
     assert main([*DEMO, "--backend", "numpy"]) == 1
-    assert re.search(r"WRONG: \d values beyond rounding", capsys.readouterr().out)
+    assert re.search(r"WRONG: \d values beyond rounding", unwrapped(capsys.readouterr().out))
 
 
 # ----------------------------------------------------------------------------------------------------------- schedule
@@ -139,7 +155,7 @@ def test_schedule_options(capsys):
         *("--seqlen-q", "3", "--page-size", "16", "--causal", "--window", "511,0", "--chunk", "256", "--arch", "80"),
     )
     out = call(capsys, "schedule", *options, "--num-splits", "2", "--sms", "7")
-    assert "causal" in out and "chunks of 256" in out and "(7 SMs, sm_80)" in out
+    assert "causal" in out and "chunks of 256" in unwrapped(out) and "(7 SMs, sm_80)" in out
     assert "[704:768]" in call(capsys, "schedule", "--seqlens", "768", "--heads", "1", "--split-size", "64", "--all")
     assert "0 used" not in call(capsys, "schedule", "--seqlens", "0,0")
 
@@ -177,6 +193,16 @@ BAD = [
     (["--dtype", "float64"], "--dtype must be one of"),
     (["--dtype", "int8"], "qkv_dtype"),
     (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
+    (["cache", "clean"], "argument action: invalid choice: 'clean'"),
+    (["bench", "--seqlen", "0"], "argument --seqlen: invalid positive integer"),
+    (["bench", "--seqlens", "4,5", "--batch", "3"], "--batch must be the 2 of --seqlens or left out, got 3"),
+    (["bench", "--seqlens", "4,0"], "lengths must be at least --queries 1, got 0"),
+    (["bench", "--seqlen", "5", "--trace", "x"], "not allowed with argument"),
+    (["bench", "--trace", "/nowhere/at/all"], "--trace must name a text file"),
+    (["bench", "--heads", "7/2"], "num_heads_q must be a multiple of num_heads_kv=2, got 7"),
+    (["bench", "--dtype", "int4"], "--dtype must be one of"),
+    (["bench", "--kv-dtype", "int4"], "argument --kv-dtype: invalid choice: 'int4'"),
+    (["bench", "--peers", "FA4"], "argument --peers: invalid choice: 'FA4'"),
 ]
 
 
@@ -213,11 +239,13 @@ def test_info(capsys):
 
 def test_info_says_how_to_get_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr(info_command, "_driver_version", lambda: None)
+    monkeypatch.setattr(driver, "version", lambda: None)
     out = call(capsys, "info")
-    assert re.search(r'  -  CuPy +not installed\n +-> pip install "cuflash\[cuda13\]"', out)
-    monkeypatch.setattr(info_command, "_driver_version", lambda: 12040)
-    assert 'pip install "cuflash[cuda12]"' in call(capsys, "info")
+    assert re.search(
+        r'  -  CuPy +not installed\n +-> pip install "cupy-cuda13x>=14.2,<15"\s+"nvidia-cuda-nvrtc>=13', out
+    )
+    monkeypatch.setattr(driver, "version", lambda: 12040)
+    assert '"cupy-cuda12x>=14.2,<15"' in call(capsys, "info")
 
 
 def test_info_survives_what_is_broken(capsys, monkeypatch):
@@ -232,21 +260,268 @@ def test_info_survives_what_is_broken(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", Broken())
     monkeypatch.setenv("CUFLASH_BACKEND", "nonsense")
     monkeypatch.setenv("CUFLASH_NUM_SM", "-4")
-    monkeypatch.setattr(info_command, "_driver", lambda: 1 / 0)
+    monkeypatch.setattr(driver, "load", lambda: 1 / 0)
     out = call(capsys, "info")
     assert "!! driver" in out and "division by zero" in out
-    assert "CUFLASH_NUM_SM must be a positive integer" in out
-    assert "nonsense" in out
+    assert "!! CUFLASH_NUM_SM    CUFLASH_NUM_SM must be a positive integer, got '-4'" in out
+    assert "!! CUFLASH_BACKEND" in out and "nonsense" in out
 
 
 def test_info_says_what_gpus_there_are(capsys, monkeypatch):
-    gpus = [info_command.Gpu("NVIDIA H200", 90, 132, 150_000_000_000), info_command.Gpu("Tesla V100", 70, 80, 1 << 34)]
-    monkeypatch.setattr(info_command, "_gpus", lambda: iter(gpus))
+    gpus = [driver.Gpu("NVIDIA H200", 90, 132, 150_000_000_000), driver.Gpu("Tesla V100", 70, 80, 1 << 34)]
+    monkeypatch.setattr(driver, "gpus", lambda: iter(gpus))
     out = call(capsys, "info")
     assert "ok GPU 0             NVIDIA H200, compute capability 9.0, 132 SMs, 150 GB" in out.replace(
         "\n" + " " * 22, ""
     )
     assert "!! GPU 1" in out and "8.0 or higher" in out
+
+
+def test_advice_follows_the_installed_cupy(monkeypatch):
+    """Not the driver; and a piece that is missing is advised alone."""
+
+    def has(name: str) -> None:
+        monkeypatch.setattr(packages, "_is_installed", lambda distribution: distribution == name)
+
+    monkeypatch.setattr(driver, "version", lambda: 13000)
+    has("cupy-cuda12x")
+    assert packages.cuda() == packages.CUDA[12]
+
+    class Nvrtc:
+        @staticmethod
+        def getVersion():
+            raise RuntimeError("libnvrtc.so.12 not found")
+
+    monkeypatch.setitem(sys.modules, "cupy", type(sys)("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", type("Cuda", (), {"nvrtc": Nvrtc}))
+    assert info_command._nvrtc() == ("!!", "libnvrtc.so.12 not found", 'pip install "nvidia-cuda-nvrtc-cu12>=12.8,<13"')
+    has("cupy-cuda13x")
+    assert info_command._nvrtc().remedy == 'pip install "nvidia-cuda-nvrtc>=13,<14"'
+    has("nothing")
+    assert packages.cuda() == packages.CUDA[13]
+    monkeypatch.setattr(driver, "version", lambda: 12080)
+    assert packages.cuda() == packages.CUDA[12]
+
+
+def test_advice_is_what_the_extras_are():
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for major, requirements in packages.CUDA.items():
+        assert list(requirements) == extras[f"cuda{major}"]
+    assert {*packages.SIMULATOR, packages.MATPLOTLIB} <= {*extras["sim"], *extras["plot"]}
+
+
+def test_no_message_advises_extras():
+    """``pip install "cuflash[cuda13]"`` works for nobody until there is an index that has it."""
+    for path in (ROOT / "cuflash").rglob("*.py"):
+        assert "install cuflash" not in path.read_text() and "cuflash[" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "must"),
+    [
+        ("CUFLASH_BACKEND", "gpu", "numpy", "one of auto, cuda, numpy, sim"),
+        ("CUFLASH_NUM_SM", "many", "84", "a positive integer"),
+        ("CUFLASH_ARCH", "70", "120", "an integer from 80 on"),
+        ("CUFLASH_VALIDATE", "yes", "1", "0 or 1"),
+        ("CUFLASH_CACHE_DIR", __file__, str(Path(__file__).parent), "a folder that can be written to"),
+    ],
+)
+def test_info_checks_its_variables(name, wrong, right, must, monkeypatch):
+    monkeypatch.setenv(name, wrong)
+    row = info_command._variable(name)
+    assert row.state == "!!" and f"{name} must be {must}" in row.text and repr(wrong) in row.text
+    monkeypatch.setenv(name, right)
+    assert info_command._variable(name) == ("ok", right, "")
+
+
+def test_info_knows_every_variable(capsys, monkeypatch):
+    named = {
+        name for path in (ROOT / "cuflash").rglob("*.py") for name in re.findall(r"CUFLASH_[A-Z_]+\b", path.read_text())
+    }
+    assert {name for name in named if name != "CUFLASH_"} == set(info_command._VARIABLES)
+    monkeypatch.setenv("CUFLASH_BAKEND", "cuda")
+    assert "!! CUFLASH_BAKEND    cuda: there is no such variable" in call(capsys, "info")
+
+
+def test_info_lists_optional_tools(capsys):
+    out = call(capsys, "info")
+    for name in ("matplotlib", "C++ compiler", "cuda-bindings", "FlashInfer", "FA3", "nvdisasm", "ncu"):
+        assert re.search(rf"^  (ok|- |!!) {re.escape(name)}\b", out, re.MULTILINE) or name == "C++ compiler", name
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+OURS = ("ptx-" + "0" * 32 + ".ptx", "machine-" + "a1" * 16 + ".so", "decode-" + "f" * 32 + ".cubin")
+NOT_OURS = ("notes.txt", "ptx-short.ptx", "my-" + "0" * 32 + ".py", OURS[0] + ".txt", "thesis.ptx")
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A cache folder in which other things lie too."""
+    folder = tmp_path / "cache"
+    (folder / "folder").mkdir(parents=True)
+    (folder / "folder" / OURS[0]).write_bytes(b"not at its place")
+    for name in (*OURS, *NOT_OURS):
+        (folder / name).write_bytes(b"x" * 1000)
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(folder))
+    return folder
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_cache(capsys, kernels):
+    out = call(capsys, "cache")
+    assert "3 files, 3 kB" in out and "python -m cuflash cache clear" in unwrapped(out)
+    assert "3 files, 3 kB, this library's" in unwrapped(call(capsys, "info"))
+    assert left(kernels) == {*OURS, *NOT_OURS, "folder"}
+
+
+def test_cache_clear_deletes_the_library_s_files_alone(capsys, kernels):
+    assert "deleted 3 files, 3 kB" in call(capsys, "cache", "clear", "--yes")
+    assert left(kernels) == {*NOT_OURS, "folder"} and left(kernels / "folder") == {OURS[0]}
+    assert "nothing to delete" in call(capsys, "cache", "clear")
+
+
+@pytest.mark.parametrize(("answer", "deletes"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_cache_clear_asks(answer, deletes, capsys, kernels, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    assert main(["cache", "clear"]) == int(not deletes)
+    assert "Delete 3 files, 3 kB in " in capsys.readouterr().out
+    assert (left(kernels) == {*NOT_OURS, "folder"}) is deletes
+
+
+def test_cache_without_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "none"))
+    assert "0 files, 0 B" in call(capsys, "cache")
+    assert "nothing to delete" in call(capsys, "cache", "clear", "--yes")
+    assert not (tmp_path / "none").exists()
+
+
+def test_simulator_and_library_have_one_cache_folder(monkeypatch):
+    """The simulator knows nothing of the rest, so it says so itself."""
+    for named in ("", "/some/where"):
+        monkeypatch.setenv("CUFLASH_CACHE_DIR", named)
+        assert cache.folder() == simulator.cache_dir()
+
+
+# -------------------------------------------------------------------------------------------------------------- bench
+needs_no_gpu = pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+
+
+@needs_no_gpu
+def test_bench_without_cupy(capsys, monkeypatch):
+    """What to install, no traceback, and the figures of ``schedule``."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    out = call(capsys, "bench", "--seqlens", "4096,100,2048")
+    assert out.startswith("No times: no GPU found: CuPy cannot be imported") or out.startswith(
+        "No times: no GPU found: CuPy is"
+    )
+    meta = cuflash.get_scheduler_metadata(3, 1, 4096, 32, 8, 128, np.array([4096, 100, 2048]), page_size=16)
+    assert str(meta) in out and "balance" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@needs_no_gpu
+def test_bench_says_what_to_install(capsys, monkeypatch):
+    def missing() -> None:
+        raise RuntimeError("no GPU found: CuPy is not installed")
+
+    monkeypatch.setattr(bench_command, "require_gpu", missing)
+    monkeypatch.setattr(driver, "version", lambda: None)
+    lines = call(capsys, "bench", "--batch", "1").splitlines()
+    assert lines[0] == "No times: no GPU found: CuPy is not installed."
+    assert lines[1].startswith('-> pip install "cupy-cuda13x>=14.2,<15"')
+
+
+@needs_no_gpu
+def test_bench_of_a_trace(capsys, tmp_path):
+    trace = tmp_path / "chat.csv"
+    trace.write_text("arrived,length\n" + "".join(f"{t},{100 + t}\n" for t in range(100)))
+    assert main(["bench", "--trace", str(trace), "--batch", "40", "--steps", "2", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["workload"].split(" keys")[0] for record in records] == [
+        "chat.csv from 0, 40 x 100 to 139",
+        "chat.csv from 40, 40 x 140 to 179",
+    ]
+    assert records[0]["kv_mb"] == sum(range(100, 140)) * 8 * 2 * 128 * 2 / 1e6
+    for record in records:
+        assert 0 < record["efficiency"] <= record["balance"] <= 1
+        assert record["efficiency"] * record["num_blocks"] == pytest.approx(record["balance"] * record["blocks"])
+
+
+def test_bench_prints_times(capsys, monkeypatch):
+    """A table for people: figures, what refused, what failed, what is not installed."""
+    figures = {"floor_us": 100.0, "read_us": 103.0, "given_us": 106.04, "unplanned_us": 110.0, "blocks": 264,
+               "efficiency": 0.98, "balance": 0.99}  # fmt: skip
+    found = {"cuDNN": 108.0, "FA2": "equal lengths only", "FA3": "not installed", "XQA": "wrong: relative error 1"}
+    shape = peers.base.Shape("32 x 4096 keys", np.full(32, 4096), 32, 8)
+    bench_command.print_times(shape, {**figures, "peers": found})
+    bench_command._print_notes([{**figures, "peers": found}])
+    out = capsys.readouterr().out
+    for line in (
+        "32 x 4096 keys; 537 MB of keys and values",
+        "  cuflash            106.0 us   1.06 x  on a plan: 264 blocks, efficiency 98.0%,",
+        "  cuDNN              108.0 us   1.08 x",
+        "  FA2                       -        -  equal lengths only",
+        "  XQA                       -        -  wrong: relative error 1",
+        "  FA3      pip install fa3-fwd",
+    ):
+        assert line in out.splitlines(), line
+    assert max(map(len, out.splitlines())) <= 80
+    bench_command.print_times(shape, {"error": "OutOfMemoryError: too much"})
+    assert "  OutOfMemoryError: too much" in capsys.readouterr().out.splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------- terminals
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize(
+    "arguments",
+    [DEMO, ["info"], ["schedule", "--seqlens", "4096,100,2048,7,7,7", "--all"], ["bench"], ["cache"]],
+    ids=str,
+)
+def test_lines_fit_the_terminal(columns, arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for line in call(capsys, *arguments).splitlines():
+        assert len(line) <= columns or len(line.split()[-1]) > columns - 30, line  # a path is not broken
+
+
+def run(command: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run a shell's command in which ``cuflash`` is this one."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cuflash.__file__).parents[1])}
+    function = f'cuflash() {{ "{sys.executable}" -m cuflash "$@"; }}; set -o pipefail; '
+    return subprocess.run(
+        ["bash", "-c", function + command], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+@pytest.mark.parametrize(
+    "arguments", ["schedule --seqlens 4096,100", "demo --batch 2 --seqlen 9", "info", "bench --json"]
+)
+def test_closed_stdout(arguments):
+    done = run(f"cuflash {arguments} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+@pytest.mark.parametrize(("count", "reader"), [(5000, "head -n 1"), (1, "true")])
+def test_reader_that_leaves(count, reader):
+    """In the middle, or before the first line."""
+    done = run(f"cuflash schedule --seqlens {','.join(['100'] * count)} --all | {reader}")
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_console_script(capsys, monkeypatch):
+    tomllib = pytest.importorskip("tomllib")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["cuflash"].partition(":")
+    assert getattr(sys.modules[module], name) is main
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/cuflash", "schedule"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "usage: cuflash schedule --seqlens N,N,.. [options]" in capsys.readouterr().err.splitlines()
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -270,3 +545,10 @@ def test_units():
         "99 GB",
     ]
     assert [seconds(t) for t in (1.2e-6, 0.0123, 2.5)] == ["1.2 us", "12.3 ms", "2.5 s"]
+
+
+def test_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert wrapped("  a  ", "one two three four five") == ["  a  one two three", "     four five"]
+    assert wrapped("  a  ", "b   c") == ["  a  b   c"]
+    assert wrapped("  a  ", "") == []

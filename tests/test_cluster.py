@@ -12,8 +12,8 @@ from test_attention import PAIRS
 import cuflash
 from cuflash import simulator
 from cuflash.device import Device
+from cuflash.kernels.tiles import tiling
 from cuflash.problem import make_problem
-from cuflash.tiling import tiling
 
 FREE = [case for case in PAIRS if not case.num_splits and not case.split_size]
 

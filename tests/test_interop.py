@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import arrays
-from cuflash.arrays import empty, export_array, import_array, import_index, is_on_device
+from cuflash import dlpack
+from cuflash.arrays import empty, exporter, import_array, import_index, is_on_device
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", "bfloat16", "float32", "int32", "int64", "uint8"]
@@ -112,7 +112,7 @@ def test_float8(name: str) -> None:
     ours = import_array("x", theirs)
     assert ours.dtype == np.dtype(getattr(ml_dtypes, name))
     np.testing.assert_array_equal(ours.astype(np.float32), theirs.float().numpy())
-    back = export_array(ours, theirs)
+    back = exporter(theirs)(ours)
     assert back.dtype == theirs.dtype
     assert back.data_ptr() == theirs.data_ptr()
 
@@ -120,7 +120,7 @@ def test_float8(name: str) -> None:
 def test_numpy_passes_untouched() -> None:
     array = np.zeros((2, 3))
     assert import_array("x", array) is array
-    assert export_array(array, array) is array
+    assert exporter(array)(array) is array
     read_only = np.broadcast_to(np.float32(1), (3,))
     assert not import_array("x", read_only).flags.writeable
 
@@ -157,7 +157,7 @@ def test_exported_memory_lives_as_long_as_the_tensor() -> None:
 
     array = np.arange(100, dtype=np.float32).astype(BFLOAT16).view(Memory)
     alive = weakref.ref(array)
-    theirs = export_array(array[10:], torch.zeros(1))
+    theirs = exporter(torch.zeros(1))(array[10:])
     del array
     gc.collect()
     assert alive() is not None
@@ -196,7 +196,7 @@ class New(Old):
 
     def __dlpack__(self, max_version: Any = None, **options: Any) -> Any:
         capsule = self.array.__dlpack__(max_version=max_version)
-        tensor = arrays._managed(capsule)[1].tensor
+        tensor = dlpack._managed(capsule)[1].tensor
         tensor.data -= 256
         tensor.byte_offset += 256
         return capsule
@@ -287,7 +287,7 @@ def test_indices_of_a_wrong_type() -> None:
 def test_export(framework: Any, dtype: str) -> None:
     ours = empty((3, 4, 5), BFLOAT16 if dtype == "bfloat16" else dtype, np.zeros(0))
     ours[...] = _random((3, 4, 5), dtype)
-    theirs = export_array(ours, framework.array(np.zeros(2, np.float32)))
+    theirs = exporter(framework.array(np.zeros(2, np.float32)))(ours)
     assert framework.pointer(theirs) == ours.ctypes.data
     assert framework.dtype(theirs) == dtype
     assert tuple(theirs.shape) == (3, 4, 5)

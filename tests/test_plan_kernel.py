@@ -9,8 +9,10 @@ import pytest
 import schedules
 
 import cuflash
-from cuflash import kernels, planner
+from cuflash import planner
 from cuflash.backends import sim
+from cuflash.kernels.source import source
+from cuflash.operands import Lengths
 from cuflash.simulator import compile_ptx
 
 
@@ -106,15 +108,15 @@ def test_nonsense_on_a_device_is_survived(monkeypatch: pytest.MonkeyPatch) -> No
         **plain(np.zeros(batch, int), cu_seqlens_q=np.zeros(batch + 1, int), cu_seqlens_k_new=np.zeros(batch + 1, int))
     )
     low, high = -(2**31), 2**31 - 1
-    lengths = cuflash.scheduling.Lengths(
+    lengths = Lengths(
         cache_seqlens=rng.integers(low, high, batch, np.int32),
         cu_seqlens_q=rng.integers(low, high, batch + 1, np.int32),
         cu_seqlens_k_new=rng.integers(low, high, batch + 1, np.int32),
         cache_leftpad=rng.integers(low, high, batch, np.int32),
     )
     arrays = [np.full_like(meta.array, -1) for _ in range(2)]
-    for plan, array in zip((planner.plan, sim.plan), arrays, strict=True):
-        plan(meta.problem, meta.tiling, meta.num_blocks, lengths, array)
+    for plan, array in zip((planner.plan, sim.BACKEND.plan), arrays, strict=True):
+        plan(meta.problem, meta.partition, lengths, array)
     np.testing.assert_array_equal(*arrays)
 
 
@@ -128,11 +130,4 @@ def test_a_plan_survives_its_own_refill(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_it_compiles(arch: int) -> None:
-    assert ".entry plan(" in compile_ptx(kernels.source("plan.cu"), ("-std=c++17",), f"sm_{arch}", "plan.cu")
-
-
-def test_parameters_have_a_value_each() -> None:
-    meta = cuflash.get_scheduler_metadata(**plain(np.array([5])))
-    _, _, values = planner.plan_launch(meta.problem, meta.tiling, meta.num_blocks, meta.array.size)
-    pointers = {"plan", "cache_seqlens", "cache_leftpad", "cu_seqlens_q", "cu_seqlens_k_new"}
-    assert set(kernels.struct_dtype("plan.cu", "PlanParams").names or ()) == pointers | set(values)
+    assert ".entry plan(" in compile_ptx(source("plan.cu"), ("-std=c++17",), f"sm_{arch}", "plan.cu")

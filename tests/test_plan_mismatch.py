@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.standin import DeviceArray
 from numpy.testing import assert_allclose, assert_array_equal
 
 import cuflash
-from cuflash.bench.standin import DeviceArray
 from cuflash.problem import Problem
 
 SEQLENS = np.array([40, 7, 80], np.int32)
@@ -49,10 +49,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "kv_dtype": ("float8_e4m3fn", None),
     "cu_seqlens_q": (True, {"cu_seqlens_q": np.array([0, 2, 4, 6], np.int32)}),
     "page_size": (96, {"page_size": 96}),
-    "max_seqlen_k_new": (1, {"max_seqlen_k_new": 1}),
-    "cu_seqlens_k_new": (True, {"cu_seqlens_k_new": np.array([0, 1, 2, 3], np.int32)}),
     "window_size": ((9, -1), {"window_size": (9, -1)}),
-    "causal": (True, {"causal": True}),
     "attention_chunk": (32, {"attention_chunk": 32}),
     "has_softcap": (True, {"has_softcap": True}),
     "num_splits": (3, {"num_splits": 3}),
@@ -145,6 +142,8 @@ def test_pack_gqa():
         {"pack_gqa": False},
         {"max_seqlen_k": 0},
         {"max_seqlen_k": 10**6},
+        {"max_seqlen_k_new": 5},
+        {"cu_seqlens_k_new": np.array([0, 1, 2, 30], np.int32)},
         {"cache_seqlens": np.array([1, 96, 0], np.int32)},
         {"cache_seqlens": 50},
         {"kv_dtype": "float32"},
@@ -166,8 +165,9 @@ def test_what_the_call_may_repeat(options):
 def test_masks_are_compared_as_what_they_show():
     """A causal mask is a right bound of 0, however it is said."""
     assert_array_equal(attend(plan(causal=True), window_size=(-1, 0)), attend(plan(window_size=(-1, 0)), causal=True))
-    with pytest.raises(ValueError, match="causal"):
-        attend(plan(window_size=(-1, 0)))
+    for planned, called in ((True, False), (False, True)):
+        with pytest.raises(ValueError, match=f"made for causal={planned}, but this call has causal={called}"):
+            attend(plan(causal=planned), causal=called)
 
 
 def test_ragged_queries_and_new_keys():
@@ -180,7 +180,17 @@ def test_ragged_queries_and_new_keys():
     assert_allclose(out, attend(None, q=q, cu_seqlens_q=starts, max_seqlen_q=2), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="made for max_seqlen_q=2, but this call has max_seqlen_q=3"):
         attend(metadata, q=q, cu_seqlens_q=starts, max_seqlen_q=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_seqlen_k_new": 1}, {"max_seqlen_k_new": 7}, {"cu_seqlens_k_new": np.array([0, 4, 5, 5], np.int32)}],
+    ids=str,
+)
+def test_new_keys_are_lengths(options):
+    """A plan made for other new keys, or for none, serves a call that appends some, ragged or not."""
+    rng = np.random.default_rng(1)
     k, v = rng.standard_normal((2, 3, 1, 2, 64), np.float32)
-    with pytest.raises(ValueError, match="made for max_seqlen_k_new=2, but this call has max_seqlen_k_new=1"):
-        attend(plan(max_seqlen_k_new=2), k=k, v=v)
-    attend(plan(max_seqlen_k_new=1), k=k, v=v)
+    assert_allclose(attend(plan(**options), k=k, v=v), attend(None, k=k, v=v), rtol=1e-5, atol=1e-6)
+    ragged = {"k": k[:, 0], "v": v[:, 0], "cu_seqlens_k_new": np.array([0, 1, 1, 3], np.int32)}
+    assert_allclose(attend(plan(**options), **ragged), attend(None, **ragged), rtol=1e-5, atol=1e-6)

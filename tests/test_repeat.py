@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.standin import DeviceArray, Machine, gpu
 
 import cuflash
-from cuflash import attention, repeat, scheduling
+from cuflash import arguments, memo, scheduling
 from cuflash.backends import sim
-from cuflash.bench.standin import DeviceArray, Machine, gpu
 from cuflash.device import Device
 
 Arguments = dict[str, Any]
@@ -28,10 +28,10 @@ class SimulatedGpu(Machine):
         super().__init__()
         self.launched: list[str] = []
 
-    def launch(self, variant: Any, grid: int, threads: int, shared_bytes: int, params: Any, arrays: Any) -> None:
-        self.launched.append(variant.kernel)
-        hosts = {name: None if array is None else array.host for name, array in arrays.items()}
-        sim._machine.launch(variant, grid, threads, shared_bytes, params, hosts)
+    def launch(self, launch: Any, params: bytearray, arrays: Any) -> None:
+        self.launched.append(launch.variant.kernel)
+        hosts = [None if array is None else array.host for array in arrays]
+        sim.SimulatedMachine().launch(launch, params, hosts)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def forbid_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(attention, "make_problem", forbidden)
+    monkeypatch.setattr(arguments, "make_problem", forbidden)
     monkeypatch.setattr(scheduling, "make_problem", forbidden)
 
 
@@ -177,7 +177,7 @@ def test_a_repeated_call_without_a_plan_keeps_no_array(machine: SimulatedGpu) ->
     arrays = [x for x in arguments.values() if isinstance(x, DeviceArray)]
     references = [sys.getrefcount(array) for array in arrays]
     call(arguments, None)
-    assert repeat.unplanned
+    assert memo.unplanned
     assert references == [sys.getrefcount(array) for array in arrays]
 
 
@@ -301,7 +301,7 @@ def test_without_a_plan_a_later_call_does_what_a_first_one_does(wrong: str, mach
 
     arguments = on_device(paged(1)) | {"window_size": (-1, -1)}
     first = outcome()
-    repeat.unplanned.clear()
+    memo.unplanned.clear()
     call(arguments, None)
     assert outcome() == first
 
@@ -380,7 +380,7 @@ def test_few_calls_without_a_plan_are_remembered(machine: SimulatedGpu) -> None:
     arguments = on_device(paged(1))
     for i in range(70):
         call(arguments, None, softmax_scale=0.1 + 0.001 * i)
-    assert 0 < len(repeat.unplanned) <= 64
+    assert 0 < len(memo.unplanned) <= 64
 
 
 def test_a_plan_that_remembers_calls_can_be_copied(machine: SimulatedGpu) -> None:

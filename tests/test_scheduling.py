@@ -43,7 +43,7 @@ def parts_of_items(work: np.ndarray) -> np.ndarray:
 def check_coverage(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) -> None:
     """Every visible key of every item stands in ``work()`` exactly once, and nothing else does."""
     work = meta.work()
-    seen = schedules.visible(arguments, meta.tiling.rows, meta.tiling.row_blocks)
+    seen = schedules.visible(arguments, meta.partition.rows, meta.partition.row_blocks)
     batch, row_blocks, slots = seen.shape
     covered = np.zeros((batch, arguments["num_heads_kv"], row_blocks, slots + 1), int)
     where = work["sequence"], work["kv_head"], work["row_block"]
@@ -57,15 +57,15 @@ def check_coverage(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) -
 def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) -> None:
     """The array is what the kernels trust: ordered non-empty shares, every item owned, the blocks of each cut item."""
     work, used = meta.work(), int(meta.array[0])
-    items = arguments["batch_size"] * arguments["num_heads_kv"] * meta.tiling.row_blocks
+    items = arguments["batch_size"] * arguments["num_heads_kv"] * meta.partition.row_blocks
     cuts = planner.plan_cuts(meta.array, arguments["batch_size"])
     assert (meta.array[1:8] == 0).all()
     assert used <= meta.num_blocks and (used >= 1) == (items > 0)
     places = cuts["item"].astype(np.int64) * 2**31 + cuts["key"]
-    if meta.tiling.cluster > 1:  # a cluster has all its blocks, also those without keys
-        assert used == items * meta.tiling.cluster and (np.diff(places) >= 0).all()
-        item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.tiling.row_blocks
-        assert (work["block"] // meta.tiling.cluster == item + work["row_block"]).all()
+    if meta.partition.cluster > 1:  # a cluster has all its blocks, also those without keys
+        assert used == items * meta.partition.cluster and (np.diff(places) >= 0).all()
+        item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.partition.row_blocks
+        assert (work["block"] // meta.partition.cluster == item + work["row_block"]).all()
         return
     assert (np.diff(places[: used + 1]) > 0).all()
     assert places[0] == 0
@@ -73,7 +73,9 @@ def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) 
     assert (cuts["first_block"][used:] == used).all() and (cuts["last_block"][used:] == used).all()
 
     assert (np.diff(work["block"]) >= 0).all()
-    item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.tiling.row_blocks + work["row_block"]
+    item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.partition.row_blocks + work[
+        "row_block"
+    ]
     assert (np.diff(item) >= 0).all()
     leftpad, _, _ = schedules.lengths(arguments)
     grain = arguments.get("split_size") or 16
@@ -118,7 +120,7 @@ def test_every_word_is_written() -> None:
     meta = plan([100, 4000, 3])
     expected = meta.array.copy()
     meta.array[:] = -1
-    planner.plan(meta.problem, meta.tiling, meta.num_blocks, _lengths([100, 4000, 3]), meta.array)
+    planner.plan(meta.problem, meta.partition, _lengths([100, 4000, 3]), meta.array)
     np.testing.assert_array_equal(meta.array, expected)
 
 
@@ -184,7 +186,8 @@ def test_windows_count_what_they_show() -> None:
     meta = plan(seqlens, window_size=(255, 0))
     work = meta.work()
     assert (work["key_end"] - work["key_begin"]).sum() == 8 * 4 * 256
-    assert int(meta.array[0]) == 128 and meta.efficiency == 1.0
+    assert int(meta.array[0]) == 128 and meta.balance == 1.0
+    assert meta.efficiency == 128 / meta.num_blocks
 
 
 def test_sequences_without_keys_have_owners_but_no_work() -> None:
@@ -252,9 +255,18 @@ def test_large_batches(batch: int) -> None:
 def test_out_is_refilled_in_place() -> None:
     meta = plan([100, 4000, 3])
     array, before = meta.array, meta.array.copy()
-    assert plan([5000, 10, 700], out=meta) is meta
+    assert plan([3900, 10, 700], out=meta) is meta
     assert meta.array is array and (array != before).any()
-    np.testing.assert_array_equal(array, plan([5000, 10, 700]).array)
+    np.testing.assert_array_equal(array, plan([3900, 10, 700]).array)
+
+
+def test_a_refill_beyond_the_bound_of_the_tiles_warns_once() -> None:
+    meta = plan([100, 300, 3])
+    with pytest.warns(RuntimeWarning, match="max_seqlen_k=5000 exceeds 300") as warned:
+        plan([100, 5000, 3], out=meta)
+    assert warned[0].filename == __file__
+    plan([100, 5000, 3], out=meta)
+    assert (meta.work()["key_end"] - meta.work()["key_begin"]).sum() == 8 * 5103
 
 
 @pytest.mark.parametrize(
@@ -269,8 +281,6 @@ def test_out_is_refilled_in_place() -> None:
         ("qkv_dtype", {"qkv_dtype": "float16"}),
         ("cu_seqlens_q", {"cu_seqlens_q": np.array([0, 1, 1, 2])}),
         ("page_size", {"page_size": 16}),
-        ("max_seqlen_k_new", {"max_seqlen_k_new": 1}),
-        ("cu_seqlens_k_new", {"cu_seqlens_k_new": np.array([0, 1, 1, 2])}),
         ("window_size", {"window_size": (5, -1)}),
         ("causal", {"causal": True, "max_seqlen_q": 2}),
         ("attention_chunk", {"attention_chunk": 5}),
@@ -339,7 +349,7 @@ def test_one_int_for_all_lengths() -> None:
         (ValueError, "cache_leftpad", {"cache_leftpad": np.array([0, -1, 0])}),
         (ValueError, "cache_leftpad", {"cache_leftpad": np.array([0, 0])}),
         (ValueError, "cu_seqlens_q", {"cu_seqlens_q": np.array([0, 1, 2])}),
-        (ValueError, "cu_seqlens_q", {"cu_seqlens_q": np.array([1, 1, 2, 3])}),
+        (ValueError, "cu_seqlens_q", {"cu_seqlens_q": np.array([-1, 1, 2, 3])}),
         (ValueError, "cu_seqlens_q", {"cu_seqlens_q": np.array([0, 1, 0, 1])}),
         (ValueError, "cu_seqlens_q", {"cu_seqlens_q": np.array([0, 1, 3, 4])}),
         (ValueError, "cu_seqlens_k_new", {"cu_seqlens_k_new": np.array([0, 5, 4, 6])}),
@@ -370,6 +380,6 @@ def test_plot() -> None:
 
 
 def _lengths(seqlens: list[int]) -> Any:
-    from cuflash.scheduling import Lengths
+    from cuflash.operands import Lengths
 
     return Lengths(np.array(seqlens, np.int32))

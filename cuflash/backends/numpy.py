@@ -16,20 +16,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device, host_device
+from ..mask import Shard
+from ..metadata import SchedulerMetadata
+from ..operands import Lengths, Operands, Rotary
+from ..partition import Partition
 from ..planner import plan, sequence_lengths
 from ..problem import Problem
-
-if TYPE_CHECKING:
-    from ..attention import Operands
-    from ..scheduling import SchedulerMetadata
-
-__all__ = ["attend", "device", "merge", "plan"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -41,41 +39,56 @@ _SCORES = 2**22  # scores that a thread holds at a time: 16 MiB
 _THREAD_ELEMENTS = 2**22  # cache elements below which threads do not pay
 _LARGEST, _TINY = np.finfo(np.float32).max, np.finfo(np.float32).tiny
 
-USES_PLAN = False
+
+class Numpy:
+    """The CPU."""
+
+    uses_plan = False
+
+    def device(self, array: Array) -> Device:
+        """Return the GPU that plans on host arrays are made for."""
+        return host_device()
+
+    def prepare(self, variants: tuple[Any, ...], array: Array) -> int:
+        """Compile nothing: this backend has no kernels."""
+        return 0
+
+    def plan(self, problem: Problem, partition: Partition, lengths: Lengths, array: Array) -> None:
+        """Fill a plan; see :func:`cuflash.get_scheduler_metadata`."""
+        plan(problem, partition, lengths, array)
+
+    def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
+        """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
+        if operands.k is not None:
+            with np.errstate(invalid="ignore", over="ignore"):
+                _append(problem, operands)
+        if operands.lengths.cu_seqlens_q is not None:
+            _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
+        leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
+        rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
+        rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
+        keys = sum(seqlen_k[b] for b in rows)
+        heads = problem.num_heads_kv
+        workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
+        # Where sequences are few, their KV heads are shared out too: two tasks per thread.
+        parts = -(-2 * workers // max(1, len(rows))) if workers > 1 else 1
+        step = -(-heads // parts)
+        tasks = [
+            partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
+            for b in rows
+            for h in range(0, heads, step)
+        ]
+        _run(tasks, workers)
+
+    def merge(self, outs: Array, lses: Array, out: Array, lse: Array) -> None:
+        """Merge partial results over disjoint keys."""
+        merge(outs, lses, out, lse)
 
 
-def device(like: Array) -> Device:
-    """The GPU that plans on host arrays are made for."""
-    return host_device()
+BACKEND = Numpy()
 
 
-def prepare(variants: tuple[Any, ...], array: Array) -> int:
-    """Compile nothing: this backend has no kernels."""
-    return 0
-
-
-def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
-    """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
-    if problem.appends:
-        _append(problem, operands)
-    leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
-    rows = [b for b in range(problem.batch_size) if seqlen_q[b]]
-    rows.sort(key=lambda b: -seqlen_k[b])  # long ones first, so that threads end together
-    keys = sum(seqlen_k[b] for b in rows)
-    heads = problem.num_heads_kv
-    workers = 1 if keys * heads * (problem.headdim + problem.headdim_v) < _THREAD_ELEMENTS else _num_threads()
-    # Where sequences are few, their KV heads are shared out too: two tasks per thread.
-    parts = -(-2 * workers // max(1, len(rows))) if workers > 1 else 1
-    step = -(-heads // parts)
-    tasks = [
-        partial(_attend, problem, operands, b, leftpad[b], seqlen_k[b], seqlen_q[b], h, min(h + step, heads))
-        for b in rows
-        for h in range(0, heads, step)
-    ]
-    _run(tasks, workers)
-
-
-def merge(outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) -> None:
+def merge(outs: Array, lses: Array, out: Array, lse: Array) -> None:
     """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is."""
     parts = np.stack([np.asarray(part, np.float32) for part in lses])
     with np.errstate(divide="ignore", over="ignore"):
@@ -91,6 +104,14 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) 
     out[...] = merged
 
 
+def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
+    """Write 0 and LSE -inf to the rows of ragged queries that belong to no sequence."""
+    all_lse: Any = operands.softmax_lse
+    for rows in (slice(0, cu_seqlens_q[0]), slice(cu_seqlens_q[-1], None)):
+        operands.out[rows] = 0
+        all_lse[:, rows] = -np.inf
+
+
 # ------------------------------------------------------------------------------------------------ one sequence
 def _attend(
     problem: Problem, operands: Operands, b: int, leftpad: int, seqlen_k: int, seqlen_q: int, head: int, end_head: int
@@ -99,94 +120,112 @@ def _attend(
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
     all_lse: Any = operands.softmax_lse  # on the host there always is one
-    if operands.lengths.cu_seqlens_q is None:
-        q, out, lse = operands.q[b], operands.out[b], all_lse[b]
-    else:
-        first = int(operands.lengths.cu_seqlens_q[b])
-        queries = slice(first, first + seqlen_q)
-        q, out, lse = operands.q[queries], operands.out[queries], all_lse[:, queries]
+    tokens: Any = b  # of the sequence
+    if operands.lengths.cu_seqlens_q is not None:
+        tokens = slice(int(operands.lengths.cu_seqlens_q[b]), int(operands.lengths.cu_seqlens_q[b]) + seqlen_q)
+    lse_tokens = b if operands.lengths.cu_seqlens_q is None else (slice(None), tokens)
+    out, lse = operands.out[tokens], all_lse[lse_tokens]
 
     # (queries, heads of q, d) -> (KV heads, rows, d); packed rows: query position major, head of the group minor.
-    packed = _queries(problem, operands, q[:, q_heads], b)
-    packed = packed.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
+    def pack(x: Array) -> Array:
+        return x.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
+
+    packed = pack(_queries(operands, operands.q[tokens][:, q_heads], b))
+    packed_qv = None
+    if operands.qv is not None:
+        packed_qv = pack(_to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands))
+    tree = None if operands.tree_mask is None else _tree(operands.tree_mask[tokens], seqlen_q)
     packed_out = np.empty((heads, rows, problem.headdim_v), np.float32)
     packed_lse = np.empty((heads, rows), np.float32)
     sinks = None
     if operands.sinks is not None:
         sinks = np.tile(operands.sinks[q_heads].reshape(heads, group), seqlen_q)  # (KV heads, rows)
 
-    offset = seqlen_k - seqlen_q  # of a query's position
+    mask, offset = problem.mask, seqlen_k - seqlen_q  # of a query's position
     for r in range(0, rows, _ROWS):
         end_r = min(r + _ROWS, rows)
-        begin, first_end = _visible(problem, offset + r // group, seqlen_k)
-        last_begin, end = _visible(problem, offset + (end_r - 1) // group, seqlen_k)
-        end = max(begin, end)
+        first, last = offset + r // group, offset + (end_r - 1) // group
+        begin, first_end = int(mask.first(first)), int(mask.end(first, seqlen_k))
+        last_begin, end = int(mask.first(last)), max(begin, int(mask.end(last, seqlen_k)))
         hidden = None
         if last_begin > begin or first_end < end:
-            hidden = _hidden(problem, offset + np.arange(r, end_r) // group, np.arange(begin, end))
+            hidden = mask.hidden(offset + np.arange(r, end_r) // group, np.arange(begin, end))
+        if tree is not None:
+            hidden = _hidden_by_tree(tree[np.arange(r, end_r) // group], mask.shard, np.arange(begin, end), offset)
         step = max(1, _SCORES // ((end_r - r) * max(1, end - begin)))
         for h in range(0, heads, step):
             part = slice(h, min(h + step, heads)), slice(r, end_r)
             keys = _Keys(problem, operands, b, leftpad + begin, leftpad + end, head + h, head + part[0].stop)
             packed_out[part], packed_lse[part] = _attend_rows(
-                problem, operands, packed[part], keys, hidden, None if sinks is None else sinks[part]
+                problem,
+                operands,
+                packed[part],
+                None if packed_qv is None else packed_qv[part],
+                keys,
+                hidden,
+                None if sinks is None else sinks[part],
             )
 
-    packed_out = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1)
-    out[:, q_heads] = packed_out.reshape(seqlen_q, heads * group, -1)
-    lse[q_heads] = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
+    result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
+    result_lse = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
+    if operands.merge_out is not None and operands.merge_lse is not None:
+        other, other_lse = operands.merge_out[tokens][:, q_heads], operands.merge_lse[lse_tokens][q_heads]
+        parts, lses = np.stack([_to_float32(other), result])[:, None], np.stack([other_lse, result_lse])[:, None]
+        merge(parts, lses, result[None], result_lse[None])
+    out[:, q_heads], lse[q_heads] = result, result_lse
 
 
-def _visible(problem: Problem, position: int, seqlen_k: int) -> tuple[int, int]:
-    """Return the keys [begin, end) that a row at ``position`` sees, counted from the leftpad.
+def _scales_scores(operands: Operands) -> bool:
+    """Whether softmax_scale waits for the scores: a large one could make infinite queries of finite scores."""
+    return abs(operands.softmax_scale) > 1
 
-    Both grow with the position, and what rows one after another see has no gaps: together they see all keys from the
-    first row's begin to the last row's end.
+
+def _query_factor(operands: Operands) -> np.float32:
+    """Return what queries are multiplied by: softmax_scale, if it is small."""
+    return np.float32(1 if _scales_scores(operands) else operands.softmax_scale)
+
+
+def _tree(mask: Array, seqlen_q: int) -> NDArray[np.bool_]:
+    """Return the tree mask of a sequence, (sq, sq), from bools or packed words."""
+    if mask.dtype == np.uint32:
+        words = np.ascontiguousarray(mask, "<u4").view(np.uint8)
+        mask = np.unpackbits(words, axis=-1, bitorder="little").view(np.bool_)
+    return mask[:seqlen_q, :seqlen_q]
+
+
+def _hidden_by_tree(tree: NDArray[np.bool_], shard: Shard, keys: NDArray[np.int64], offset: int) -> NDArray[np.bool_]:
+    """Return (rows, keys): what rows do not see of ``keys``, of which the last of the sequence are the tree's.
+
+    Args:
+        tree: (rows, sq) what each row sees of the last sq keys.
+        shard: Which positions the keys have.
+        keys: (keys,) numbers of keys in the cache.
+        offset: Position of the first of the last sq keys; negative where the sequence has fewer.
     """
-    begin, end = 0, seqlen_k
-    left, right = problem.window
-    chunk = problem.attention_chunk
-    if left >= 0:
-        begin = max(begin, position - left)
-    if right >= 0:
-        end = min(end, position + right + 1)
-    if chunk > 0:
-        first = position // chunk * chunk
-        begin, end = max(begin, first), min(end, first + chunk)
-    return begin, end
-
-
-def _hidden(problem: Problem, position: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (rows, keys): what rows at ``position`` do not see of ``keys``."""
-    left, right = problem.window
-    chunk = problem.attention_chunk
-    position = position[:, None]
-    hidden = np.zeros((len(position), len(keys)), np.bool_)
-    if left >= 0:
-        hidden |= keys < position - left
-    if right >= 0:
-        hidden |= keys > position + right
-    if chunk > 0:
-        hidden |= keys // chunk != position // chunk
+    column = shard.position(keys) - offset
+    inside = column >= 0
+    hidden = np.zeros((len(tree), len(keys)), np.bool_)
+    hidden[:, inside] = ~tree[:, column[inside]]
     return hidden
 
 
-def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
-    """Return the queries of a sequence (n, heads, d) in float32: rotated, times softmax_scale, over the softcap."""
-    scale = np.float32(operands.softmax_scale / operands.softcap if operands.softcap else operands.softmax_scale)
+def _queries(operands: Operands, q: Array, b: int) -> Floats:
+    """Return the queries of a sequence (n, heads, d) in float32: rotated, times the factor of the scores."""
     x = _to_float32(q)
-    if operands.rotary_cos is not None:
-        base = _rotary_base(operands, b)
-        positions = base + np.arange(len(q)) if operands.rotary_moves else np.full(len(q), base)
+    rotary = operands.rotary
+    if rotary is not None:
+        base = _rotary_base(rotary, operands.lengths, b)
+        positions = base + np.arange(len(q)) if rotary.moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
-        x = _to_float32(_rotate(operands, x, positions).astype(q.dtype))
-    return x * scale
+        x = _to_float32(_rotate(rotary, x, positions).astype(q.dtype))
+    return x * _query_factor(operands)
 
 
 def _attend_rows(
     problem: Problem,
     operands: Operands,
     q: Floats,
+    qv: Floats | None,
     keys: _Keys,
     hidden: NDArray[np.bool_] | None,
     sinks: Floats | None,
@@ -197,6 +236,7 @@ def _attend_rows(
         problem: The problem.
         operands: What the call works on.
         q: (KV heads, rows, d), scaled.
+        qv: (KV heads, rows, dv), scaled, or None.
         keys: The keys that at least one row sees.
         hidden: (rows, keys) what a row does not see of them, or None.
         sinks: (KV heads, rows) or None.
@@ -206,11 +246,21 @@ def _attend_rows(
     """
     heads, rows, _ = q.shape
     scores = np.empty((heads, rows, len(keys)), np.float32)
-    for begin, block in keys.blocks(operands.k_cache):
+    for begin, block in keys.blocks(operands.cache.k):
         _scores(q, block, scores[..., begin : begin + len(block)])
+    if qv is not None:
+        more = np.empty((heads, rows, keys.block), np.float32)
+        for begin, block in keys.blocks(operands.cache.v):
+            _scores(qv, block, more[..., : len(block)])
+            scores[..., begin : begin + len(block)] += more[..., : len(block)]
+    if _scales_scores(operands):
+        scores *= np.float32(operands.softmax_scale)
     if operands.softcap:
+        cap = np.float32(min(operands.softcap, float(_LARGEST)))
+        # Not the queries over the cap: products of numbers as small as that would lose their bits.
+        scores /= cap
         np.tanh(scores, out=scores)
-        scores *= np.float32(operands.softcap)
+        scores *= cap
     if hidden is not None:
         np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN
@@ -223,7 +273,10 @@ def _attend_rows(
         total += np.exp(sinks - top)
     lse = top + np.log(total)
     out = np.zeros((heads, rows, problem.headdim_v), np.float32)
-    for begin, block in keys.blocks(operands.v_cache):
+    unseen: Any = None if hidden is None or operands.tree_mask is None else hidden.all(0)
+    for begin, block in keys.blocks(operands.cache.v):
+        if unseen is not None:  # by nobody, so that it may hold anything
+            block = np.where(unseen[begin : begin + len(block), None, None], np.float32(0), block)
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
     out /= np.maximum(total, _TINY)[..., None]
     return out, lse
@@ -259,9 +312,7 @@ class _Keys:
     def __init__(self, problem: Problem, operands: Operands, b: int, begin: int, end: int, head: int, end_head: int):
         self.begin, self.end = begin, end
         self.heads = slice(head, end_head)
-        self.page_size = problem.page_size
-        self.row = b if operands.cache_batch_idx is None else int(operands.cache_batch_idx[b])
-        self.pages = None if operands.page_table is None else operands.page_table[self.row]
+        self.cache, self.b = operands.cache, b
         # Depends on neither the heads of this task nor the keys: so do the shapes of all products.
         elements = problem.num_heads_kv * max(problem.headdim, problem.headdim_v)
         self.block = max(_GEMM_KEYS, _BLOCK_ELEMENTS // elements // _GEMM_KEYS * _GEMM_KEYS)
@@ -275,61 +326,48 @@ class _Keys:
         buffer = None
         for begin in range(self.begin, self.end, self.block):
             end = min(begin + self.block, self.end)
-            block = cache[self.row, begin:end] if self.pages is None else self._gather(cache, begin, end)
+            block = self.cache.read(cache, self.b, begin, end)
             if block.dtype != np.float32:
                 if buffer is None:
                     buffer = np.empty((min(self.block, len(self)), *block.shape[1:]), np.float32)
                 block = _to_float32(block, buffer[: end - begin])
             yield begin - self.begin, block
 
-    def _gather(self, cache: Array, begin: int, end: int) -> Array:
-        """Return the keys [begin, end) of a paged cache; looks at no page-table entry beyond them."""
-        assert self.pages is not None and self.page_size is not None
-        first = begin // self.page_size
-        pages = cache[self.pages[first : -(-end // self.page_size)]]
-        pages = pages.reshape(-1, *pages.shape[2:])
-        return pages[begin - first * self.page_size : end - first * self.page_size]
-
 
 # ------------------------------------------------------------------------------------------------ append and rotary
 def _append(problem: Problem, operands: Operands) -> None:
     """Write every new key and value to the cache, behind the keys that are there."""
-    assert operands.k is not None and operands.v is not None
-    starts = operands.lengths.cu_seqlens_k_new
+    assert operands.k is not None
+    shard = problem.mask.shard
+    starts, cache, rotary = operands.lengths.cu_seqlens_k_new, operands.cache, operands.rotary
     for b in range(problem.batch_size):
         new = slice(int(starts[b]), int(starts[b + 1])) if starts is not None else b
-        k, v = operands.k[new], operands.v[new]
-        base = int(operands.lengths.cache_seqlens[b])
-        positions = base + np.arange(len(k))
-        if operands.rotary_cos is not None:
-            k = _rotate(operands, _to_float32(k), _rotary_base(operands, b) + np.arange(len(k)))
-        row = b if operands.cache_batch_idx is None else int(operands.cache_batch_idx[b])
-        if operands.page_table is None:
-            operands.k_cache[row, base : base + len(k)] = k
-            operands.v_cache[row, base : base + len(v)] = v
-        else:
-            assert problem.page_size is not None
-            page = operands.page_table[row, positions // problem.page_size]
-            slot = positions % problem.page_size
-            operands.k_cache[page, slot] = k
-            operands.v_cache[page, slot] = v
+        k, v = operands.k[new], None if operands.v is None else operands.v[new]
+        if rotary is not None:
+            k = _rotate(rotary, _to_float32(k), _rotary_base(rotary, operands.lengths, b) + np.arange(len(k)))
+        positions = int(operands.lengths.cache_seqlens[b]) + np.arange(len(k))
+        mine = shard.holds(positions)
+        pages, slots = cache.place(b, shard.held(positions[mine]))
+        there = pages >= 0
+        place = pages[there], slots[there]
+        cache.k[place] = k[mine][there]
+        if v is not None:
+            cache.v[place] = v[mine][there]
 
 
-def _rotary_base(operands: Operands, b: int) -> int:
-    base = operands.lengths.cache_seqlens if operands.rotary_seqlens is None else operands.rotary_seqlens
-    return int(base[b])
+def _rotary_base(rotary: Rotary, lengths: Lengths, b: int) -> int:
+    return int((lengths.cache_seqlens if rotary.seqlens is None else rotary.seqlens)[b])
 
 
-def _rotate(operands: Operands, x: Floats, positions: NDArray[np.int64]) -> Floats:
+def _rotate(rotary: Rotary, x: Floats, positions: NDArray[np.int64]) -> Floats:
     """Return x (n, heads, d), its row r rotated for ``positions[r]``, computed in float32."""
-    assert operands.rotary_cos is not None and operands.rotary_sin is not None
-    cos = _to_float32(operands.rotary_cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
-    sin = _to_float32(operands.rotary_sin[positions])[:, None]
-    half = cos.shape[-1]
-    if operands.rotary_interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    cos = _to_float32(rotary.cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
+    sin = _to_float32(rotary.sin[positions])[:, None]
+    half, begin = cos.shape[-1], rotary.first
+    if rotary.interleaved:
+        first, second = slice(begin, begin + 2 * half, 2), slice(begin + 1, begin + 2 * half, 2)
     else:
-        first, second = slice(0, half), slice(half, 2 * half)
+        first, second = slice(begin, begin + half), slice(begin + half, begin + 2 * half)
     a, b = x[..., first], x[..., second]
     rotated = x.copy()
     rotated[..., first] = a * cos - b * sin

@@ -2,86 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .. import kernels
 from ..arrays import NativeArray
 from ..device import Device, host_device
-
-if TYPE_CHECKING:
-    from ..attention import Operands
-    from ..problem import Problem
-    from ..scheduling import Lengths, SchedulerMetadata
-    from ..tiling import Tiling
+from ..kernels.launch import Launch, Scratch
+from ..kernels.source import Variant, source
+from .machine import KernelBackend, Machine
 
 
-USES_PLAN = True
+class Simulator(KernelBackend):
+    """The CPU, by way of the simulator."""
+
+    def device(self, array: NativeArray) -> Device:
+        """Return the GPU that is simulated."""
+        return host_device()
+
+    @contextmanager
+    def machine(self, array: NativeArray) -> Iterator[Machine]:
+        """Return a new machine."""
+        yield SimulatedMachine()
+
+    def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
+        """Compile kernels for the simulator; return how many of them were not there yet."""
+        before = _function.cache_info().misses
+        for variant in variants:
+            _function(variant, f"sm_{host_device().arch}")
+        return _function.cache_info().misses - before
 
 
-def device(array: NativeArray) -> Device:
-    """Return the GPU that is simulated."""
-    return host_device()
+class SimulatedMachine:
+    """A :class:`Machine` on which every launch has memory of its own."""
 
+    def address(self, array: NativeArray) -> int:
+        """Return the address of an array's first element."""
+        return array.ctypes.data
 
-def plan(problem: Problem, tiling: Tiling, num_blocks: int, lengths: Lengths, array: NativeArray) -> None:
-    """Fill a plan; see :func:`cuflash.get_scheduler_metadata`."""
-    kernels.plan(problem, tiling, num_blocks, array.size)(_machine, {"plan": array, **lengths.__dict__})
+    def scratch(self, name: str, memory: Scratch) -> NativeArray:
+        """Return memory in which what nobody wrote shows: NaN."""
+        if memory.zeroed:
+            return np.zeros(memory.shape, memory.dtype)
+        return np.full(memory.shape, np.nan, memory.dtype)
 
-
-def attend(problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> None:
-    """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`."""
-    operands = kernels.aligned(_machine, operands)
-    kernels.Attention(problem, operands, metadata)(_machine, kernels.named(operands, metadata))
-
-
-def merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
-    """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
-    kernels.merge(_machine, outs, lses, out, lse)
-
-
-def prepare(variants: tuple[kernels.Variant, ...], array: NativeArray) -> int:
-    """Compile kernels for the simulator; return how many of them were not there yet."""
-    before = _function.cache_info().misses
-    for variant in variants:
-        _function(variant, f"sm_{host_device().arch}")
-    return _function.cache_info().misses - before
+    def launch(self, launch: Launch, params: bytearray, arrays: list[NativeArray | None]) -> None:
+        """Run a kernel to its end."""
+        function = _function(launch.variant, f"sm_{host_device().arch}")
+        struct = np.frombuffer(params, launch.struct)
+        named = dict(zip(launch.pointers, arrays))
+        function((launch.grid,), (launch.threads,), (struct,), shared_mem=launch.shared_bytes, arrays=named)
 
 
 @lru_cache(maxsize=None)
-def _function(variant: kernels.Variant, arch: str) -> Any:
+def _function(variant: Variant, arch: str) -> Any:
     from ..simulator import SimModule
 
-    module = SimModule(kernels.source(variant.file), variant.options, arch=arch, name=variant.file)
+    module = SimModule(source(variant.file), variant.options, arch=arch, name=variant.file)
     return module.get_function(variant.kernel)
 
 
-class _Simulator:
-    """A :class:`cuflash.kernels.Machine`: the CPU, by way of the simulator."""
-
-    def address(self, array: NativeArray) -> int:
-        return array.ctypes.data
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> NativeArray:
-        return np.empty(shape, dtype)
-
-    def workspace(self, partials: int, counters: int) -> tuple[NativeArray, NativeArray]:
-        # NaN, so that a partial result which nobody wrote shows.
-        return np.full(partials, np.nan, np.float32), np.zeros(counters, np.int32)
-
-    def launch(
-        self,
-        variant: kernels.Variant,
-        grid: int,
-        threads: int,
-        shared_bytes: int,
-        params: np.ndarray,
-        arrays: dict[str, NativeArray],
-    ) -> None:
-        function = _function(variant, f"sm_{host_device().arch}")
-        function((grid,), (threads,), (params,), shared_mem=shared_bytes, arrays=arrays)
-
-
-_machine = _Simulator()
+BACKEND = Simulator()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -19,11 +18,9 @@ def write(records: Iterable[Record], as_json: bool, notes: Sequence[str] = (), f
         notes: Lines below the table: how to read it.
         file: Where to; standard output by default.
     """
-    file = file or sys.stdout
     records = list(records)
     if as_json:
-        json.dump(records, file, indent=1)
-        file.write("\n")
+        print(json.dumps(records, indent=1), file=file)
         return
     print(table(records), file=file)
     for note in notes:

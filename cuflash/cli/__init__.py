@@ -1,22 +1,24 @@
-"""``python -m cuflash [demo | info | schedule | bench]``: one module per command.
+"""``cuflash [demo | info | schedule | bench | cache]``: one module per command.
 
 A command's module has two functions: ``add_parser`` describes its arguments, ``run`` does the work and returns the exit
-code. Wrong arguments raise ValueError or TypeError anywhere in ``run``, and end as argparse's own errors do.
+code. Wrong arguments raise ValueError or TypeError anywhere in ``run``, and end as the parser's own errors do.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
-from .. import __version__, bench
-from . import demo, info, schedule
-from .text import survive_any_encoding
+from .. import __version__
+from . import bench, cache, demo, info, schedule
+from .parser import Parser, program
+from .text import survive_any_encoding, wrapped
 
-__all__ = ["demo", "info", "main", "schedule"]
+__all__ = ["bench", "cache", "demo", "info", "main", "schedule"]
 
-_COMMANDS = (demo, info, schedule, bench)
+_COMMANDS = (demo, info, schedule, bench, cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With code 2 for wrong arguments, as argparse does.
     """
     survive_any_encoding()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # cuflash schedule | head
+        with contextlib.suppress(OSError):  # what is left would be written at the end, and fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
         arguments.insert(0, "demo")
-    parser = argparse.ArgumentParser(
-        prog="python -m cuflash",
+    name = program()
+    parser = Parser(
+        prog=name,
         description="Decode attention for CuPy. Without a command: demo.",
-        epilog="python -m cuflash COMMAND --help says more about a command.",
+        epilog=f"{name} COMMAND --help says more about a command.",
     )
     parser.add_argument("--version", action="version", version=f"cuflash {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -51,11 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TypeError, ValueError, NotImplementedError) as error:
         parsed.fail(str(error))  # exits with code 2
     except (ImportError, RuntimeError) as error:  # a compiler, library or driver is missing or broken
-        print(f"\nerror: {error}\npython -m cuflash info says what is missing", file=sys.stderr)
-        return 1
+        print("\n".join(["", *wrapped("error: ", str(error)), f"{name} info says what is missing"]), file=sys.stderr)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # python -m cuflash schedule | head
-        sys.stderr.close()
-        return 1
     return 1

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import flash_attn_with_kvcache
+from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from ..dtypes import dtype_name, numpy_dtype
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
 from .info import backend_in_use
-from .text import Progress, bars, environment, heads, positive, seconds, size, width
+from .text import Progress, aligned, bars, environment, hanging, heads, positive, seconds, size, width
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -94,7 +93,8 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     # Wrong arguments show before the caches are made.
     with environment(CUFLASH_BACKEND="numpy"):
         plan(seqlens)
-    print(f"A decode step: planned once, run by {num_layers} layer{'s' * (num_layers > 1)}\n")
+    hanging("", f"A decode step: planned once, run by {num_layers} layer{'s' * (num_layers > 1)}")
+    print()
     _row("backend", f"{backend}: {reason}")
     _row("sequences", f"{batch}, of {seqlens.min()} to {seqlens.max()} keys, {seqlens.sum()} in all")
     _row("", bars(seqlens, width() - 15))
@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     unsplit = plan(step.seqlens, num_splits=1)
     progress.done()
     print()
-    print(metadata)
+    aligned(str(metadata))
     columns = width() - 15
     _row("shares", bars(_shares(metadata), columns))
     _row("unsplit", f"{100 * unsplit.efficiency:.1f} % efficient: the same if no item were cut (num_splits=1)")
@@ -208,7 +208,10 @@ def _time(
     rounds: int,
     progress: Progress,
 ) -> None:
-    """Print what a step takes with the shared plan and without one. The layers' caches take turns: no warm L2."""
+    """Print what a step takes with the shared plan and without one. The layers' caches take turns: no warm L2.
+
+    The NumPy backend splits nothing and needs no plan: there a step has one time.
+    """
     num_layers = len(step.layers)
     _, k_cache, v_cache = step.layers[0]
     row_bytes = sum(int(np.prod(cache.shape[2:])) * cache.dtype.itemsize for cache in (k_cache, v_cache))
@@ -223,7 +226,9 @@ def _time(
         for index in range(num_layers):
             layer(index, None)
 
-    ways = {"shared": shared, "alone": alone, "plan": lambda: plan(step.seqlens, out=metadata)}
+    ways: dict[str, Callable[[], object]] = {"alone": alone}
+    if backend != "numpy":
+        ways = {"shared": shared, **ways, "plan": lambda: plan(step.seqlens, out=metadata)}
     all_times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):  # the ways take turns, so that a busy moment of the machine favours none
         progress(f"timing, round {number} of {rounds}")
@@ -233,11 +238,13 @@ def _time(
                 all_times[name].append(elapsed)
     progress.done()
     times = {name: float(np.median(each)) for name, each in all_times.items()}
-    for name, label in (("shared", "one plan"), ("alone", "no plan")):
-        detail = {
-            "shared": f"planned once ({seconds(times['plan'])}), {num_layers} layers run on it",
-            "alone": "every layer plans for itself" if backend != "numpy" else "the NumPy backend needs none",
-        }[name]
+    rows = [("alone", "time", f"{num_layers} layers; the NumPy backend needs no plan")]
+    if backend != "numpy":
+        rows = [
+            ("shared", "one plan", f"planned once ({seconds(times['plan'])}), {num_layers} layers run on it"),
+            ("alone", "no plan", "every layer plans for itself"),
+        ]
+    for name, label, detail in rows:
         rate = f"{step_bytes / times[name] / 1e9:.1f} GB/s"
         _row(label, f"{seconds(times[name]):>8}  {rate:>11}   {detail}")
     _row("", f"median of {rounds} steps, each reads {size(step_bytes)} of keys and values")
@@ -267,4 +274,4 @@ def _shares(metadata: SchedulerMetadata) -> NDArray[np.float64]:
 
 def _row(name: str, text: str) -> None:
     """Print a line of the report, aligned with those of ``print(metadata)``."""
-    print(f"  {name:<10}  {text}")
+    hanging(f"  {name:<10}  ", text)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import __version__
+from .. import __version__, cache
 from ..device import host_device
-from .text import size, width
+from . import driver, packages
+from .cache import cupy_folder, files_below, summary
+from .parser import program
+from .text import hanging, size
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -28,6 +31,7 @@ _VARIABLES = {
     "CUFLASH_VALIDATE": "0",
     "CUFLASH_CACHE_DIR": "",
 }
+_BACKENDS = ("auto", "cuda", "numpy", "sim")
 _MIN_CUPY = (14, 2)
 
 
@@ -65,13 +69,23 @@ def run(arguments: argparse.Namespace) -> int:
             "CuPy": _cupy,
             "NVRTC": _nvrtc,
             "CUDA headers": _headers,
+        },
+        "Optional": {
+            "matplotlib": lambda: _version("matplotlib", packages.MATPLOTLIB, "pictures of schedules"),
             "C++ compiler": _compiler,
-            "matplotlib": lambda: _version("matplotlib", "plot"),
+            "cuda-bindings": lambda: _version("cuda-bindings", packages.SIMULATOR[0], "the simulator"),
+            **{
+                name: lambda peer=peer: _peer(peer)  # type: ignore[misc]
+                for name, peer in _peers().items()
+            },
+            "nvdisasm": lambda: _tool("nvdisasm", "counts of machine code"),
+            "ncu": lambda: _tool("ncu", "counters of a GPU"),
+            "compute-sanitizer": lambda: _tool("compute-sanitizer", "checks on a GPU"),
         },
         "Found": {"driver": _driver_row, **_gpu_rows()},
-        "Cached": {"by CuPy": _cupy_cache, "by simulator": _simulator_cache},
+        "Cached": {"cuflash": _our_cache, "CuPy": _cupy_cache},
         "Used": {"GPU arrays": _used_on_gpu, "host arrays": _used_on_host, "simulator": _simulator, "demo": _demo},
-        "Environment": {name: lambda name=name: _variable(name) for name in _VARIABLES},  # type: ignore[misc]
+        "Environment": {name: lambda name=name: _variable(name) for name in _variables()},  # type: ignore[misc]
     }
     for title, facts in sections.items():
         print(title)
@@ -99,8 +113,8 @@ def backend_in_use() -> tuple[str, str]:
     on_cpu = f"NumPy on {_cores()}"
     if name == "numpy":
         return name, on_cpu
-    if name not in ("auto", "cuda"):
-        raise ValueError(f"CUFLASH_BACKEND must be one of auto, cuda, numpy, sim, got {name!r}")
+    if name not in _BACKENDS:
+        raise ValueError(f"CUFLASH_BACKEND must be one of {', '.join(_BACKENDS)}, got {name!r}")
     try:
         import cupy
 
@@ -114,22 +128,42 @@ def backend_in_use() -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- installed
-def _version(package: str, extra: str = "") -> Row:
+def _version(package: str, requirement: str = "", purpose: str = "") -> Row:
     try:
         return Row("ok", metadata.version(package))
     except metadata.PackageNotFoundError:
-        return Row("-", "not installed", _install(extra))
+        return Row("-", f"not installed{f', for {purpose}' * bool(purpose)}", packages.install(requirement or package))
+
+
+def _peers() -> dict[str, Any]:
+    """Return the libraries that bench times, torch's three as one."""
+    from ..bench.peers import PEERS
+
+    return {", ".join(name for name in PEERS if PEERS[name].install == p.install): p for p in PEERS.values()}
+
+
+def _peer(peer: Any) -> Row:
+    found = [module for module in peer.modules if importlib.util.find_spec(module)]
+    return Row("ok", found[0]) if found else Row("-", "not installed; bench would time it, too", peer.install)
+
+
+def _tool(name: str, purpose: str) -> Row:
+    path = shutil.which(name)
+    return Row("ok", path) if path else Row("-", f"not on the PATH, for {purpose}")
 
 
 def _cupy() -> Row:
+    command = packages.install(*packages.cuda())
     try:
         import cupy
     except ImportError as error:
-        broken = not isinstance(error, ModuleNotFoundError) or error.name != "cupy"
-        return Row("!!" if broken else "-", _first_line(error) if broken else "not installed", _install(_cuda_extra()))
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return Row("-", "not installed", command)
+        return Row("!!", _first_line(error), command)
     version = tuple(int(number) for number in cupy.__version__.split(".")[:2])
-    old = version < _MIN_CUPY
-    return Row("!!" if old else "ok", cupy.__version__ + " is too old" * old, _install(_cuda_extra()) if old else "")
+    if version < _MIN_CUPY:
+        return Row("!!", f"{cupy.__version__} is too old", packages.install(packages.cuda().cupy))
+    return Row("ok", cupy.__version__)
 
 
 def _nvrtc() -> Row:
@@ -142,16 +176,16 @@ def _nvrtc() -> Row:
     except ModuleNotFoundError:
         pass
     except Exception as error:
-        return Row("!!", _first_line(error), _install(_cuda_extra()))
+        return Row("!!", _first_line(error), packages.install(packages.cuda().nvrtc))
     try:
         from cuda.bindings import nvrtc as bindings
 
         status, major, minor = bindings.nvrtcVersion()
         return Row("ok" if not int(status) else "!!", f"{major}.{minor} (through cuda-bindings, for the simulator)")
     except ModuleNotFoundError:
-        return Row("-", "not installed", _install("sim"))
+        return Row("-", "not installed", packages.install(*packages.SIMULATOR))
     except Exception as error:
-        return Row("!!", _first_line(error), _install("sim"))
+        return Row("!!", _first_line(error), packages.install(*packages.SIMULATOR))
 
 
 def _headers() -> Row:
@@ -162,7 +196,9 @@ def _headers() -> Row:
     except ImportError:
         return Row("-", "only CuPy needs them")
     folder = pathfinder.find_nvidia_header_directory("cudart")
-    return Row("ok", folder) if folder else Row("!!", "CuPy will not find them", _install(_cuda_extra()))
+    return (
+        Row("ok", folder) if folder else Row("!!", "CuPy will not find them", packages.install(packages.cuda().headers))
+    )
 
 
 def _compiler() -> Row:
@@ -177,67 +213,16 @@ def _compiler() -> Row:
 
 
 # -------------------------------------------------------------------------------------------------------------- found
-class Gpu(NamedTuple):
-    """What the driver says about a GPU."""
-
-    name: str
-    arch: int
-    num_sm: int
-    memory: int
-
-
-def _driver() -> ctypes.CDLL | None:
-    """The CUDA driver, initialised; it tells what there is without CuPy."""
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return None
-    status = library.cuInit(0)
-    if status:
-        raise RuntimeError(f"the CUDA driver does not start: error {status}")
-    return library
-
-
-def _driver_version() -> int | None:
-    """The CUDA version of the driver as 1000 * major + 10 * minor, or None without a driver."""
-    library = _driver()
-    if library is None:
-        return None
-    version = ctypes.c_int()
-    library.cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def _driver_row() -> Row:
-    version = _driver_version()
+    version = driver.version()
     if version is None:
         return Row("-", "none", "a GPU needs NVIDIA's driver; without one cuflash runs on NumPy and the simulator")
     return Row("ok", f"for CUDA {version // 1000}.{version % 1000 // 10}")
 
 
-def _gpus() -> Iterator[Gpu]:
-    library = _driver()
-    if library is None:
-        return
-    count = ctypes.c_int()
-    library.cuDeviceGetCount(ctypes.byref(count))
-    for number in range(count.value):
-        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-        library.cuDeviceGetName(name, 256, number)
-        library.cuDeviceTotalMem_v2(ctypes.byref(memory), number)
-
-        def attribute(code: int, number: int = number) -> int:
-            value = ctypes.c_int()
-            library.cuDeviceGetAttribute(ctypes.byref(value), code, number)
-            return value.value
-
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _MULTIPROCESSOR_COUNT
-        yield Gpu(name.value.decode(), 10 * attribute(75) + attribute(76), attribute(16), memory.value)
-
-
 def _gpu_rows() -> dict[str, Callable[[], Row]]:
     try:
-        gpus = list(_gpus())
+        gpus = list(driver.gpus())
     except Exception as failure:
         text = _first_line(failure)
         return {"GPU": lambda: Row("!!", text)}
@@ -246,25 +231,22 @@ def _gpu_rows() -> dict[str, Callable[[], Row]]:
     return {f"GPU {number}": lambda gpu=gpu: _gpu_row(gpu) for number, gpu in enumerate(gpus)}  # type: ignore[misc]
 
 
-def _gpu_row(gpu: Gpu) -> Row:
+def _gpu_row(gpu: driver.Gpu) -> Row:
     text = f"{gpu.name}, compute capability {gpu.arch / 10:.1f}, {gpu.num_sm} SMs, {size(gpu.memory)}"
     return Row("ok", text) if gpu.arch >= 80 else Row("!!", text, "cuflash needs compute capability 8.0 or higher")
 
 
 # ------------------------------------------------------------------------------------------------------------- cached
+def _our_cache() -> Row:
+    files = cache.files()
+    text = f"{summary(files)}, this library's and the simulator's ({cache.folder()})"
+    return Row("ok", text, f"to clear it: {program()} cache clear") if files else Row("-", text)
+
+
 def _cupy_cache() -> Row:
-    return _folder(Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache"), "all of CuPy's")
-
-
-def _simulator_cache() -> Row:
-    from ..simulator.compile import cache_dir
-
-    return _folder(cache_dir(), "PTX and the simulator's machine")
-
-
-def _folder(path: Path, what: str) -> Row:
-    files = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
-    return Row("ok" if files else "-", f"{len(files)} files, {size(sum(f.st_size for f in files))}, {what} ({path})")
+    files = files_below(cupy_folder())
+    text = f"{summary(files)}, those of other programs too ({cupy_folder()})"
+    return Row("ok", text, f"to clear it, delete {cupy_folder()}") if files else Row("-", text)
 
 
 # --------------------------------------------------------------------------------------------------------------- used
@@ -299,26 +281,43 @@ def _demo() -> Row:
     return Row("ok", f"{name}: {reason}")
 
 
+# -------------------------------------------------------------------------------------------------------- environment
+def _variables() -> list[str]:
+    """Return the variables that there are, and those that look as if they were meant to be."""
+    return [*_VARIABLES, *sorted(name for name in os.environ if name.startswith("CUFLASH_") and name not in _VARIABLES)]
+
+
 def _variable(name: str) -> Row:
     value = os.environ.get(name)
-    default = _VARIABLES[name]
-    return Row("ok", value) if value else Row("-", f"not set{f', so {default}' * bool(default)}")
+    if name not in _VARIABLES:
+        return Row("!!", f"{value}: there is no such variable")
+    if not value:
+        default = _VARIABLES[name]
+        return Row("-", f"not set{f', so {default}' * bool(default)}")
+    wrong = _wrong(name, value)
+    return Row("!!", f"{name} must be {wrong}, got {value!r}") if wrong else Row("ok", value)
+
+
+def _wrong(name: str, value: str) -> str:
+    """Return what a variable must be if its value is not, or ""."""
+    if name == "CUFLASH_BACKEND":
+        return "" if value in _BACKENDS else f"one of {', '.join(_BACKENDS)}"
+    if name == "CUFLASH_VALIDATE":
+        return "" if value in ("0", "1") else "0 or 1"
+    if name == "CUFLASH_CACHE_DIR":
+        path = Path(value)
+        parents = [parent for parent in (path, *path.absolute().parents) if parent.exists()]
+        can_be = parents[0].is_dir() and os.access(parents[0], os.W_OK)
+        return "" if can_be else "a folder that can be written to"
+    least = 80 if name == "CUFLASH_ARCH" else 1
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    return "" if number >= least else "a positive integer" if least == 1 else "an integer from 80 on, 90 for sm_90"
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-def _cuda_extra() -> str:
-    """The extra that fits the driver: CUDA 13 from driver 580 on."""
-    try:
-        version = _driver_version()
-    except RuntimeError:
-        version = None
-    return "cuda12" if version is not None and version < 13000 else "cuda13"
-
-
-def _install(extra: str) -> str:
-    return f'pip install "cuflash[{extra}]"' if extra else "pip install cuflash"
-
-
 def _cores() -> str:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"{count} cores" if count != 1 else "1 core"
@@ -329,10 +328,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _print_row(name: str, row: Row) -> None:
-    indent = " " * 23
-    for text, mark in ((row.text, f"  {row.state:<2} {name:<17} "), (row.remedy, f"{indent}-> ")):
-        if text:
-            later = indent if text is row.text else f"{indent}   "
-            for line in textwrap.wrap(text, width(), initial_indent=mark, subsequent_indent=later,
-                                      break_long_words=False, break_on_hyphens=False):  # fmt: skip
-                print(line)
+    hanging(f"  {row.state:<2} {name:<17} ", row.text)
+    hanging(f"{' ' * 23}-> ", row.remedy)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scheduling import SchedulerMetadata, get_scheduler_metadata
-from .text import bars, environment, heads, integers, positive, table, width
+from .. import SchedulerMetadata, get_scheduler_metadata
+from . import packages
+from .text import aligned, bars, environment, heads, integers, positive, table, width
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         _plot(metadata, arguments.plot)  # first, so that a wrong file name prints nothing but its error
     work = metadata.work()
     shown = None if arguments.all else _SHOWN
-    print(metadata)
+    aligned(str(metadata))
     _print_table(("sequence", "keys", "parts", "blocks"), _sequence_rows(metadata, work, seqlens), shown)
     _print_table(("block", "keys", "parts", "sequence:kv_head[keys]"), _block_rows(metadata, work), shown)
     shares = np.bincount(work["block"], work["key_end"] - work["key_begin"])
@@ -122,7 +123,8 @@ def _plot(metadata: SchedulerMetadata, file: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(f'argument --plot: needs matplotlib: pip install "cuflash[plot]" ({error})') from None
+        command = packages.install(packages.MATPLOTLIB)
+        raise ValueError(f"argument --plot: needs matplotlib: {command} ({error})") from None
     figure = Figure(figsize=(9, 6), layout="constrained")
     metadata.plot(figure.subplots())
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ _ASCII = " .:-=+*%#"
 def survive_any_encoding() -> None:
     """Let a terminal that cannot show a character show a question mark instead of a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # None where it is closed
             stream.reconfigure(errors="replace")
 
 
@@ -43,6 +44,37 @@ def width() -> int:
     return min(shutil.get_terminal_size((100, 24)).columns, 120)
 
 
+def wrapped(first: str, text: str, later: str | None = None) -> list[str]:
+    """Break text into lines of the terminal's width.
+
+    Args:
+        first: What stands before the first line.
+        text: The text; words that are longer than a line stay whole.
+        later: What stands before the others; blanks by default.
+
+    Returns:
+        The lines: none without text, and the text as it is, blanks included, where it fits into one.
+    """
+    if not text or len(first + text) <= width():
+        return [first + text] if text else []
+    return textwrap.wrap(
+        text, width(), initial_indent=first, subsequent_indent=" " * len(first) if later is None else later,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def hanging(first: str, text: str) -> None:
+    """Print text as :func:`wrapped` breaks it."""
+    for line in wrapped(first, text):
+        print(line)
+
+
+def aligned(text: str, column: int = 14) -> None:
+    """Print lines of names and what belongs to them, which begins at a column."""
+    for line in text.splitlines():
+        hanging(line[:column], line[column:]) if len(line) > width() else print(line)
+
+
 def bars(values: ArrayLike, columns: int) -> str:
     """Draw non-negative numbers as a row of bars, the largest one full.
 
@@ -64,13 +96,19 @@ def bars(values: ArrayLike, columns: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lay out a table: two blanks before each column, numbers to the right and text to the left."""
+    """Lay out a table: two blanks before each column, numbers to the right and text to the left.
+
+    Where it is wider than the terminal the last column is broken into lines.
+    """
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     sides = "".join("<" if isinstance(cell, str) else ">" for cell in rows[0]) if rows else "<" * len(header)
-    return "\n".join(
-        "".join(f"  {cell:{side}{w}}" for cell, side, w in zip(row, sides, widths)).rstrip() for row in cells
-    )
+    lines: list[str] = []
+    for *before, last in cells:
+        first = "".join(f"  {cell:{side}{w}}" for cell, side, w in zip(before, sides, widths)) + "  "
+        text = f"{last:{sides[-1]}{widths[-1]}}".rstrip()
+        lines += [line.rstrip() for line in wrapped(first, text)] or [first.rstrip()]
+    return "\n".join(lines)
 
 
 def size(number: float) -> str:
@@ -121,7 +159,7 @@ class Progress:
     """One line on a terminal that says what is being done; nothing where stderr is not a terminal."""
 
     def __init__(self) -> None:
-        self._shows = sys.stderr.isatty()
+        self._shows = sys.stderr is not None and sys.stderr.isatty()
 
     def __call__(self, text: str) -> None:
         """Replace the line."""
@@ -136,7 +174,7 @@ class Progress:
 
 def _can_print(text: str) -> bool:
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")  # no encoding, no stream: it may be closed
     except (LookupError, UnicodeEncodeError):
         return False
     return True

@@ -1,5 +1,7 @@
-// What append.cu is told. One struct by value; cuflash/kernels.py reads its NumPy twin from this text.
+// What append.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
+#include "lengths.cuh"
+#include "paging.cuh"
 
 struct AppendParams {
     const void* q;            // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
@@ -10,13 +12,10 @@ struct AppendParams {
     void* v_cache;            // (pages, page_size, heads_kv, headdim_v)
     const void* rotary_cos;   // (positions, rotary_dim / 2)
     const void* rotary_sin;   // (positions, rotary_dim / 2)
-    const int* cache_seqlens;     // (batch,) lengths before the append
-    const int* rotary_seqlens;    // (batch,) or null: cache_seqlens
-    const int* cache_batch_idx;   // (batch,) or null
-    const int* page_table;        // (rows, pages per sequence) or null
-    const int* cu_seqlens_q;      // (batch + 1,) or null
-    const int* cu_seqlens_k_new;  // (batch + 1,) or null
-    long long q_batch_stride;     // elements, as all strides
+    const int* rotary_seqlens;  // (batch,) or null: cache_seqlens
+    Lengths lengths;
+    KVCache cache;
+    long long q_batch_stride;  // elements, as all strides but the cache's
     long long q_row_stride;
     long long q_head_stride;
     long long k_batch_stride;
@@ -25,24 +24,13 @@ struct AppendParams {
     long long v_batch_stride;
     long long v_token_stride;
     long long v_new_head_stride;
-    long long k_page_stride;
-    long long k_row_stride;
-    long long k_head_stride;
-    long long v_page_stride;
-    long long v_row_stride;
-    long long v_head_stride;
-    long long page_table_stride;
     int batch_size;
     int query_tokens;  // 0: queries are not rotated
     int new_tokens;
-    int max_seqlen_q;
-    int max_seqlen_k_new;
     int num_heads_q;
     int num_heads_kv;
     int headdim;
     int headdim_v;
-    int page_size;
-    int capacity;  // keys that a sequence has room for
     int rotary_dim;
     int rotary_interleaved;
     int rotary_moves;  // query i stands at base + i, else all queries at base

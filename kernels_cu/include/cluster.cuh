@@ -1,9 +1,10 @@
 // A cluster of blocks shares one item: each reads an equal part of it, the first block merges them in its shared memory.
 //
-// For problems so small that reading is the least of a launch: no partial results in global memory, no counter, and cuts that
-// follow from the real lengths, so that nothing waits for the plan.
+// For problems whose fixed cost of a launch exceeds that of reading the cache: no partial results in global memory, no counter,
+// and cuts that follow from the real lengths, so that nothing waits for the plan.
 #pragma once
 #include "combine.cuh"
+#include "ptx/cluster.cuh"
 
 // The parts of the item, in the shared memory of the cluster's first block.
 struct ClusterParts {
@@ -29,27 +30,15 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segme
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = warp; row < segment.valid_rows; row += kWarps) {
-        RowState merged = {kLowest, 0.0f};
-#pragma unroll
-        for (int i = 0; i < kCluster; ++i) merged.maximum = fmaxf(merged.maximum, parts.state[i][row].x);
-        float weight[kCluster];
-#pragma unroll
-        for (int i = 0; i < kCluster; ++i) {
-            weight[i] = exp2_approx(parts.state[i][row].x - merged.maximum);
-            merged.sum += weight[i] * parts.state[i][row].y;
-        }
+        const MergedStates<kCluster> merged(p.score_scale, false, [&](int i) { return parts.state[i][row]; });
         const RowOutput at(p, segment, row);
         float lse;
-        const float factor = finish_row(p, at.head, merged, lse);
+        const float factor = finish_row(p, at.head, merged.state, lse);
         for (int vector = lane; vector < kVectors; vector += 32) {
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int i = 0; i < kCluster; ++i) {
-                if (parts.state[i][row].y == 0.0f) continue;
-                const float4 part = parts.output[i][row][vector];
-                o.x += weight[i] * part.x, o.y += weight[i] * part.y;
-                o.z += weight[i] * part.z, o.w += weight[i] * part.w;
-            }
+            for_each<kCluster>([&](int i) {
+                if (parts.state[i][row].y != 0.0f) add_weighted(o, merged.weight[i], parts.output[i][row][vector]);
+            });
             store_answer(p, at, vector, o, factor);
         }
         if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;

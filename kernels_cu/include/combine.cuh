@@ -1,26 +1,15 @@
-// From the warps' partial results to the answer: warps meet in shared memory, blocks in global memory.
+// From partial results to the answer: blocks that read parts of one item meet in global memory.
 //
-// A partial result of some keys is (maximum m, sum l, output O) per row: O = sum exp2(score - m) V, l = sum exp2(score - m).
-// Several are merged as O = sum_i exp2(m_i - m) O_i, likewise l, with m the largest m_i (Milakov and Gimelshein,
-// "Online normalizer calculation for softmax"). The order is the order of the keys, so results never depend on timing.
+// A part of an item is a state and an output per row (states.cuh) in a slot of `partials`. The block that arrives last at an
+// item merges its parts, in the order of keys.
 #pragma once
 #include "config.cuh"
 #include "segment.cuh"
+#include "states.cuh"
 
 constexpr int kVectors = kHeadDimV / 4;  // float4s of an output row
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
-
-struct RowState {
-    float maximum, sum;
-};
-
-// What the warps of a block tell each other when an item ends.
-struct WarpStates {
-    float2 row[kWarps][kRows];  // (maximum, sum)
-    u32 slot[kWarps];           // the free slot of each warp's ring
-    u32 is_last;                // whether this block arrived last at an item
-};
 
 // Where a row's results go.
 struct RowOutput {
@@ -31,7 +20,7 @@ struct RowOutput {
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
         const int packed = s.first_row + row, query = query_of(p, packed);
         head = s.kv_head * p.group + packed - query * p.group;
-        const long long start = p.cu_seqlens_q ? p.cu_seqlens_q[s.sequence] : 0;
+        const long long start = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
         out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
         lse = s.sequence * p.lse_batch_stride + head * p.lse_head_stride + start + query;
     }
@@ -40,29 +29,57 @@ struct RowOutput {
 // The factor that turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a
 // value of zero; it enters here, once, however the item was split.
 __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, RowState state, float& lse) {
-    float factor = 1.0f;
+    float factor = 1.0f, top = state.maximum * p.lse_scale;
     if (p.sinks) {
-        const float sink = p.sinks[head] * kLog2e;
-        const float maximum = fmaxf(state.maximum, sink);
-        factor = exp2_approx(state.maximum - maximum);
-        state.sum = state.sum * factor + exp2_approx(sink - maximum);
-        state.maximum = maximum;
+        const float sink = p.sinks[head];
+        const float above = fmaxf(state.maximum * p.score_scale, kLowest) - sink * kLog2e;  // in log2 units
+        if (state.sum != 0.0f && above >= 0.0f) {
+            state.sum += exp2_approx(-above);
+        } else {
+            factor = state.sum != 0.0f ? exp2_approx(above) : 0.0f;
+            state.sum = state.sum * factor + (sink > -infinity() ? 1.0f : 0.0f);
+            top = sink;
+        }
     }
     if (state.sum == 0.0f) {
         lse = -infinity();
         return 0.0f;
     }
-    lse = (state.maximum + log2_approx(state.sum)) * kLn2;
+    lse = fmaf(log2_approx(state.sum), kLn2, top);
     return factor * reciprocal_approx(state.sum);
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
-    o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+    scale(o, factor);
     store4<Element>(p.out, at.out + vector * 4, o);
+}
+
+// Rows of ragged queries that belong to no sequence give 0 and LSE -inf; the blocks share them out.
+// Those of sequences are begin .. end.
+__device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int begin, int end) {
+    begin = min(max(begin, 0), p.total_q);
+    end = min(max(end, begin), p.total_q);
+    const int heads = p.num_heads_kv * p.group;
+#pragma unroll 1
+    for (int number = blockIdx.x; number < p.total_q - (end - begin); number += gridDim.x) {
+        const long long row = number < begin ? number : number + (end - begin);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < heads * kVectors; i += kThreads) {
+            const int head = i / kVectors, vector = i % kVectors;
+            store4<Element>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
+            if (vector == 0 && p.softmax_lse) p.softmax_lse[head * p.lse_head_stride + row] = -infinity();
+        }
+    }
 }
 
 __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
     return reinterpret_cast<float4*>(p.partials) + static_cast<long long>(slot) * (kRows * kVectors);
+}
+
+// The slots of the splits with which blocks go on; before them every block has two. At most one cut item begins in a block, so
+// cut items have room by their own numbers or by those of these blocks, whichever are fewer.
+__device__ __forceinline__ int split_slots(const DecodeParams& p, int item, int first_block) {
+    return 2 * gridDim.x + (p.slots_by_item ? item : first_block) * p.max_splits;
 }
 
 __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slot) {
@@ -70,55 +87,9 @@ __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slo
     return reinterpret_cast<float2*>(states) + static_cast<long long>(slot) * kRows;
 }
 
-// Merges the warps' results of a segment and hands each float4 of a row to put(row, vector, output, state).
-// Each warp passes its outputs through the free slot of its ring, 8 rows at a time: the rest of the ring is filling with the
-// next item's keys meanwhile. A block barrier must follow before the slots and states change.
-template <typename Math, typename Softmax, typename Put>
-__device__ __forceinline__ void merge_warps(const Segment& segment, const Math& math, const Softmax& softmax,
-                                            WarpStates& states, u32 free_slot, Put put) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-            const float sum = softmax.row_sum(g, column);
-            if (lane < 4) states.row[warp][g * 8 + lane * 2 + column] = make_float2(softmax.row_maximum(g, column), sum);
-        }
-    }
-    if (lane == 0) states.slot[warp] = free_slot;
-    __syncwarp();  // all lanes have read the values that lay in the slot
-
-#pragma unroll 1
-    for (int g = 0; g * 8 < segment.valid_rows; ++g) {
-        if (g > 0) __syncthreads();
-#pragma unroll
-        for (int r = 0; r < kRowGroups; ++r) {
-            if (r == g) math.store(r, free_slot, lane);  // registers have no index
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < 8 * kVectors; i += kThreads) {
-            const int row = g * 8 + i / kVectors, vector = i % kVectors;
-            if (row >= segment.valid_rows) break;
-            RowState merged = {kLowest, 0.0f};
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) merged.maximum = fmaxf(merged.maximum, states.row[w][row].x);
-            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                const float weight = exp2_approx(states.row[w][row].x - merged.maximum);
-                merged.sum += weight * states.row[w][row].y;
-                const float4 part = load_shared(states.slot[w] + OutputTile::offset(i / kVectors, vector * 4));
-                o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
-            }
-            put(row, vector, o, merged);
-        }
-    }
-}
-
 // Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * kStride`.
 struct Parts {
-    // A block has two slots: for the item that starts in it, and for the one that it goes on with.
+    // Without split_size a block has two slots: for the item that starts in it, and for the one that it goes on with.
     static constexpr int kStride = kHasSplitSize ? 1 : 2;
     int first, next, count;
 
@@ -148,30 +119,25 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     part[i] = load_cg_if(i < number, from + i * Parts::kStride * kRows * kVectors);
                 }
                 // Lane i % kWide weighs part begin + i.
-                const int mine = begin + lane % kWide;
+                const int number_of_lane = begin + lane % kWide;
                 RowState state = {kLowest, 0.0f};
-                if (mine < parts.count) {
-                    const float2 loaded = load_cg(partial_states(p, parts.slot(mine)) + row);
+                if (number_of_lane < parts.count) {
+                    const float2 loaded = load_cg(partial_states(p, parts.slot(number_of_lane)) + row);
                     state = {loaded.x, loaded.y};
                 }
-                float maximum = state.maximum;
-#pragma unroll
-                for (int lanes = kWide / 2; lanes > 0; lanes /= 2) {
-                    maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, lanes));
-                }
-                maximum = fmaxf(maximum, merged.maximum);
-                const float alpha = exp2_approx(merged.maximum - maximum);
-                const float weight = exp2_approx(state.maximum - maximum);
-                float sum = weight * state.sum;
-#pragma unroll
-                for (int lanes = kWide / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
-                merged = {maximum, merged.sum * alpha + sum};
-                o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
-#pragma unroll
-                for (int i = 0; i < kWide; ++i) {
-                    const float factor = __shfl_sync(kFullWarp, weight, i);
-                    o.x += factor * part[i].x, o.y += factor * part[i].y;
-                    o.z += factor * part[i].z, o.w += factor * part[i].w;
+                if constexpr (kHasSplitSize) {
+                    const Fold mine = fold_lanes<kWide>(p.score_scale, state, merged.maximum);
+                    for_each<kWide>([&](int i) {
+                        const Fold fold = {__shfl_sync(kFullWarp, mine.kept, i), __shfl_sync(kFullWarp, mine.added, i)};
+                        const float sum = __shfl_sync(kFullWarp, state.sum, i);
+                        if (begin + i == 0) o = part[i], merged.sum = sum;
+                        else if (begin + i < parts.count) o = fold(o, part[i]), merged.sum = fold(merged.sum, sum);
+                    });
+                } else {
+                    float before;
+                    const float weight = merge_lanes<kWide>(p.score_scale, state, merged, before);
+                    scale(o, before);
+                    for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
                 }
             }
             float lse;
@@ -180,4 +146,87 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
         }
     }
+}
+
+// The cut that says which blocks hold the parts of a segment's item.
+__device__ __forceinline__ Cut cut_item(const Share& share, const Segment& segment) {
+    return segment.starts ? share.end : share.begin;
+}
+
+// Hands the result of a segment on: to its output, or as a partial result to the block that arrives last at its item, which
+// merges all of them.
+//
+// merge_block(put) brings together what the warps of the block found and gives each float4 of a row to
+// put(row, vector, output, state). is_last lies in shared memory.
+template <typename MergeBlock>
+__device__ __forceinline__ void finish_segment(const DecodeParams& p, const Share& share, const Segment& segment,
+                                               u32& is_last, MergeBlock merge_block) {
+    const bool whole = segment.starts && segment.ends;
+    const bool is_answer = whole && segment.last;
+    Parts parts;
+    int slot, before = -1;  // where this result goes, and to what it is added
+    if constexpr (kHasSplitSize) {
+        if (segment.split < 0) return;
+        // A block that begins an item folds its splits as they come, in two slots in turn: nobody writes what others still read.
+        // A block that goes on with one keeps each split in a slot of its own, and the last block folds them.
+        const Cut cut = cut_item(share, segment);
+        const int splits = split_slots(p, segment.item, cut.first_block);
+        if (segment.starts) {
+            slot = 2 * blockIdx.x + segment.split % 2;
+            if (segment.split > 0) before = slot ^ 1;
+        } else {
+            slot = splits + segment.split;
+        }
+        if (segment.last && !whole) {
+            const int begin = segment.visible.begin, count = split_count(p, segment.visible);
+            const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
+            const int folded = min(max(cut_key, begin) / p.split_size - begin / p.split_size, count);
+            parts.count = 1 + count - folded;
+            parts.first = 2 * cut.first_block + (max(folded, 1) - 1) % 2;
+            parts.next = splits + folded - 1;
+        }
+    } else {
+        // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue
+        // only the first one, slot 2 b.
+        const Cut cut = cut_item(share, segment);
+        slot = 2 * blockIdx.x + segment.starts;
+        parts.count = cut.last_block - cut.first_block + 1;
+        parts.first = 2 * cut.first_block + 1;
+        parts.next = 2 * cut.first_block;
+    }
+    // With split_size, an empty split has no slot. Else every block of first_block .. last_block has one, as has the beginning of
+    // an item, which the merge reads even if it is empty.
+    if (!kHasSplitSize || segment.starts || segment.keys.end > segment.keys.begin) {
+        merge_block([&](int row, int vector, float4 output, RowState state) {
+            if (kHasSplitSize && before >= 0) {
+                const float4 sum = load_cg_if(true, partial_output(p, before) + row * kVectors + vector);
+                const float2 loaded = load_cg(partial_states(p, before) + row);
+                RowState folded = {loaded.x, loaded.y};
+                output = Fold::of(folded, state, p.score_scale)(sum, output);
+                state = folded;
+            }
+            if (is_answer) {
+                const RowOutput at(p, segment, row);
+                float lse;
+                const float factor = finish_row(p, at.head, state, lse);
+                store_answer(p, at, vector, output, factor);
+                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+            } else {
+                store_global(partial_output(p, slot) + row * kVectors + vector, output);
+                if (vector == 0) partial_states(p, slot)[row] = make_float2(state.maximum, state.sum);
+            }
+        });
+    }
+    if (is_answer || !segment.last) return;
+    __syncthreads();
+    if (!whole) {
+        const Cut cut = cut_item(share, segment);
+        if (threadIdx.x == 0) {
+            const u32 others = cut.last_block - cut.first_block;
+            is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
+        }
+        __syncthreads();
+        if (!is_last) return;
+    }
+    merge_parts(p, segment, parts);
 }

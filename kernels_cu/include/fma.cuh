@@ -3,13 +3,14 @@
 // Lane l scores keys l / 4 and l / 4 + 8 for rows 2 (l % 4) and + 1. Of the output it holds the same two rows and the
 // columns 4 (l / 4) .. + 3 of every 32.
 #pragma once
-#include "config.cuh"
 #include "softmax.cuh"
+#include "tiles.cuh"
 
 class FmaMath {
     static constexpr int kChunks = kHeadDim / 4;            // of 4 elements of a key
     static constexpr int kColumns = (kHeadDimV + 31) / 32;  // groups of 32 value columns
 
+    using Queries = Swizzle<kQueryBytes>;
     using Keys = Swizzle<kKeyBytes>;
     using Values = Swizzle<kValueBytes>;
     static_assert(kKeyGroups == 1, "16 keys a tile");
@@ -20,47 +21,28 @@ public:
 
     __device__ __forceinline__ void begin_item(u32 query, int) {
         query_ = query;
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-#pragma unroll
-                for (int t = 0; t < kColumns; ++t) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) output_[g][row][t][i] = 0.0f;
-                }
-            }
-        }
+        fill(output_, 0.0f);
     }
 
     __device__ __forceinline__ void scores(u32 slot, Scores& scores) const {
         float (&s)[kRowGroups][4] = scores[0];
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[g][i] = 0.0f;
-        }
+        fill(s, 0.0f);
         const int key = lane_ / 4, row = lane_ % 4 * 2;
 #pragma unroll 4
         for (int c = 0; c < kChunks; ++c) {
             float4 k[2];
             k[0] = load_shared(slot + Keys::offset(key, c));
             k[1] = load_shared(slot + Keys::offset(key + 8, c));
-#pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-                for (int column = 0; column < 2; ++column) {
-                    const float4 q = load_shared(query_ + Keys::offset(g * 8 + row + column, c));
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        float& dot = s[g][half * 2 + column];
-                        dot = fmaf(q.x, k[half].x, dot);
-                        dot = fmaf(q.y, k[half].y, dot);
-                        dot = fmaf(q.z, k[half].z, dot);
-                        dot = fmaf(q.w, k[half].w, dot);
-                    }
-                }
-            }
+            for_each<kRowGroups, 2>([&](int g, int column) {
+                const float4 q = load_shared(query_ + Queries::offset(g * 8 + row + column, c));
+                for_each<2>([&](int half) {
+                    float& dot = s[g][half * 2 + column];
+                    dot = fmaf(q.x, k[half].x, dot);
+                    dot = fmaf(q.y, k[half].y, dot);
+                    dot = fmaf(q.z, k[half].z, dot);
+                    dot = fmaf(q.w, k[half].w, dot);
+                });
+            });
         }
     }
 
@@ -70,58 +52,37 @@ public:
 #pragma unroll 2
             for (int key = 0; key < 8; ++key) {
                 float weight[kRowGroups][2];  // of this key, from the lanes that scored it
-#pragma unroll
-                for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-                    for (int row = 0; row < 2; ++row) {
-                        weight[g][row] = __shfl_sync(kFullWarp, weights[0][g][half * 2 + row], key * 4 + lane_ % 4);
-                    }
-                }
-#pragma unroll
-                for (int t = 0; t < kColumns; ++t) {
+                for_each<kRowGroups, 2>([&](int g, int row) {
+                    weight[g][row] = __shfl_sync(kFullWarp, weights[0][g][half * 2 + row], key * 4 + lane_ % 4);
+                });
+                for_each<kColumns>([&](int t) {
                     // Columns past the head dim are never stored; their slot bytes were never written.
-                    if (t * 32 + lane_ / 4 * 4 >= kHeadDimV) continue;
+                    if (t * 32 + lane_ / 4 * 4 >= kHeadDimV) return;
                     const float4 v = load_shared(slot + Values::offset(key + half * 8, t * 8 + lane_ / 4));
-#pragma unroll
-                    for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-                        for (int row = 0; row < 2; ++row) {
-                            float (&o)[4] = output_[g][row][t];
-                            o[0] = fmaf(weight[g][row], v.x, o[0]);
-                            o[1] = fmaf(weight[g][row], v.y, o[1]);
-                            o[2] = fmaf(weight[g][row], v.z, o[2]);
-                            o[3] = fmaf(weight[g][row], v.w, o[3]);
-                        }
-                    }
-                }
+                    for_each<kRowGroups, 2>([&](int g, int row) {
+                        float (&o)[4] = output_[g][row][t];
+                        o[0] = fmaf(weight[g][row], v.x, o[0]);
+                        o[1] = fmaf(weight[g][row], v.y, o[1]);
+                        o[2] = fmaf(weight[g][row], v.z, o[2]);
+                        o[3] = fmaf(weight[g][row], v.w, o[3]);
+                    });
+                });
             }
         }
     }
 
     __device__ __forceinline__ void rescale(const float (&alpha)[kRowGroups][2]) {
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-#pragma unroll
-                for (int t = 0; t < kColumns; ++t) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) output_[g][row][t][i] *= alpha[g][row];
-                }
-            }
-        }
+        for_each<kRowGroups, 2, kColumns>([&](int g, int row, int t) {
+            for_each<4>([&](int i) { output_[g][row][t][i] *= alpha[g][row]; });
+        });
     }
 
     __device__ __forceinline__ void store(int g, u32 slot, int lane) const {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-#pragma unroll
-            for (int t = 0; t < kColumns; ++t) {
-                const float (&o)[4] = output_[g][row][t];
-                store_shared(slot + OutputTile::offset(lane % 4 * 2 + row, t * 32 + lane / 4 * 4),
-                             make_float4(o[0], o[1], o[2], o[3]));
-            }
-        }
+        for_each<2, kColumns>([&](int row, int t) {
+            const float (&o)[4] = output_[g][row][t];
+            store_shared(slot + OutputTile::offset(lane % 4 * 2 + row, t * 32 + lane / 4 * 4),
+                         make_float4(o[0], o[1], o[2], o[3]));
+        });
     }
 
 private:

@@ -1,8 +1,10 @@
-// The load cursor of one warp: it fills the warp's ring with the tiles of the whole share, item after item, so that the
-// next item's keys are in flight while the previous item is merged and stored.
+// The loader of one warp: it fills the warp's ring with the tiles of the whole share, segment after segment, so that the next
+// item's keys are in flight while an item is merged and stored.
 #pragma once
-#include "config.cuh"
+#include "paging.cuh"
+#include "ptx/copies.cuh"
 #include "segment.cuh"
+#include "tiles.cuh"
 
 class Loader {
     // How the rows of a tile are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
@@ -31,11 +33,11 @@ public:
         values_to_ = Values::lane_offset(lane);
         pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
         key_ = end_ = 0;
-        key_head_ = value_head_ = page_ = row_in_page_ = 0;
+        key_head_ = value_head_ = 0;
     }
 
-    // Begins with a segment that `walker` has just found: nobody walks to the first one twice. The first load_keys comes
-    // before the first tile: it only looks that up.
+    // Starts at a segment that `walker` has already found. The first load_keys then copies nothing: it looks up the pages of
+    // the first tile.
     __device__ __forceinline__ void start(const Walker& walker, const Segment& segment) {
         walker_ = walker;
         enter(segment);
@@ -45,9 +47,9 @@ public:
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot, bool is_tile = true) {
         // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
-        const u32 units = page_ * p_.k_page_stride + row_in_page_ * p_.k_row_stride + key_head_;
+        const u32 units = place_.units(p_.cache.k) + key_head_;
         const bool exists = is_tile && key_ < end_;
-        value_units_ = exists ? page_ * p_.v_page_stride + row_in_page_ * p_.v_row_stride + value_head_ : kNoTile;
+        value_units_ = exists ? place_.units(p_.cache.v) + value_head_ : kNoTile;
         copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         cp_async_commit();
         key_ += kWarps * kTileKeys;
@@ -66,36 +68,32 @@ private:
         const u32 first_slot = segment.lengths.leftpad;
         key_ = first_slot + segment.keys.begin + warp_ * kTileKeys;
         end_ = first_slot + segment.keys.end;
-        key_head_ = segment.kv_head * p_.k_head_stride;
-        value_head_ = segment.kv_head * p_.v_head_stride;
-        page_ = p_.cache_batch_idx ? p_.cache_batch_idx[segment.sequence] : segment.sequence;
-        pages_ = p_.page_table + page_ * p_.page_table_stride;
+        key_head_ = segment.kv_head * p_.cache.k.head;
+        value_head_ = segment.kv_head * p_.cache.v.head;
+        place_.enter(p_.cache, segment.sequence);
     }
 
-    // Moves to the first tile of this warp at or after `key_`, over segment borders, and starts its page lookup. At the end
-    // of the share `key_` stays behind `end_`.
+    // Moves to the first tile of this warp at or after `key_`, in the next segments if need be, and starts its page lookup.
+    // At the end of the share key_ >= end_ stays true.
     __device__ __forceinline__ void find_tile() {
         while (key_ >= end_) {
             Segment segment;
             if (!walker_.next(p_, share_, segment)) return;
             enter(segment);
         }
-        // Rows past the end repeat the last key: finite numbers that are masked, and nothing unseen is read.
-        const u32 key = min(key_ + lane_ % kTileKeys, end_ - 1);
-        const u32 page_index = divided(key, p_.page_size_magic, p_.page_size_shift);
-        row_in_page_ = key - page_index * p_.page_size;
-        if (p_.page_table) page_ = load_page(offset_by<4>(pages_, page_index));
+        // Rows past the end repeat the last key, which is masked there: nothing that no row sees is read.
+        place_.seek(p_.cache, min(key_ + lane_ % kTileKeys, end_ - 1));
     }
 
     template <int kDim, int kRowBytes>
     __device__ __forceinline__ void copy_tile(const char* lane_from, u32 units, u32 lane_to, bool exists) {
         using C = Copy<kRowBytes>;
-        constexpr int kChunks = kDim * Element::kBytes / 16;
+        constexpr int kChunks = kDim * CacheElement::kBytes / 16;
         // An MMA reads whole steps of 16 elements: a last half step is filled with zeros.
-        constexpr int kFilled = Element::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
+        constexpr int kFilled = CacheElement::kBytes == 2 ? (kDim + 15) / 16 * 2 : kChunks;
         constexpr int kPasses = kTileKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
-        const char* from[kPasses];  // all of them before the first copy: ptxas guards every run of copies
+        const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
             from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
@@ -121,11 +119,11 @@ private:
     const Share& share_;
     Walker walker_;
     u64 policy_;
-    const char* keys_from_;    // first byte of this lane's chunks in row 0
+    const char* keys_from_;    // first byte of this lane's chunks in the cache's first row
     const char* values_from_;
-    const int* pages_;         // of the segment's sequence
+    PageCursor place_;         // of the row of the next tile that this lane looks up
     u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
-    u32 key_head_, value_head_, page_, row_in_page_, value_units_;
+    u32 key_head_, value_head_, value_units_;
 };

@@ -1,4 +1,4 @@
-// A share of the plan as segments: the keys of one item that a block reads in one go.
+// A share of the plan as segments. A segment is the keys of one item that a block reads in one go; with split_size, of one split.
 //
 // Lengths come from the call, cuts from the plan: the first part of an item begins at its real first visible key, the
 // last one ends at its real last one, and a cut beyond the real end leaves an empty part. Hence a stale plan is slower
@@ -19,9 +19,9 @@ struct Segment {
     Sequence lengths;
     KeyRange visible;  // of the whole item
     KeyRange keys;     // of this segment
-    int split;         // with split_size: number of this split in its sequence
-    bool starts;       // the plan has no cut at the item's beginning ..
-    bool ends;         // .. nor at its end, within this share
+    int split;         // with split_size: number of this split in its item; negative: another block reads the item
+    bool starts;       // this block reads the item's first key
+    bool ends;         // this block reads the item's last key
     bool last;         // last segment of the item in this share
 };
 
@@ -30,69 +30,66 @@ struct Share {
     Cut end;
 };
 
-// Splits beyond the slots that the host could foresee become one with the last.
-__device__ __forceinline__ int clamped_split(const DecodeParams& p, int key) {
-    return min(key / p.split_size, p.max_splits - 1);
+// Splits of an item that sees these keys. One with more than max_splits has not enough slots for a cut: the block in which it
+// begins reads all of it.
+__device__ __forceinline__ int split_count(const DecodeParams& p, KeyRange visible) {
+    return visible.end > visible.begin ? (visible.end - 1) / p.split_size - visible.begin / p.split_size + 1 : 0;
 }
 
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
-    return {p.window_left, p.window_right, kHasChunk ? p.attention_chunk : 0};
-}
-
-// number / divisor for 0 <= number < 2^31, with the multiplier that kernels.py found.
-__device__ __forceinline__ u32 divided(u32 number, u32 magic, int shift) {
-    return __umulhi(number << 1, magic) >> shift;
+    return {p.mask.window_left, p.mask.window_right, kHasChunk ? p.mask.attention_chunk : 0};
 }
 
 // The query position of a packed row.
 __device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
-    return divided(row, p.group_magic, p.group_shift);
+    return p.by_group.divide(row);
 }
 
 // Which rows an item has, and which keys they see; the fields that depend on the item alone.
 __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, Segment& s) {
-    const int item_of_kv_head = divided(item, p.row_blocks_magic, p.row_blocks_shift);
+    const int item_of_kv_head = p.by_row_blocks.divide(item);
     s.item = item;
-    s.sequence = divided(item_of_kv_head, p.heads_kv_magic, p.heads_kv_shift);
+    s.sequence = p.by_num_heads_kv.divide(item_of_kv_head);
     s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
     s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
-    s.lengths = sequence_lengths(s.sequence, p.cache_seqlens, p.cache_leftpad, p.cu_seqlens_q, p.cu_seqlens_k_new,
-                                 p.max_seqlen_q, p.max_seqlen_k_new);
+    s.lengths = p.lengths.of(s.sequence);
     s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
     s.visible = {0, 0};
     if (s.valid_rows > 0) {
-        s.visible = visible_keys(mask_of(p), s.lengths.seqlen_k, s.lengths.seqlen_q, query_of(p, s.first_row),
-                                 query_of(p, s.first_row + s.valid_rows - 1));
+        s.visible = mask_of(p).visible_keys(s.lengths, query_of(p, s.first_row), query_of(p, s.first_row + s.valid_rows - 1));
     }
 }
 
-// Walks the segments of a share. The load cursor and the arithmetic each own one: the first runs ahead of the second.
+// Walks the segments of a share. The loader and the arithmetic each own a walker: the first runs ahead of the second.
 struct ShareWalker {
     int item;
-    int key;  // plan coordinate at which the next segment begins; 0 is the item's beginning
+    int key;  // where the next segment begins, by the plan; 0 is the item's first visible key
 
     __device__ __forceinline__ explicit ShareWalker(const Share& share) : item(share.begin.item), key(share.begin.key) {}
 
     // Writes the next segment; false at the end of the share.
     __device__ __forceinline__ bool next(const DecodeParams& p, const Share& share, Segment& s) {
-        if (item > share.end.item || (item == share.end.item && key >= share.end.key)) return false;
+        if (item > share.end.item) return false;
+        if (item == share.end.item && (kHasSplitSize ? share.end.key == 0 : key >= share.end.key)) return false;
         describe_item(p, item, s);
-        const int part_end = item == share.end.item ? share.end.key : kItemEnd;
         s.starts = item != share.begin.item || share.begin.key == 0;
+        const bool uncut = kHasSplitSize && split_count(p, s.visible) > p.max_splits;
+        const int part_end = item == share.end.item && !(uncut && s.starts) ? share.end.key : kItemEnd;
+        if (kHasSplitSize && key >= part_end) return false;
         s.ends = part_end == kItemEnd;
         s.keys.begin = max(s.visible.begin, key);
         s.keys.end = min(s.visible.end, part_end);
         s.last = true;
         if constexpr (kHasSplitSize) {
-            s.split = clamped_split(p, s.keys.begin);
-            const int split_end = (s.split + 1) * p.split_size;
-            if (s.split == p.max_splits - 1) {
-                // The last split takes all the rest, and is not cut: it belongs to the block in which it begins.
-                const int split_begin = max(s.visible.begin, split_end - p.split_size);
-                s.keys.end = key <= split_begin && split_begin < part_end ? s.visible.end : s.keys.begin;
-            } else if (split_end < s.keys.end) {
+            // Unsigned: behind the last split it may pass 2^31.
+            const u32 split = s.keys.begin / p.split_size, split_end = (split + 1) * p.split_size;
+            s.split = split - s.visible.begin / p.split_size;
+            if (uncut && !s.starts) {
+                s.split = -1;
+                s.keys.end = s.keys.begin;
+            } else if (split_end < static_cast<u32>(s.keys.end)) {
                 s.keys.end = split_end;
                 s.last = false;
             }
@@ -108,7 +105,7 @@ struct ShareWalker {
     }
 };
 
-// The one segment of a block of a cluster: its part of the cluster's item, whatever the plan says.
+// The one segment of a block of a cluster: its part of the cluster's item. The plan is not asked.
 struct ClusterWalker {
     bool is_done = false;
 
@@ -125,7 +122,7 @@ struct ClusterWalker {
 
 private:
     static __device__ __forceinline__ int part_begin(const Segment& s, int part) {
-        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster);
+        const Cut cut = cluster_cut(s.visible, s.item, part, kCluster, kGrain);
         return part == kCluster || cut.item > s.item ? s.visible.end : max(cut.key, s.visible.begin);
     }
 };

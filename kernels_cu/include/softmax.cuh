@@ -5,120 +5,153 @@
 //   s[2], s[3]: key l / 4 + 8, the same rows
 // so the eight lanes with equal l % 4 share two rows.
 //
-// Weights are exp2(score * scale - m * scale) with log2 e in the scale, which the host makes positive.
+// Weights are exp2(score * scale - m * scale) with log2 e in the scale, which the host makes positive. m * scale is rounded to
+// a float. Up to kHugeOffset that is off by 1/4 at most, by which all weights of a row differ alike; beyond, it would soon be
+// off by more than weights bear: there the maximum is subtracted from the scores instead, which is exact where it matters.
 #pragma once
-#include "config.cuh"
+#include "fragment.cuh"
 #include "segment.cuh"
+#include "states.cuh"
+#include "tiles.cuh"
 
 using Scores = float[kKeyGroups][kRowGroups][4];
 
-// cap * tanh(x) = cap - 2 cap / (e^2x + 1): tanh.approx is too coarse for the LSE. Capped scores are in log2 units.
+// cap * tanh(score * softmax_scale / cap) to a few ulps, where cap is large. Small arguments by a polynomial in u = x^2:
+// tanh(x) = x + x u Q(u), a fit on [0, 1] that is off by less than 2^-26; the exponential would cancel.
+__device__ __forceinline__ float capped_exactly(const DecodeParams& p, float score) {
+    const float y = score * p.cap_scale, x = y * 0x1p-64f * p.cap_inverse, u = x * x;
+    float q = -0.000358451827f;
+    q = fmaf(q, u, 0.00230136397f);
+    q = fmaf(q, u, -0.00794610567f);
+    q = fmaf(q, u, 0.0214866567f);
+    q = fmaf(q, u, -0.0538798012f);
+    q = fmaf(q, u, 0.133323446f);
+    q = fmaf(q, u, -0.333332956f);
+    const float e = exp2_approx(x * 2.8853900817779268f);
+    const float large = p.score_cap * fmaf(-2.0f, reciprocal_approx(e + 1.0f), 1.0f);
+    return fabsf(x) <= 1.0f ? fmaf(y * u, q, y) : large;
+}
+
+// cap * tanh(x) = cap - 2 cap / (e^2x + 1): tanh.approx is too coarse for the LSE. That is off by cap * 2^-22; caps for which
+// it matters are rare and take the long way.
 __device__ __forceinline__ void cap_scores(const DecodeParams& p, Scores& s) {
-#pragma unroll
-    for (int k = 0; k < kKeyGroups; ++k) {
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float e = exp2_approx(s[k][g][i] * p.tanh_scale);
-                s[k][g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
-            }
-        }
+    if (p.cap_exactly) {
+        for_each<kKeyGroups, kRowGroups, 4>([&](int k, int g, int i) { s[k][g][i] = capped_exactly(p, s[k][g][i]); });
+    } else {
+        for_each<kKeyGroups, kRowGroups, 4>([&](int k, int g, int i) {
+            const float e = exp2_approx(s[k][g][i] * p.tanh_scale);
+            s[k][g][i] = p.score_cap - 2.0f * p.score_cap * reciprocal_approx(e + 1.0f);
+        });
     }
 }
 
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_key, int lane,
                                             Scores& s) {
-    const int keys = segment.lengths.seqlen_k, queries = segment.lengths.seqlen_q;
-#pragma unroll
-    for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-            const int query = query_of(p, segment.first_row + g * 8 + lane % 4 * 2 + column);
-            const int begin = first_visible(mask_of(p), keys, queries, query);
-            const int end = min(segment.keys.end, last_visible(mask_of(p), keys, queries, query));
-#pragma unroll
-            for (int eighth = 0; eighth < kTileKeys / 8; ++eighth) {
-                const int key = first_key + lane / 4 + eighth * 8;
-                if (key < begin || key >= end) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
-            }
-        }
-    }
+    for_each<kRowGroups, 2>([&](int g, int column) {
+        const int query = query_of(p, segment.first_row + g * 8 + lane % 4 * 2 + column);
+        const int begin = mask_of(p).first_visible(segment.lengths, query);
+        const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query));
+        for_each<kTileKeys / 8>([&](int eighth) {
+            const int key = first_key + lane / 4 + eighth * 8;
+            if (key < begin || key >= end) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
+        });
+    });
 }
 
 // Running maximum and sum of two rows per row group. The maximum is lazy: it moves only when a score exceeds it by more
-// than a factor of 2^8 in weight, so that most tiles need no reduction; weights then reach 256 instead of 1, which floats
-// bear.
+// than a factor of 2^8 in weight, so that most tiles need no reduction. Weights then reach 256 instead of 1, which is safe in
+// float32, and as exact.
 class Softmax {
 public:
     __device__ __forceinline__ explicit Softmax(const DecodeParams& p) : scale_(p.score_scale), slack_(p.score_slack) {}
 
     __device__ __forceinline__ void reset() {
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-            for (int column = 0; column < 2; ++column) {
-                threshold_[g][column] = offset_[g][column] = kLowest;
-                sum_[g][column] = 0.0f;
-            }
-        }
+        fill(threshold_, -infinity());
+        fill(offset_, kLowest);
+        fill(sum_, 0.0f);
     }
 
-    // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
+    // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves. The x of rows[w][r] keep the maxima of warp w:
+    // only its lanes 0 .. 3 touch them, and only here.
     template <typename Math>
-    __device__ __forceinline__ void update(Scores& s, Math& math) {
+    __device__ __forceinline__ void update(Scores& s, Math& math, float2 (&rows)[kWarps][kRows]) {
         bool exceeds = false;
-#pragma unroll
-        for (int g = 0; g < kRowGroups; ++g) {
-            exceeds |= lane_maximum(s, g, 0) > threshold_[g][0];
-            exceeds |= lane_maximum(s, g, 1) > threshold_[g][1];
-        }
+        for_each<kRowGroups, 2>([&](int g, int column) { exceeds |= lane_maximum(s, g, column) > threshold_[g][column]; });
         if (__any_sync(kFullWarp, exceeds)) {
-            float alpha[kRowGroups][2];
-#pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-                for (int column = 0; column < 2; ++column) {
-                    float top = lane_maximum(s, g, column);
-#pragma unroll
-                    for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, lanes));
-                    // Each row moves for its own sake alone: its result must not depend on the rows beside it.
+            const u32 thread = thread_number();
+            float2* const mine = rows[thread / 32] + thread % 4 * 2;  // the first of this lane's rows of a row group
+            const bool is_owner = thread % 32 < 4;
+            float alpha[kRowGroups][2];  // first the tile's maxima
+            bool some_huge = false;
+            for_each<kRowGroups, 2>([&](int g, int column) {
+                const float top = lanes_maximum<8, 4>(lane_maximum(s, g, column));
+                some_huge |= is_huge(g, column) || fabsf(top * scale_) >= kHugeOffset;
+                alpha[g][column] = top;
+            });
+            // Per row: the bits of a row must not depend on the rows beside it.
+            if (__any_sync(kFullWarp, some_huge)) {
+                move_huge(s, alpha, mine, is_owner);
+            } else {
+                for_each<kRowGroups, 2>([&](int g, int column) {
+                    const float top = alpha[g][column];
                     const bool moves = top > threshold_[g][column];
-                    const float offset = moves ? top * scale_ : offset_[g][column];
+                    const float offset = moves ? __fmul_rn(top, scale_) : offset_[g][column];
+                    if (moves && is_owner) mine[g * 8 + column].x = top;
                     threshold_[g][column] = moves ? top + slack_ : threshold_[g][column];
                     alpha[g][column] = exp2_approx(offset_[g][column] - offset);
                     offset_[g][column] = offset;
                     sum_[g][column] *= alpha[g][column];
-                }
+                });
             }
             math.rescale(alpha);
         }
-#pragma unroll
-        for (int k = 0; k < kKeyGroups; ++k) {
-#pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    s[k][g][i] = exp2_approx(fmaf(s[k][g][i], scale_, -offset_[g][i % 2]));
-                    sum_[g][i % 2] += s[k][g][i];
-                }
-            }
-        }
+        for_each<kKeyGroups, kRowGroups, 4>([&](int k, int g, int i) {
+            s[k][g][i] = exp2_approx(fmaf(s[k][g][i], scale_, -offset_[g][i % 2]));
+            sum_[g][i % 2] += s[k][g][i];
+        });
     }
 
-    // The maximum in log2 units; kLowest where no key was seen.
-    __device__ __forceinline__ float row_maximum(int g, int column) const { return offset_[g][column]; }
+    // Whether a row has seen a key, and so has a maximum.
+    __device__ __forceinline__ bool has_maximum(int g, int column) const { return offset_[g][column] != kLowest; }
 
     // Sums stay per lane until the item ends.
     __device__ __forceinline__ float row_sum(int g, int column) const {
-        float total = sum_[g][column];
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kFullWarp, total, lanes);
-        return total;
+        return lanes_sum<8, 4>(sum_[g][column]);
     }
 
 private:
+    // Whether a row's maximum is subtracted from its scores: then every tile goes the way of one in which maxima move.
+    __device__ __forceinline__ bool is_huge(int g, int column) const {
+        return threshold_[g][column] == -infinity() && offset_[g][column] == 0.0f;
+    }
+
+    // Moves the maxima where some are huge, and subtracts those from the scores. Turns the tile's maxima into the factors of what
+    // was summed up before.
+    __device__ __forceinline__ void move_huge(Scores& s, float (&alpha)[kRowGroups][2], float2* mine, bool is_owner) {
+        for_each<kRowGroups, 2>([&](int g, int column) {
+            const float top = alpha[g][column], old_offset = offset_[g][column];
+            const bool was_huge = is_huge(g, column), moves = was_huge || top > threshold_[g][column];
+            float old = is_owner && was_huge ? mine[g * 8 + column].x : kLowest;
+            old = __shfl_sync(kFullWarp, old, thread_number() % 4);
+            const float maximum = was_huge ? fmaxf(old, top) : top;
+            float offset = __fmul_rn(maximum, scale_);
+            const bool huge = moves && !(fabsf(offset) < kHugeOffset);
+            float change = 0.0f;
+            if (moves) {
+                if (huge) offset = 0.0f;
+                if (was_huge) change = huge ? (old - maximum) * scale_ : fmaf(old, scale_, -offset);
+                else change = huge ? -fmaf(maximum, scale_, -old_offset) : old_offset - offset;
+                if (is_owner) mine[g * 8 + column].x = maximum;
+                offset_[g][column] = offset;
+                threshold_[g][column] = huge ? -infinity() : maximum + slack_;
+            }
+            alpha[g][column] = exp2_approx(fminf(change, 0.0f));
+            sum_[g][column] *= alpha[g][column];
+            if (huge) for_each<kKeyGroups>([&](int k) { s[k][g][column] -= maximum, s[k][g][column + 2] -= maximum; });
+        });
+    }
+
     // The largest score of a row among this lane's keys.
     static __device__ __forceinline__ float lane_maximum(const Scores& s, int g, int column) {
         float top = fmaxf(s[0][g][column], s[0][g][column + 2]);
@@ -129,6 +162,6 @@ private:
 
     float scale_, slack_;
     float threshold_[kRowGroups][2];  // score above which the maximum moves
-    float offset_[kRowGroups][2];     // maximum * scale
+    float offset_[kRowGroups][2];     // maximum * scale; 0 for a huge one, kLowest before any key
     float sum_[kRowGroups][2];
 };

@@ -2,14 +2,15 @@
 // dependent launch, sm_90 and later), so that its blocks are there when their turn comes.
 #pragma once
 
-// Waits until all that comes before in the stream has ended and shows. No memory may be touched ahead of it.
+// Waits until all that comes before in the stream has finished and its writes are visible. No memory may be touched before.
 __device__ __forceinline__ void wait_for_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets what comes after in the stream be launched, to wait for its turn, as soon as every block has said so or ended.
+// Allows the next kernel of the stream to be launched, where it waits for its turn, as soon as every block has called this or
+// ended.
 __device__ __forceinline__ void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

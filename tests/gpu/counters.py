@@ -21,11 +21,12 @@ import ml_dtypes
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bench.device import plan_for  # noqa: E402
 
 import cuflash  # noqa: E402
 from cuflash.bench import report  # noqa: E402
-from cuflash.bench.device import plan_for  # noqa: E402
 
 PAGE = 16
 

@@ -51,7 +51,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
     distributed = ("-n", str(workers)) if workers > 1 and importlib.util.find_spec("xdist") else ()
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
-    bench = (python, "-m", "cuflash", "bench", "gpu")
+    bench = (python, "-m", "tests.bench", "gpu")
     quick = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")  # flex_attention compiles for long
     return [
         Part("info", (python, "-m", "cuflash", "info"), 60, shows=True),
@@ -61,6 +61,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
         Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py"), 120),
         Part("dlpack", (*PYTEST, f"{HERE}/test_gpu_dlpack.py"), 120),
         Part("devices", (*PYTEST, f"{HERE}/test_gpu_devices.py"), 120),
+        Part("paged", (*PYTEST, f"{HERE}/test_gpu_paged.py"), 120),
         Part("model", (*PYTEST, f"{HERE}/test_gpu_model.py"), 120),
         *(
             Part(tool, (*sanitizer, "--tool", tool, python, f"{HERE}/sanitize.py"), 240, needs=sanitizer[0])

@@ -11,7 +11,7 @@ import pytest
 from conftest import HAS_GPU
 
 import cuflash
-from cuflash.arrays import export_array, import_array
+from cuflash.arrays import exporter, import_array
 
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
 
@@ -84,7 +84,7 @@ def test_the_same_memory(framework: Any, dtype: str) -> None:
     assert ours.data.ptr == framework.pointer(theirs)
     assert ours.dtype == values.dtype
     assert ours.get().tobytes() == values.tobytes()
-    back = export_array(ours, theirs)
+    back = exporter(theirs)(ours)
     assert type(back) is type(theirs)
     assert framework.pointer(back) == framework.pointer(theirs)
 

@@ -12,7 +12,7 @@ import wgmma_attention
 from conftest import HAS_GPU
 from wgmma import layouts
 
-from cuflash import kernels
+from cuflash.kernels import source as sources
 
 # Fragments of one warp: ldmatrix, ldmatrix.trans, movmatrix, and the product of two of them.
 SOURCE = r"""
@@ -41,7 +41,7 @@ ELEMENTS = {"Float16": np.dtype(np.float16), "BFloat16": np.dtype(ml_dtypes.bflo
 
 
 def source(element: str) -> str:
-    return f"{kernels.source('types.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
+    return f"{sources.source('elements.cuh')}\n{SOURCE.replace('ELEMENT', element)}"
 
 
 def inputs(element: str, integers: bool) -> np.ndarray:

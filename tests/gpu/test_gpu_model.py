@@ -65,10 +65,10 @@ def test_a_graph_of_a_step_gives_the_tokens_of_eager_steps() -> None:
     found = [tokens.tolist()]
     cache.plan(range(len(prompts)), [TOKENS] * len(prompts))  # pages for all tokens to come
     cache.plan(range(len(prompts)), [1] * len(prompts))
-    lengths = torch.from_dlpack(cache.lengths)
+    lengths = torch.from_dlpack(cache.step.cache_seqlens)
 
     def step() -> None:
-        cache.schedule()
+        cache.step.plan()
         tokens.copy_(twin.forward(tokens, cache))
         lengths.add_(1)
 

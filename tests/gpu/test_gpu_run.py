@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from bench import gpu, main
 from conftest import HAS_GPU
 
-from cuflash.bench import gpu
-from cuflash.cli import main
+from cuflash.bench.inputs import Inputs, Shape
+from cuflash.bench.measure import Reference
 
 HERE = Path(__file__).parent
 
@@ -37,7 +39,7 @@ def test_unknown_parts() -> None:
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gpu"]) == 2
+    assert main(["gpu"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "no GPU found" in captured.err
@@ -50,6 +52,7 @@ def test_shapes() -> None:
     assert all(shape.name == name for name, shape in shapes.items())
     for name, megabytes in (("b32 L4096 32/8", 537), ("b1 L1024 32/4", 2.1), ("b64 random 1..8192 8/1", 127)):
         assert shapes[name].kv_bytes == pytest.approx(1e6 * megabytes, rel=0.01)
+    assert gpu.targets()["b32 L4096 32/8 D64"] == 63 and set(gpu.targets()) == set(shapes)
     assert shapes["b128 lognormal 32/8"].lengths.sum() == pytest.approx(195_000, rel=0.001)
 
 
@@ -57,13 +60,13 @@ def test_report() -> None:
     """Figures, a peer that failed, one that is nowhere, a shape that failed."""
     row = {"variant": "bfloat16 128x4", "arch": "sm_90", "workload": "b1 L16 4/1", "floor_us": 1.0}
     good = {**row, "given_us": 123.46, "share": 0.925, "to_best_peer": 0.98765,
-            "peers": {"cuDNN": 130.0, "FA2": "wrong: relative error 1", "FA3": "not present"}}  # fmt: skip
+            "peers": {"cuDNN": 130.0, "FA2": "wrong: relative error 1", "FA3": "not installed"}}  # fmt: skip
     records = [{"variant": "machine", "gpu": "some GPU"}, good, {**row, "error": "OutOfMemoryError: too much"}]
     for markdown in (False, True):
         text = "\n".join(gpu.lines(records, markdown))
         for word in ("gpu some GPU", "123.5", "92 %", "0.99", "130.0", "wrong: relative error 1", "OutOfMemoryError"):
             assert word in text
-        assert text.splitlines()[-1] == "FA3: not present"
+        assert text.splitlines()[-1] == "FA3: not installed"
 
 
 def test_reference_of_a_sample() -> None:
@@ -74,20 +77,20 @@ def test_reference_of_a_sample() -> None:
             return np.asarray(self)
 
     rng = np.random.default_rng(0)
-    shape = gpu.Shape("test", np.array([40, 5, 33]), 4, 2, 64)
-    inputs = gpu.Inputs(shape, [], 1)
-    table = inputs.host_table()
+    shape = Shape("test", np.array([40, 5, 33]), 4, 2, 64)
+    inputs = Inputs(shape, [], 1)
+    table = inputs.host_table
     pages = int((-(-shape.lengths // 16)).sum())
     assert sorted(np.concatenate([table[0, :3], table[1, :1], table[2, :3]])) == list(range(pages))
 
     def normal(*size: int) -> np.ndarray:
-        return rng.standard_normal(size, np.float32).astype(gpu._BFLOAT16).view(Array)
+        return rng.standard_normal(size, np.float32).astype(ml_dtypes.bfloat16).view(Array)
 
     copy = {"q": normal(3, 1, 4, 64), "k_cache": normal(pages, 16, 2, 64), "v_cache": normal(pages, 16, 2, 64)}
     inputs.copies.append({**copy, "page_table": table.view(Array)})
-    reference = gpu.Reference(inputs)
+    reference = Reference(inputs)
     assert reference.sequences == [1, 0, 2]
-    out = np.zeros((3, 4, 64))
+    out = np.zeros((3, 1, 4, 64))
     for s, length in enumerate(shape.lengths):
         keys, values = (
             np.concatenate(list(copy[n][table[s]]))[:length].astype(np.float64) for n in ("k_cache", "v_cache")
@@ -95,6 +98,6 @@ def test_reference_of_a_sample() -> None:
         for h in range(4):
             scores = keys[:, h // 2] @ copy["q"][s, 0, h].astype(np.float64) / 8
             weights = np.exp(scores - scores.max())
-            out[s, h] = weights @ values[:, h // 2] / weights.sum()
+            out[s, 0, h] = weights @ values[:, h // 2] / weights.sum()
     assert reference.error(out) < 5e-3
     assert reference.error(2 * out) == pytest.approx(1, abs=0.01)

@@ -22,7 +22,8 @@ from problems import Backend, Case, check_cache, check_lse, check_out, expected,
 import cuflash
 from cuflash import planner
 from cuflash.backends import sim
-from cuflash.backends.sim import _Simulator as Simulated
+from cuflash.backends.sim import SimulatedMachine as Simulated
+from cuflash.operands import Lengths
 from cuflash.simulator.mutate import Equivalent, Mutant
 
 Arrays = tuple[np.ndarray, ...]
@@ -36,16 +37,18 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
     def problem() -> Arrays:
         os.environ.update(CUFLASH_BACKEND="sim", CUFLASH_NUM_SM=str(num_sm))
         counters = []
-        workspace, launch = Simulated.workspace, Simulated.launch
+        scratch, launch = Simulated.scratch, Simulated.launch
 
-        def watched(self: Any, partials: int, blocks: int) -> Any:
-            arrays = workspace(self, partials, blocks)
-            counters.append(arrays[1])
-            return arrays
+        def watched(self: Any, name: str, memory: Any) -> Any:
+            array = scratch(self, name, memory)
+            if name == "counters":
+                counters.append(array)
+            return array
 
         def launched(*arguments: Any) -> None:
             if nonsense:  # a negative number that the device alone sees counts as 0
-                lengths, leftpad = (arguments[-1].get(name) for name in ("cache_seqlens", "cache_leftpad"))
+                named = dict(zip(arguments[1].pointers, arguments[-1], strict=True))
+                lengths, leftpad = (named.get(name) for name in ("cache_seqlens", "cache_leftpad"))
                 if leftpad is not None:
                     lengths[lengths == leftpad] = -70
                     leftpad[leftpad == 0] = -9
@@ -53,7 +56,7 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
                     lengths[lengths == 0] = -70
             launch(*arguments)
 
-        with mock.patch.multiple(Simulated, workspace=watched, launch=launched):
+        with mock.patch.multiple(Simulated, scratch=watched, launch=launched):
             out, lse, k_cache, v_cache = run(case, inputs, SIM)
         check_out(case, out, answer)
         check_lse(case, lse, answer)
@@ -92,18 +95,18 @@ EQUIVALENT = (
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
         context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
-        file=r"(decode|plan|merge)\.cu|(ptx|types|combine|mma|segment)\.cuh",
+        file=r"(decode|plan|merge)\.cu|(ptx/\w+|swizzle|combine|merge_warps|mma|segment|fragment)\.cuh",
     ),
     Equivalent(
         "the difference of equal numbers is the 0 of the other choice",
-        file="schedule.cuh",
+        file="lengths.cuh",
         source=r"return end > begin \?",
         kind="gt -> ge",
     ),
     Equivalent(
         "p - left is 0, the other choice, where p equals left",
-        file="schedule.cuh",
-        source=r"p > mask\.left",
+        file="mask.cuh",
+        source=r"p > window_left",
         kind="gt -> ge",
         instruction=r"setp\.gt\.s32 %p\d+, %r\d+, %r\d+",
     ),
@@ -128,8 +131,8 @@ EQUIVALENT = (
     ),
     Equivalent(
         "nothing hidden is the 0 of the other choice",
-        file="schedule.cuh",
-        source=r"hidden = max\(hidden, behind - mask\.right",
+        file="mask.cuh",
+        source=r"hidden = max\(hidden, behind - window_right",
         kind="gt -> ge",
         instruction=", 0$",
     ),
@@ -144,22 +147,22 @@ EQUIVALENT = (
     Equivalent(
         "a second pass over the queries, which a block with more threads than chunks does not make",
         file=r"decode\.cu",
-        source=r"i \+= kThreads|Swizzle<kKeyBytes>::offset\(row",
+        source=r"i \+= kThreads|Swizzle<kQueryBytes>::offset\(row",
         kind="add -> sub|lt -> le",
         instruction=r"add\.s32 %r\d+, %r\d+, (128|256)$|setp\.lt\.s32 %p\d+, %r\d+, -(64|192)$",
         variants=_has_8_rows,
     ),
     Equivalent(
         "rows without keys have begin 0 and an end of at most 0; an end below its begin is raised to it",
-        file="schedule.cuh",
+        file="mask.cuh",
         source=r"first_query > last_query \|\| begin >= end",
         kind="or -> and|ge -> gt",
         kernel="decode",
     ),
     Equivalent(
         "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from it",
-        file="schedule.cuh",
-        source=r"mask\.right >= 0|return seqlen_k - hidden",
+        file="mask.cuh",
+        source=r"window_right >= 0|return lengths\.seqlen_k - hidden",
         call=r"end = last_visible\(",
         kind="lt -> le|sub -> add",
         variants=_has_8_rows,
@@ -174,7 +177,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a variant of 8 rows has one row block, whose last row is the last query: no key is hidden from rows behind it",
-        file="segment.cuh",
+        file="fast_divisor.cuh",
         source=r"__umulhi\(number << 1",
         kind="add -> sub",
         context=r"shr\.u32 .*\nadd\.s32 .*\nshl\.b32 (%r\d+), %r\d+, 1\nadd\.s32 %r\d+, \1, -2$",
@@ -189,7 +192,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a variant of 8 rows has one row group, whose first row is 0",
-        file="combine.cuh",
+        file="merge_warps.cuh",
         source=r"row = g \* 8 \+ i / kVectors",
         kind="add -> sub",
         instruction=r", %r\d+$",
@@ -197,7 +200,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a thread's number is never -128: more threads than vectors of a row group, of which no thread has two",
-        file="combine.cuh",
+        file="merge_warps.cuh",
         source=r"i < 8 \* kVectors; i \+= kThreads",
         kind="lt -> le",
         instruction=", -128$",
@@ -205,7 +208,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "one pass over the vectors of a row group: the comparison has read the old value, the new one is never used",
-        file="combine.cuh",
+        file="merge_warps.cuh",
         source=r"i < 8 \* kVectors; i \+= kThreads",
         kind="add -> sub",
         instruction=", (128|256)$",
@@ -246,7 +249,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "where all queries are there before one is flipped, each piece of a row is flipped by one thread or another",
-        file=r"types\.cuh",
+        file="swizzle.cuh",
         kind="and -> or",
         context=r"add\.s32 .*\nshr\.s32 .*, 3\nshl\.b32 .*, 7\nand\.b32 .*, 7$",
         variants=_has_two_buffers,
@@ -314,7 +317,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "with tiles of 32 keys: a shuffle from 16 lanes back is one from 16 lanes on",
-        file=r"(segment|loader|mma|ptx)\.cuh|decode\.cu",
+        file=r"(segment|loader|mma|ptx/registers)\.cuh|decode\.cu",
         source=r"\+\+item;|key_? [+-]= kWarps \* kTileKeys|u32 slot = ring|\*= alpha\[g\]|mad\.wide\.u32",
         kind="add -> sub",
         instruction=r"add\.s32 .*, 16$",
@@ -352,7 +355,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "more than 2^31 - 1 keys: the host refuses them, and no cache holds them",
-        file="schedule.cuh",
+        file="lengths.cuh",
         source=r"min\(new_keys, most - keys\)",
         kind="sub -> add|drop.*",
         instruction=r"sub\.s32",
@@ -360,7 +363,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a variant of 8 rows has one row group: nothing waits for a second one",
-        file="combine.cuh",
+        file="merge_warps.cuh",
         source=r"if \(g > 0\) __syncthreads",
         kind="drop a barrier",
         unreached=True,
@@ -461,7 +464,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "what a row sees ends behind its beginning, except that of rows before the first key, which begins at 0",
-        file=r"schedule\.cuh",
+        file="mask.cuh",
         source=r"first_query > last_query \|\| begin >= end",
         kind="ge -> gt",
         kernel="plan",
@@ -678,21 +681,21 @@ def _nonsense_plan(seed: int, clusters: bool) -> Callable[[], None]:
     os.environ.update(CUFLASH_NUM_SM="900" if clusters else "20", CUFLASH_BACKEND="numpy")
     options = {"cu_seqlens_q": absent, "cu_seqlens_k_new": absent, "max_seqlen_k": 500 if clusters else 8192}
     meta = cuflash.get_scheduler_metadata(**_step(np.zeros(batch, int), 3, max_seqlen_q=17, **options))
-    assert (meta.tiling.cluster > 1) == clusters
+    assert (meta.partition.cluster > 1) == clusters
     if seed % 2:
         low, high = -100, 100
-    lengths = cuflash.scheduling.Lengths(
+    lengths = Lengths(
         cache_seqlens=rng.integers(low, high, batch, np.int32),
         cu_seqlens_q=rng.integers(low, high, batch + 1, np.int32),
         cu_seqlens_k_new=rng.integers(low, high, batch + 1, np.int32),
         cache_leftpad=rng.integers(low, high, batch, np.int32),
     )
     twin = np.full_like(meta.array, -1)
-    planner.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, twin)
+    planner.plan(meta.problem, meta.partition, lengths, twin)
 
     def problem() -> None:
         array = np.full_like(meta.array, -1)
-        sim.plan(meta.problem, meta.tiling, meta.num_blocks, lengths, array)
+        sim.BACKEND.plan(meta.problem, meta.partition, lengths, array)
         np.testing.assert_array_equal(array, twin)
 
     return problem

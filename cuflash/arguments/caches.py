@@ -1,0 +1,134 @@
+"""Caches, page tables, and the keys and values that are appended."""
+
+from __future__ import annotations
+
+from ..arrays import (
+    NativeArray,
+    address_of,
+    import_array,
+    is_on_device,
+    is_writeable,
+    overlaps,
+    refuse_in_capture,
+    span_of,
+    strides_of,
+)
+from ..dtypes import numpy_dtype
+from ..kv_cache import KVCache
+from ..problem import Problem
+from .common import UNIT, Given, expect_shape, index
+
+# 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
+_MAX_CACHE_BYTES = 64 * 2**30 - 16
+
+
+def cache_of(given: Given) -> KVCache:
+    """Import caches as views (pages, page_size, heads_kv, dim), and what says where in them a sequence lies."""
+    layout = given["layout"]
+    if layout not in ("NHD", "HND"):
+        kind = ValueError if isinstance(layout, str) else TypeError
+        raise kind(f'layout must be "NHD" or "HND", got {layout!r}')
+    views = []
+    for name in ("k_cache", "v_cache"):
+        array = import_array(name, given[name])
+        if array.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {array.shape}")
+        if array.dtype.itemsize == 1 and given["kv_dtype"] is None:
+            raise NotImplementedError(f"{name}: quantised caches are not implemented yet, got {array.dtype}")
+        views.append(array.swapaxes(1, 2) if layout == "HND" else array)
+    k, v = views
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v_cache must have the shape of k_cache but for the head dim, got {v.shape} (NHD)")
+    batch_idx = index("cache_batch_idx", given["cache_batch_idx"], 1)
+    table = given["page_table"]
+    if not isinstance(table, tuple):
+        return KVCache(k, v, index("page_table", table, 2, wraps=True), batch_idx=batch_idx)
+    if len(table) != 2:
+        raise ValueError(f"page_table must be an array or a pair (indptr, indices), got {len(table)} arrays")
+    if given["cache_seqlens"] is None:
+        raise ValueError("cache_seqlens must be given with page_table=(indptr, indices), got None")
+    indptr = index("page_table[0]", table[0], 1)
+    indices = index("page_table[1]", table[1], 1, wraps=True)
+    if indptr is None or indices is None:
+        raise TypeError("page_table must be an array or a pair of arrays (indptr, indices), got None in it")
+    if not indptr.size:
+        raise ValueError(f"page_table[0] must have shape (rows + 1,), got {indptr.shape}")
+    return KVCache(k, v, page_indptr=indptr, page_indices=indices, batch_idx=batch_idx)
+
+
+def check_caches(problem: Problem, q: NativeArray, cache: KVCache) -> None:
+    """Check dtypes, head dims and strides of the caches."""
+    dtype = numpy_dtype(problem.kv_dtype)
+    for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
+        if array.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of q ({dtype}), got {array.dtype}")
+    if cache.k.shape[3] != problem.headdim:
+        raise ValueError(f"k_cache must have q's head dim {problem.headdim}, got {cache.k.shape[3]}")
+    for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
+        if array.size == 0:
+            continue
+        *outer, last = strides_of(array)
+        if last != array.itemsize:
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {array.strides} bytes")
+        if any(stride % UNIT or stride < 0 for stride in outer) or address_of(array) % UNIT:
+            raise ValueError(
+                f"{name} must begin at a multiple of 16 bytes and have strides that are non-negative multiples of 16 "
+                f"bytes (a cache is never copied), got strides {array.strides}"
+            )
+        begin, end = span_of(array)
+        if end - begin > _MAX_CACHE_BYTES:
+            raise ValueError(f"{name} must span less than 64 GiB, got shape {array.shape}")
+
+
+def check_rows(problem: Problem, cache: KVCache) -> None:
+    """Check that every sequence has a row of the cache, or of the page table."""
+    expect_shape("cache_batch_idx", cache.batch_idx, (problem.batch_size,))
+    if cache.batch_idx is None and cache.num_rows != problem.batch_size:
+        name = "page_table" if cache.is_paged else "k_cache"
+        raise ValueError(
+            f"{name} must have a row per sequence ({problem.batch_size}) or cache_batch_idx, got {cache.num_rows}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ new keys
+def new_keys(
+    problem: Problem, q: NativeArray, cache: KVCache, given: Given
+) -> tuple[NativeArray | None, NativeArray | None]:
+    """Import the keys and values to append."""
+    k, v = given["k"], given["v"]
+    joint = cache.joint and problem.headdim > problem.headdim_v
+    if joint and v is not None:
+        raise ValueError("v must be None where values are the first columns of k_cache's rows: k brings them, got one")
+    if not joint and (k is None) != (v is None):
+        raise ValueError(f"{'v' if v is None else 'k'} must be given too: k and v are appended together")
+    if k is None:
+        return None, None
+    if given["cache_seqlens"] is None:
+        raise ValueError("cache_seqlens must be given with k and v: it says where they go, got None")
+    new: list[NativeArray] = []
+    for name, dim in (("k", problem.headdim), ("v", problem.headdim_v))[: 2 - joint]:
+        array = import_array(name, given[name])
+        if given["cu_seqlens_k_new"] is None:
+            if array.ndim != 4:
+                raise ValueError(f"{name} must have shape (batch, seqlen_new, heads_kv, headdim), got {array.shape}")
+            leading = (problem.batch_size, array.shape[1] if name == "k" else new[0].shape[1])
+        else:
+            leading = array.shape[:1] if name == "k" else new[0].shape[:1]
+        expect_shape(name, array, (*leading, problem.num_heads_kv, dim))
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q ({q.dtype}), got {array.dtype}")
+        new.append(array)
+    for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
+        if not is_writeable(array, given[name]):
+            raise ValueError(f"{name} must be writeable to append to it, got a read-only array")
+    # Keys that lie in the slots that they are written to would be read and written at once.
+    return apart("k", new[0], cache), None if joint else apart("v", new[1], cache)
+
+
+def apart(name: str, new: NativeArray, cache: KVCache) -> NativeArray:
+    """Return an array that shares no memory with the caches, which an append writes: a copy of one that does."""
+    if not (overlaps(new, cache.k) or overlaps(new, cache.v)):
+        return new
+    if is_on_device(new):
+        refuse_in_capture(name, "share no memory with the caches")
+    return new.copy()

@@ -1,0 +1,60 @@
+"""What all arguments have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..arrays import (
+    NativeArray,
+    address_of,
+    empty,
+    import_array,
+    import_index,
+    is_writeable,
+    refuse_in_capture,
+    strides_of,
+)
+
+UNIT = 16  # bytes that kernels read and write at once
+
+Given = dict[str, Any]
+
+
+def index(name: str, x: Any, ndim: int, wraps: bool = False) -> NativeArray | None:
+    """Import an optional index array with a contiguous last dimension."""
+    if x is None:
+        return None
+    array = import_index(name, x, wraps)
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {array.shape}")
+    if array.size and strides_of(array)[-1] not in (0, array.itemsize):
+        if ndim > 1:  # on a GPU, and too large to copy on every call
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {array.strides} bytes")
+        refuse_in_capture(name, "be contiguous")
+        array = array.copy()
+    return array
+
+
+def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -> None:
+    """Raise if an array is given and of another shape."""
+    if array is not None and array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def output(name: str, given: Any, like: NativeArray, shape: tuple[int, ...], dtype: Any) -> NativeArray:
+    """Return the caller's output array, checked, or a new one where ``like`` lives."""
+    if given is None:
+        return empty(shape, dtype, like)
+    array = import_array(name, given)
+    expect_shape(name, array, shape)
+    if array.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {array.dtype}")
+    if not is_writeable(array, given):
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    if array.size and not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")
+    # A row of the output is stored by vectors, an LSE is one number.
+    boundary = UNIT if name == "out" else array.itemsize
+    if array.size and address_of(array) % boundary:
+        raise ValueError(f"{name} must begin at a multiple of {boundary} bytes, got address {address_of(array):#x}")
+    return array

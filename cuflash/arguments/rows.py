@@ -1,0 +1,125 @@
+"""What goes with the query rows: sinks, and where their results go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays import (
+    NativeArray,
+    address_of,
+    aligned,
+    import_array,
+    is_on_device,
+    memory_of,
+    overlaps,
+    refuse_in_capture,
+    strides_of,
+)
+from ..dtypes import dtype_name
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..problem import Problem, window_bounds
+from .common import Given, expect_shape, output
+
+
+def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
+    """Import sinks as float32: there are few of them, and models keep them in their own dtype."""
+    if sinks is None:
+        return None
+    array = import_array("sinks", sinks)
+    expect_shape("sinks", array, (problem.num_heads_q,))
+    dtype_name("sinks", array.dtype)
+    array = aligned("sinks", array, array.itemsize)
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
+    if is_on_device(array):
+        refuse_in_capture("sinks", "be contiguous float32")
+    return array.astype(np.float32)
+
+
+def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
+    """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
+    ragged, shape = problem.cu_seqlens_q, q.shape
+    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), q.dtype)
+    if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
+        return out, None
+    lse_shape = (shape[1], shape[0]) if ragged else (shape[0], shape[2], shape[1])
+    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape, np.dtype(np.float32))
+
+
+def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray | None:
+    """Import qv, what of a query meets the values."""
+    if given["qv"] is None:
+        return None
+    qv = import_array("qv", given["qv"])
+    expect_shape("qv", qv, (*q.shape[:-1], problem.headdim_v))
+    if qv.dtype != q.dtype:
+        raise ValueError(f"qv must have the dtype of q ({q.dtype}), got {qv.dtype}")
+    return qv
+
+
+def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | None:
+    """Import the mask among the last keys of every sequence, which rules out all other masks."""
+    if given["tree_mask"] is None:
+        return None
+    mask = import_array("tree_mask", given["tree_mask"])
+    for name in ("causal", "window_size", "attention_chunk", "rotary_cos"):
+        value = given[name]
+        if name == "window_size":
+            value = window_bounds(value) != (-1, -1)
+        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+            raise ValueError(f"tree_mask must be alone: {name} must not be given with it, got {given[name]!r}")
+    if mask.dtype not in (np.bool_, np.uint32):
+        raise TypeError(f"tree_mask must be bool, or packed as uint32, got {mask.dtype}")
+    columns = problem.max_seqlen_q if mask.dtype == np.bool_ else -(-problem.max_seqlen_q // 32)
+    expect_shape("tree_mask", mask, (*((q.shape[0],) if problem.cu_seqlens_q else q.shape[:2]), columns))
+    mask = aligned("tree_mask", mask, mask.itemsize)
+    if mask.size and strides_of(mask)[-1] not in (0, mask.itemsize):
+        if is_on_device(mask):
+            refuse_in_capture("tree_mask", "have a contiguous last dimension")
+        mask = mask.copy()
+    return mask
+
+
+def merged(out: NativeArray, lse: NativeArray | None, given: Given) -> tuple[NativeArray | None, NativeArray | None]:
+    """Import merge_with, the results of the same queries over other keys."""
+    pair = given["merge_with"]
+    if pair is None:
+        return None, None
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"merge_with must be a pair (out, lse), got {type(pair).__name__}")
+    other, other_lse = import_array("merge_with[0]", pair[0]), import_array("merge_with[1]", pair[1])
+    expect_shape("merge_with[0]", other, out.shape)
+    if other.dtype != out.dtype:
+        raise ValueError(f"merge_with[0] must be {out.dtype}, got {other.dtype}")
+    shape = (out.shape[1], out.shape[0]) if out.ndim == 3 else (out.shape[0], out.shape[2], out.shape[1])
+    expect_shape("merge_with[1]", other_lse, shape)
+    if other_lse.dtype != np.float32:
+        raise ValueError(f"merge_with[1] must be float32, got {other_lse.dtype}")
+    return aligned("merge_with[0]", other, other.itemsize), aligned("merge_with[1]", other_lse, other_lse.itemsize)
+
+
+def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
+    """Check that all arrays lie in one memory, and that none that is written is another one."""
+    arrays = operands.arrays
+    if plan is not None:
+        arrays["scheduler_metadata"] = plan.array
+    memory = memory_of(operands.q)
+    for name, array in arrays.items():
+        if array is not None and memory_of(array) != memory:
+            raise ValueError(f"{name} must be in {memory} like q, got one in {memory_of(array)}")
+    # An array may be overwritten by what is made of it, element by element: whoever writes has read it.
+    in_place = {"out": ("q", "merge_out"), "softmax_lse": ("merge_lse",)}
+    for written, sources in in_place.items():
+        target = arrays[written]
+        for name, array in arrays.items():
+            if target is None or array is None or name == written or not overlaps(target, array):
+                continue
+            if name not in sources or not _is_the_same(target, array):
+                raise ValueError(f"{written} must share no memory with {name}, got overlapping arrays")
+
+
+def _is_the_same(one: NativeArray, other: NativeArray) -> bool:
+    return address_of(one) == address_of(other) and one.shape == other.shape and strides_of(one) == strides_of(other)

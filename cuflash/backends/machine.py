@@ -1,0 +1,114 @@
+"""The verbs of a backend that runs kernels, written once for the machines that do."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+from ..arrays import NativeArray, address_of, copy_into, strides_of
+from ..device import Device
+from ..kernels import attention_step, plan_launch
+from ..kernels.launch import ABSENT, Launch, Scratch, Step
+from ..kernels.merge import merge_launch
+from ..kernels.source import Variant
+from ..metadata import SchedulerMetadata
+from ..operands import Lengths, Operands
+from ..partition import Partition
+from ..problem import Problem
+
+
+class Machine(Protocol):
+    """What a GPU and the simulator do differently."""
+
+    def address(self, array: NativeArray) -> int:
+        """Return the address of an array's first element."""
+
+    def scratch(self, name: str, memory: Scratch) -> NativeArray:
+        """Return memory of at least this size, of whatever dtype; it lives as long as a captured graph may use it."""
+
+    def launch(self, launch: Launch, params: bytearray, arrays: list[NativeArray | None]) -> None:
+        """Launch a kernel; ``arrays`` is all memory that it may touch, in the order of ``launch.pointers``."""
+
+
+class KernelBackend:
+    """A backend that runs kernels; a subclass says on which machine."""
+
+    uses_plan = True
+
+    def device(self, array: NativeArray) -> Device:
+        """Return the GPU that plans of an array's memory are made for."""
+        raise NotImplementedError
+
+    def machine(self, array: NativeArray) -> AbstractContextManager[Machine]:
+        """Return the machine that has an array's memory, current as long as it is in use."""
+        raise NotImplementedError
+
+    def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
+        """Compile and load kernels where an array lives; return how many of them were not there yet."""
+        raise NotImplementedError
+
+    def plan(self, problem: Problem, partition: Partition, lengths: Lengths, array: NativeArray) -> Step:
+        """Fill a plan; see :func:`cuflash.get_scheduler_metadata`. Returns what fills it again."""
+        step = Step((plan_launch(problem, partition, lengths, array.size),))
+        self.repeat(step, {"plan": array, **lengths.arrays})
+        return step
+
+    def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> Step | None:
+        """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`.
+
+        Returns:
+            What does it again for arrays of the same layout; None if an array had to be copied first.
+        """
+        with self.machine(operands.q) as machine:
+            readable = _readable(machine, operands)
+            step = attention_step(problem, readable, metadata)
+            run(machine, step, {"plan": metadata.array, **readable.arrays})
+        return step if readable is operands else None
+
+    def repeat(self, step: Step, arrays: dict[str, NativeArray | None]) -> None:
+        """Run a step once more, on arrays by the names of their parameters."""
+        with self.machine(arrays["plan"]) as machine:
+            run(machine, step, arrays)
+
+    def merge(self, outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
+        """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
+        if out.size:
+            with self.machine(outs) as machine:
+                run(machine, Step((merge_launch(outs),)), {"outs": outs, "lses": lses, "out": out, "lse": lse})
+
+
+def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> None:
+    """Run the launches of a step.
+
+    Args:
+        machine: Where.
+        step: What.
+        arrays: The arrays of the call by name; None is a null pointer. The step's scratch is added.
+    """
+    for name, memory in step.scratch:
+        arrays[name] = machine.scratch(name, memory)
+    arrays[ABSENT] = None
+    address = machine.address
+    for launch in step.launches:
+        mine = [arrays[name] for name in launch.pointers]
+        params = launch.params([0 if array is None else address(array) for array in mine])
+        machine.launch(launch, params, mine)
+
+
+def _readable(machine: Machine, operands: Operands) -> Operands:
+    """Return operands whose queries and new keys the kernels can read; copies of those that they cannot."""
+    copies = {}
+    for name in ("q", "k", "v"):
+        array = getattr(operands, name)
+        if array is not None and not _is_readable(array):
+            memory = machine.scratch(f"{name} copied", Scratch(array.shape, array.dtype, passed_on=True))
+            copies[name] = memory.view(array.dtype).ravel()[: array.size].reshape(array.shape)
+            copy_into(name, copies[name], array)
+    return replace(operands, **copies) if copies else operands
+
+
+def _is_readable(array: NativeArray) -> bool:
+    """Whether the rows of queries or new keys begin at multiples of 16 bytes."""
+    *outer, last = strides_of(array)
+    return address_of(array) % 16 == 0 and last in (0, array.itemsize) and all(stride % 16 == 0 for stride in outer)

@@ -1,0 +1,34 @@
+"""argparse's parser with errors that begin with what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from .text import wrapped
+
+
+def program() -> str:
+    """Return how the program was called: as a script, or as a module."""
+    return "cuflash" if Path(sys.argv[0] if sys.argv else "").stem == "cuflash" else "python -m cuflash"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is the message, one line of usage, and where the rest stands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        usage = f"usage: {self.prog} {self._short_usage()}"
+        lines = [*wrapped("error: ", message), *wrapped("", usage), f"{self.prog} --help says more"]
+        self.exit(2, "\n".join(lines) + "\n")
+
+    def _short_usage(self) -> str:
+        words = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                words.append(f"{action.metavar} ...")
+            elif action.required and action.option_strings:
+                words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
+        return " ".join([*words, "[options]"])

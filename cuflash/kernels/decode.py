@@ -1,0 +1,150 @@
+"""The family of few rows, ``decode.cu``: keys are the rows of the matrix product, packed query rows its columns."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..device import Device
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..partition import MAX_BLOCKS_PER_SM, Partition
+from ..problem import Problem
+from .fields import cache_fields, divisor_fields, length_fields, mask_fields
+from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
+from .source import Variant, element_defines
+from .tiles import Tiling, tiling
+
+NAME = "decode"
+SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
+_LOG2E = math.log2(math.e)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
+_COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
+
+
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition:
+    """Return how the family cuts a problem for a device."""
+    tiles = tiling(problem, device, max_seqlen_k)
+    return Partition(NAME, tiles.rows, tiles.row_blocks, tiles.max_blocks(problem, device), tiles.cluster, tiles)
+
+
+@lru_cache(maxsize=1024)
+def decode_variant(problem: Problem, tiles: Tiling) -> Variant:
+    """Return the attention kernel for a problem: everything not named here is a run-time value."""
+    return Variant(
+        "decode",
+        (
+            *element_defines(problem.qkv_dtype, problem.kv_dtype),
+            ("HEAD_DIM", problem.headdim),
+            ("HEAD_DIM_V", problem.headdim_v),
+            ("PADDED_HEAD_DIM", tiles.headdim),
+            ("PADDED_HEAD_DIM_V", tiles.headdim_v),
+            ("ROWS", tiles.rows),
+            ("TILE_KEYS", tiles.tile_keys),
+            ("WARPS", tiles.warps),
+            ("QUERY_BUFFERS", tiles.query_buffers),
+            ("STAGES", tiles.stages),
+            ("BLOCKS_PER_SM", tiles.blocks_per_sm),
+            ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
+            ("CLUSTER", tiles.cluster),
+            ("HAS_SOFTCAP", int(problem.has_softcap)),
+            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
+        ),
+    )
+
+
+def variant(problem: Problem, partition: Partition) -> Variant:
+    """Return the kernel of a partition."""
+    return decode_variant(problem, partition.tiles)
+
+
+def launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch and the scratch that it needs.
+
+    Args:
+        problem: The problem.
+        operands: Their shapes, strides and numbers count, not their addresses.
+        metadata: The plan.
+        arrays: The arrays of pointers that are not called as their arrays.
+    """
+    tiles: Tiling = metadata.partition.tiles
+    slots, max_splits = 2 * metadata.num_blocks, 0
+    items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
+    if problem.split_size:
+        cut_items = min(items, metadata.num_blocks)  # at most
+        slot_bytes = 4 * tiles.rows * (problem.headdim_v + 2)
+        longest = max(1, min(metadata.max_seqlen_k, operands.cache.capacity))
+        max_splits = _max_splits(longest, problem.split_size, slot_bytes * max(1, cut_items))
+        slots += cut_items * max_splits
+    scratch = {
+        "partials": Scratch((slots * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
+        "counters": Scratch((metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
+    }
+    if tiles.cluster > 1:  # merges in its shared memory
+        scratch = {}
+    lse, ragged = operands.softmax_lse, problem.cu_seqlens_q
+    lse_strides = (0, 0, 0) if lse is None else element_strides(lse)
+    # Rotated queries are new memory.
+    q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
+    values: dict[str, Any] = {
+        **row_strides("q", q_strides, ragged),
+        **row_strides("out", element_strides(operands.out), ragged),
+        "lse_head_stride": lse_strides[-2],
+        "lse_batch_stride": 0 if ragged else lse_strides[0],
+        **length_fields(problem, operands.lengths),
+        **cache_fields(operands.cache),
+        **mask_fields(problem),
+        "batch_size": problem.batch_size,
+        "total_q": operands.out.shape[0] if ragged else 0,
+        "num_heads_kv": problem.num_heads_kv,
+        "group": problem.group,
+        "row_blocks": tiles.row_blocks,
+        **divisor_fields("by_num_heads_kv", problem.num_heads_kv),
+        **divisor_fields("by_group", problem.group),
+        **divisor_fields("by_row_blocks", tiles.row_blocks),
+        "split_size": problem.split_size or 0,
+        "max_splits": max_splits,
+        "slots_by_item": items <= metadata.num_blocks,
+        "num_slots": slots,
+        **_score_values(operands.softmax_scale, operands.softcap),
+        # Signs are turned in the queries, so that the scale is positive.
+        "query_flip": 0,
+        "query_keep": 0xFFFFFFFF,
+    }
+    if operands.softmax_scale <= 0 and not problem.has_softcap:
+        values["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
+        values["query_keep"] = 0xFFFFFFFF if operands.softmax_scale else 0
+    pointers = arrays if scratch else {**arrays, "partials": ABSENT, "counters": ABSENT}
+    grid, threads = metadata.num_blocks, 32 * tiles.warps
+    decode = decode_variant(problem, tiles)
+    return make_launch(decode, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
+
+
+def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:
+    """Return the splits that an item may have if it is cut, with ``split_size``: items with more stay whole."""
+    return min(-(-longest // split_size), max(1, SPLIT_BYTES // bytes_of_a_split))
+
+
+def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
+    """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
+    values = dict.fromkeys(("score_cap", "cap_scale", "cap_inverse", "tanh_scale", "cap_exactly"), 0.0)
+    lse_scale = abs(softmax_scale)
+    if softcap:
+        lse_scale = 1.0
+        values["score_cap"] = min(softcap, _LARGEST)
+        values["cap_scale"] = softmax_scale
+        values["cap_inverse"] = min(2.0**64 / softcap, _LARGEST)
+        tanh_scale = 2 * _LOG2E * softmax_scale / softcap
+        values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
+        values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
+    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
+    score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
+    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
+    values["lse_scale"] = lse_scale
+    return values

@@ -1,0 +1,46 @@
+"""The values of what parameter structs have in common: lengths, masks, caches, divisors."""
+
+from __future__ import annotations
+
+from ..arrays import strides_of
+from ..kv_cache import KVCache
+from ..operands import Lengths
+from ..problem import Problem
+from .launch import element_strides
+
+_UNIT = 16  # bytes, in which strides of caches are counted: 32 bits reach 64 GiB
+
+
+def length_fields(problem: Problem, lengths: Lengths) -> dict[str, int]:
+    """Return the values of a field ``lengths``, a Lengths of lengths.cuh, without its arrays."""
+    return {"lengths.max_seqlen_q": problem.max_seqlen_q, "lengths.seqlen_k_new": lengths.seqlen_k_new}
+
+
+def mask_fields(problem: Problem) -> dict[str, int]:
+    """Return the values of a field ``mask``, a Mask of mask.cuh."""
+    mask = problem.mask
+    return {"mask.window_left": mask.left, "mask.window_right": mask.right, "mask.attention_chunk": mask.chunk}
+
+
+def cache_fields(cache: KVCache) -> dict[str, int]:
+    """Return the values of a field ``cache``, a KVCache of paging.cuh, without its arrays."""
+    values = {
+        "cache.page_table_stride": 0 if cache.page_table is None else element_strides(cache.page_table)[0],
+        "cache.page_size": cache.page_size,
+        "cache.capacity": min(cache.capacity, 2**31 - 1),
+        **divisor_fields("cache.by_page_size", cache.page_size),
+    }
+    for name, array in (("k", cache.k), ("v", cache.v)):
+        for axis, stride in zip(("page", "row", "head"), strides_of(array)):
+            values[f"cache.{name}.{axis}"] = stride // _UNIT
+    return values
+
+
+def divisor_fields(path: str, divisor: int) -> dict[str, int]:
+    """Return the values of a FastDivisor: n // divisor == n * magic >> (31 + shift) for 0 <= n < 2**31.
+
+    The magic has 32 bits (Granlund and Montgomery, "Division by invariant integers using multiplication" (1994),
+    theorem 4.2).
+    """
+    shift = (max(divisor, 1) - 1).bit_length()
+    return {f"{path}.magic": -(-(1 << (31 + shift)) // max(divisor, 1)), f"{path}.shift": shift}

@@ -1,0 +1,165 @@
+"""Launches and steps as data: all that a machine needs to run them but the addresses of the arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any
+
+import numpy as np
+
+from ..arrays import NativeArray, strides_of
+from .source import Variant, field_paths, struct_dtype
+
+ABSENT = ""  # the array of a null pointer
+ROW_WARPS = 4  # warps of a block of append and merge, a row each
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        variant: The kernel.
+        grid: Blocks.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        struct: The dtype of the kernel's one parameter.
+        template: The parameter's bytes, pointers zero.
+        pointers: The name of the array of each of its pointers, in their order.
+        runs: Pointers that stand one behind the other: where the first stands, and how many there are.
+    """
+
+    variant: Variant
+    grid: int
+    threads: int
+    shared_bytes: int
+    struct: np.dtype[Any]
+    template: bytes
+    pointers: tuple[str, ...]
+    runs: tuple[tuple[int, Struct], ...]
+
+    def params(self, addresses: list[int]) -> bytearray:
+        """Return the parameter with its pointers filled in, which are given in their order."""
+        params = bytearray(self.template)  # a copy: other threads may launch at the same time
+        begin = 0
+        for offset, run in self.runs:
+            end = begin + run.size // _POINTER
+            run.pack_into(params, offset, *addresses[begin:end])
+            begin = end
+        return params
+
+
+_POINTER = 8  # bytes
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that the launches of a step pass results in, and that nobody else sees.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its elements.
+        zeroed: Whether kernels expect zeros, and leave them behind.
+        passed_on: Whether one launch writes it for another, so that no other thread may use it in between.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    zeroed: bool = False
+    passed_on: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """Launches one after the other.
+
+    Attributes:
+        launches: In their order.
+        scratch: By the names that pointers of the launches have for it.
+    """
+
+    launches: tuple[Launch, ...]
+    scratch: tuple[tuple[str, Scratch], ...] = ()
+
+
+def make_launch(
+    variant: Variant,
+    struct: str,
+    grid: int,
+    threads: int,
+    shared_bytes: int,
+    values: Mapping[str, Any],
+    arrays: Mapping[str, str] | None = None,
+) -> Launch:
+    """Return a launch.
+
+    Args:
+        variant: The kernel.
+        struct: Name of its parameter struct.
+        grid: Blocks.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        values: Every number of the struct, by its path: ``outer.inner`` for one in a nested struct.
+        arrays: The arrays of pointers that are not called as their arrays.
+
+    Raises:
+        TypeError: If a field is not supplied, or one that the struct does not have.
+    """
+    dtype = struct_dtype(variant.file, struct)
+    fields = {path: (field, offset) for path, field, offset in field_paths(dtype)}
+    # A pointer is called as its array, whatever nested struct it stands in.
+    pointers = {path.rpartition(".")[2]: offset for path, (field, offset) in fields.items() if field == np.uint64}
+    numbers = {path for path, (field, _) in fields.items() if field != np.uint64}
+    wrong = numbers ^ set(values) | set(arrays or ()) - set(pointers)
+    if wrong:
+        raise TypeError(f"{struct} and what is supplied differ in {', '.join(sorted(wrong))}")
+    template = bytearray(dtype.itemsize)
+    for path, value in values.items():
+        field, offset = fields[path]
+        template[offset : offset + field.itemsize] = np.array(value, field).tobytes()
+    names = {name: name for name in pointers} | dict(arrays or {})
+    return Launch(
+        variant,
+        grid,
+        threads,
+        shared_bytes,
+        dtype,
+        bytes(template),
+        tuple(names[name] for name in pointers),
+        _runs(list(pointers.values())),
+    )
+
+
+def _runs(offsets: list[int]) -> tuple[tuple[int, Struct], ...]:
+    """Group the offsets of pointers, in their order, into runs without gaps."""
+    runs: list[list[int]] = []
+    for offset in offsets:
+        if runs and offset == runs[-1][-1] + _POINTER:
+            runs[-1].append(offset)
+        else:
+            runs.append([offset])
+    return tuple((run[0], Struct(f"{len(run)}Q")) for run in runs)
+
+
+def element_strides(array: NativeArray) -> tuple[int, ...]:
+    """Return strides in elements."""
+    return tuple(stride // array.itemsize for stride in strides_of(array))
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides in elements of a new array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def row_strides(name: str, strides: tuple[int, ...], ragged: bool) -> dict[str, int]:
+    """Return the fields of the strides of queries or outputs: (batch, seqlen, heads, dim), or (total, heads, dim)."""
+    batch = 0 if ragged else strides[0]
+    return {f"{name}_batch_stride": batch, f"{name}_row_stride": strides[-3], f"{name}_head_stride": strides[-2]}

@@ -1,0 +1,156 @@
+"""The one table of tile sizes: how a problem is cut for a device.
+
+A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring
+of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of
+them are in flight. Why these numbers are good is counted by ``python -m tests.bench resources``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..dtypes import numpy_dtype
+from ..problem import Problem
+
+PADDED_HEADDIMS = (64, 96, 128, 192, 256)
+_RESERVED_SHARED = 1024  # the system's share of every resident block
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile sizes of a problem on a device.
+
+    Attributes:
+        headdim: Padded head dim of queries and keys.
+        headdim_v: Padded head dim of values.
+        rows: Packed query rows of a row block: 8, 16 or 32.
+        tile_keys: Keys of a warp's tile: 16 or 32.
+        row_blocks: Row blocks of one (sequence, KV head).
+        warps: Warps of a block.
+        stages: Half-stages of a warp's ring, odd.
+        blocks_per_sm: Blocks meant to be resident on one multiprocessor.
+        shared_bytes: Dynamic shared memory of a block.
+        query_buffers: 2 if the queries of the next item come while the keys of an item are read, else 1.
+        cluster: Blocks of a thread-block cluster, which share one item and merge it through their shared memory; 1: no
+            clusters, blocks share all keys and merge through global memory.
+    """
+
+    headdim: int
+    headdim_v: int
+    rows: int
+    tile_keys: int
+    row_blocks: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    shared_bytes: int
+    query_buffers: int
+    cluster: int = 1
+
+    @property
+    def block_state_bytes(self) -> int:
+        """Shared memory for what a block's threads have in common, struct BlockState in decode.cu."""
+        return _block_state_bytes(self.warps, self.rows)
+
+    def max_blocks(self, problem: Problem, device: Device) -> int:
+        """Blocks of the largest grid of a plan: those that the device holds at once."""
+        if self.cluster > 1:
+            return problem.batch_size * problem.num_heads_kv * self.row_blocks * self.cluster
+        return max(1, device.num_sm - problem.sm_margin) * self.blocks_per_sm
+
+
+def padded_headdim(headdim: int) -> int:
+    """Round a head dim up to one that has a kernel."""
+    return next(size for size in PADDED_HEADDIMS if size >= headdim)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) -> Tiling:
+    """Choose the tile sizes of a problem on a device; depends on shapes alone.
+
+    Args:
+        problem: The problem.
+        device: The device.
+        max_seqlen_k: Upper bound of the key lengths, if one is known: small problems get clusters.
+
+    Raises:
+        ValueError: If the head dim does not fit the device.
+    """
+    d, dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    # More than 16 rows at head dim 256 do not fit the registers: two row blocks read the keys twice instead.
+    most_rows = 32 if max(d, dv) <= 192 else 16
+    is_float32 = problem.qkv_dtype == "float32"
+    if is_float32:
+        most_rows = min(most_rows, 16)
+    # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
+    wanted = problem.rows if problem.split_size is None else problem.group
+    rows = next(size for size in (8, 16, 32) if size >= min(wanted, most_rows))
+    row_blocks = max(1, -(-problem.rows // rows))
+    itemsize = numpy_dtype(problem.kv_dtype).itemsize
+    row_bytes = max(d, dv) * itemsize
+    query = rows * d * numpy_dtype(problem.qkv_dtype).itemsize
+
+    # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
+    # tiles of 32 keys, where registers allow; of two blocks per multiprocessor one computes while the other waits.
+    shapes = [(16, 4, 2), (16, 2, 2), (16, 4, 1), (16, 2, 1), (16, 1, 1)]
+    is_long = not is_float32 and (row_bytes <= 128 or (row_bytes <= 256 and rows == 8))
+    if is_long:
+        shapes = [(32, 4, 2), (32, 2, 2), *shapes]
+    # Few items: one block of 8 warps per multiprocessor, so that an item has fewer parts to merge. With split_size the
+    # warps of a block must not depend on the batch: they divide the keys of a split among them.
+    items = problem.batch_size * problem.num_heads_kv * row_blocks
+    if items <= device.num_sm and problem.split_size is None:
+        # A block that has the multiprocessor alone has the registers for more rows.
+        is_long |= not is_float32 and row_bytes <= 256 and rows == 16
+        shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
+    choices = [(shape, 1) for shape in shapes]
+    cluster = _cluster(problem, device, items, max_seqlen_k)
+    if cluster > 1 and max_seqlen_k is not None:
+        choices.insert(0, ((16, 8 if max_seqlen_k >= 256 * cluster else 4, 1), cluster))
+    for (tile_keys, warps, blocks_per_sm), cluster in choices:
+        room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
+        slot = tile_keys * row_bytes
+        fixed = _block_state_bytes(warps, rows)
+        if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums
+            fixed += cluster * rows * (4 * dv + 8)
+        stages, with_second = (_stages((room - fixed - n * query) // (warps * slot)) for n in (1, 2))
+        # A second buffer where it costs no half-stage. A cluster reads one item; 32 rows, or 16 of float32, leave no
+        # registers for it.
+        has_registers = rows <= 16 and not is_float32
+        buffers = 2 if cluster == 1 and has_registers and with_second == stages else 1
+        if stages >= 3:
+            shared = warps * stages * slot + fixed + buffers * query
+            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers, cluster)
+    raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
+
+
+def _cluster(problem: Problem, device: Device, items: int, max_seqlen_k: int | None) -> int:
+    """Return the blocks of a cluster for a problem that is small enough to gain from one, else 1.
+
+    A cluster cuts its item into equal parts, whatever the other items are: one sequence is in balance, several seldom.
+    On an H100 clusters won by 4 to 20 % with 128 to 512 keys a block and equal lengths; several sequences get them for
+    fewer keys, of which what a launch costs beside reading outweighs balance. All must run at once: a cluster lies in
+    one part (GPC) of the GPU, whose multiprocessors are no multiple of 8 or 4. Of 132, an H100 ran 128 blocks at once
+    in clusters of 2, but not in clusters of 4.
+    """
+    free = problem.num_splits == 0 and problem.split_size is None and problem.sm_margin == 0
+    if device.arch < 90 or not free or not max_seqlen_k or not items:
+        return 1
+    most_keys = 512 if problem.batch_size == 1 else 256
+    for cluster in (8, 4, 2):  # 16 is not portable
+        most_blocks = device.num_sm if cluster == 2 else device.num_sm * 7 // 8
+        if items * cluster <= most_blocks and 64 * cluster <= max_seqlen_k <= most_keys * cluster:
+            return cluster
+    return 1
+
+
+def _stages(slots: int) -> int:
+    """Return the half-stages of a ring that has room for so many slots: odd, and at most 7."""
+    return min(7, slots - 1 + slots % 2)
+
+
+def _block_state_bytes(warps: int, rows: int) -> int:
+    """Return room for a share, two segments, two rows, and the maximum, sum and ring slot of each warp."""
+    return 192 + warps * (8 * rows + 4)

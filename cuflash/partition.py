@@ -1,0 +1,32 @@
+"""Partition: all that a planner knows of a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GRAIN = 16  # keys: cuts lie at multiples of it
+MAX_BLOCKS_PER_SM = 2  # blocks that a plan has room for, whatever the family
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a kernel family cuts a problem into work for thread blocks.
+
+    Attributes:
+        family: Name of the kernel family.
+        rows: Packed query rows of a row block.
+        row_blocks: Row blocks of one (sequence, KV head).
+        num_blocks: The most thread blocks that a plan may use: those that the device holds at once.
+        cluster: Blocks that share one item, or 1: blocks share all keys.
+        tiles: What the family alone knows of its tiles.
+        grain: Keys: cuts lie at multiples of it.
+    """
+
+    family: str
+    rows: int
+    row_blocks: int
+    num_blocks: int
+    cluster: int = 1
+    tiles: Any = None
+    grain: int = GRAIN

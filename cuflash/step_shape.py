@@ -1,0 +1,72 @@
+"""The shape of a step, and the index arrays that all steps of one shape use in turn."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NativeArray = Any  # numpy.ndarray | cupy.ndarray
+
+
+class StepShape(NamedTuple):
+    """What a plan is made for, and a CUDA graph captured for.
+
+    Attributes:
+        batch_size: Sequences, also those that take no part.
+        max_seqlen_q: New tokens of each sequence; the most of one if ragged.
+        ragged: Whether sequences may bring different numbers of tokens.
+        padded: Whether sequences may take no part.
+    """
+
+    batch_size: int
+    max_seqlen_q: int
+    ragged: bool
+    padded: bool
+
+    def split(self, name: str, x: Any) -> Any:
+        """View (tokens, heads, dim) as (batch_size, max_seqlen_q, heads, dim)."""
+        batch, seqlen = self.batch_size, self.max_seqlen_q
+        if len(x.shape) != 3 or x.shape[0] != batch * seqlen:
+            raise ValueError(f"{name} must have shape ({batch} * {seqlen}, heads, dim), got {tuple(x.shape)}")
+        return x.reshape(batch, seqlen, *x.shape[1:])
+
+
+class StepArrays:
+    """Index arrays at fixed addresses, and a plan that is refilled in place.
+
+    Args:
+        shape: The steps' shape.
+        xp: Where the arrays live: ``numpy`` or ``cupy``.
+
+    Attributes:
+        shape: The steps' shape.
+        cache_seqlens: (batch,) int32 tokens in the cache before the step; 0 for sequences that take no part.
+        cache_batch_idx: (batch,) int32 rows of the page table.
+        cu_seqlens_q: (batch + 1,) int32 first new token of each sequence if ragged, else None.
+        cu_seqlens_k_new: The same if ragged or padded: who takes no part appends nothing.
+        meta: The plan, None before the first.
+    """
+
+    def __init__(self, shape: StepShape, xp: Any) -> None:
+        self.shape, self._xp = shape, xp
+        self.meta: Any = None
+        self._memory = xp.zeros(3 * shape.batch_size + 1, np.int32)  # one, so that one copy fills all
+        self.cache_seqlens, self.cache_batch_idx, starts = _cut(self._memory, shape.batch_size)
+        self.cu_seqlens_q = starts if shape.ragged else None
+        self.cu_seqlens_k_new = starts if shape.ragged or shape.padded else None
+
+    def fill(self, seqlens: NDArray[Any], rows: NDArray[Any], tokens: NDArray[Any]) -> None:
+        """Fill the arrays for sequences that take part, of which there may be fewer than ``batch_size``."""
+        number = len(seqlens)
+        memory = np.zeros(self._memory.shape, np.int32)
+        lengths, indices, starts = _cut(memory, self.shape.batch_size)
+        lengths[:number], indices[:number] = seqlens, rows
+        starts[1 : number + 1] = np.cumsum(tokens)
+        starts[number + 1 :] = tokens.sum()
+        self._memory[...] = self._xp.asarray(memory)  # ordered on the current stream, behind the steps before
+
+
+def _cut(memory: NativeArray, batch: int) -> tuple[NativeArray, NativeArray, NativeArray]:
+    return memory[:batch], memory[batch : 2 * batch], memory[2 * batch :]

@@ -1,0 +1,29 @@
+// Barriers in shared memory (mbarrier), at which threads and copies arrive.
+#pragma once
+#include "ptx/registers.cuh"
+
+// Sets a barrier up: a phase of it ends with `count` arrivals.
+__device__ __forceinline__ void init_barrier(u64& barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
+}
+
+// Arrives as soon as all copies that this thread has started have landed.
+__device__ __forceinline__ void arrive_with_copies(u64& barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives now: what this thread has written before is seen by all that wait.
+__device__ __forceinline__ void arrive(u64& barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Waits until the phase of this parity has ended; the first one has parity 0. Not by try_wait, which may sleep too long.
+__device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
+    u32 is_over;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(is_over)
+                     : "r"(shared_address(&barrier)), "r"(parity)
+                     : "memory");
+    } while (!is_over);
+}

@@ -1,0 +1,61 @@
+// Loads, stores and atomics of global and shared memory.
+#pragma once
+#include "ptx/registers.cuh"
+
+// Counts to `last` and wraps to 0; orders what this thread has seen and written before with what it reads after.
+__device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 last) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+    return old;
+}
+
+// A page number, and its neighbours to L2: the next tiles ask for those.
+__device__ __forceinline__ u32 load_page(const int* from) {
+    u32 page;
+    asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(page) : "l"(from));
+    return page;
+}
+
+// Reads past L1, which may hold a line from before another block wrote it.
+__device__ __forceinline__ float4 load_cg_if(bool exists, const float4* from) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(from), "r"(static_cast<u32>(exists))
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float2 load_cg(const float2* from) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+// Plain stores of vectors may compile to scalar ones, which ask for each sector several times.
+__device__ __forceinline__ void store_global(uint2* to, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global(float4* to, float4 v) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}

@@ -1,0 +1,49 @@
+"""Random problems: any features that the library has together, against the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import ALL_FEATURES, FEATURES, features_of, random_case
+from problems import Backend, check, expected, make_inputs
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problem(seed: int, backend: Backend) -> None:
+    if backend.name == "sim" and seed >= 10:
+        pytest.skip("a few are enough for every day")
+    case = random_case(seed, longest=130 if backend.name == "sim" else 300)
+    check(case, make_inputs(case), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 50))
+def test_more_random_problems(first: int, backend: Backend) -> None:
+    for seed in range(first, first + 50):
+        case = random_case(seed, longest=200 if backend.name == "sim" else 1000)
+        try:
+            check(case, make_inputs(case), backend)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {case}") from error
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_traps_do_not_reach_the_reference(seed: int) -> None:
+    """With every feature of the contract: no NaN, and the same answer without traps."""
+    case = random_case(seed, longest=100, features=ALL_FEATURES)
+    answer = expected(make_inputs(case))
+    assert np.isfinite(answer.out[answer.defined.swapaxes(-1, -2)]).all()
+    assert not np.isnan(answer.lse[answer.defined]).any()
+    plain = expected(make_inputs(dataclasses.replace(case, poison=False)))
+    np.testing.assert_allclose(answer.out[answer.defined.swapaxes(-1, -2)], plain.out[plain.defined.swapaxes(-1, -2)])
+
+
+def test_every_feature_is_drawn() -> None:
+    """Each is switched on in some cases, and in none where it is not there."""
+    drawn = [features_of(random_case(seed, features=ALL_FEATURES)) for seed in range(400)]
+    assert set.union(*drawn) == ALL_FEATURES
+    assert FEATURES <= ALL_FEATURES
+    for have in (FEATURES, ALL_FEATURES - {"kv_dtype"}, ALL_FEATURES - {"rotary chunk", "cp", "qv"}):
+        assert set.union(*(features_of(random_case(seed, features=have)) for seed in range(200))) <= have

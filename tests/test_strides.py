@@ -1,0 +1,139 @@
+"""Strides of axes of size 1 say nothing: whatever they are, the result is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import Backend
+from small import DIM, PAGE, Arguments, call, native
+
+import cuflash
+
+STRIDES = [0, 1, -1, 3, -(10**6), 2**38]  # in elements
+
+
+def one_of_all(paged: bool = False, layout: str = "NHD", new: bool = False) -> Arguments:
+    """One sequence, one query, one head, one page (or one key), and every array that a call may have."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    shape = (1, PAGE, 1, DIM) if layout == "NHD" else (1, 1, PAGE, DIM)
+    arguments = {
+        "q": normal(1, 1, 1, DIM),
+        "k_cache": normal(*shape),
+        "v_cache": normal(*shape),
+        "cache_seqlens": np.array([9], np.int32),
+        "cache_batch_idx": np.zeros(1, np.int32),
+        "sinks": normal(1),
+        "layout": layout,
+        "out": normal(1, 1, 1, DIM),
+        "softmax_lse": normal(1, 1, 1),
+    }
+    if paged:
+        arguments["page_table"] = np.zeros((1, 1), np.int32)
+    else:
+        arguments["cache_leftpad"] = np.array([2], np.int32)
+    if new:
+        arguments |= {name: normal(1, 1, 1, DIM) for name in "kv"}
+        arguments |= {
+            "rotary_cos": normal(PAGE, 8),
+            "rotary_sin": normal(PAGE, 8),
+            "rotary_seqlens": np.ones(1, np.int32),
+        }
+    return arguments
+
+
+def restride(array: Any, axis: int, stride: int, backend: Backend) -> Any:
+    """The same array with another stride along an axis of size 1."""
+    assert array.shape[axis] == 1
+    strides = list(array.strides)
+    strides[axis] = stride * array.itemsize
+    if backend.name == "cuda":
+        import cupy
+
+        return cupy.ndarray(array.shape, array.dtype, array.data, strides)
+    return np.lib.stride_tricks.as_strided(array, strides=strides)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"paged": True}, {"layout": "HND"}, {"new": True}, {"new": True, "paged": True, "layout": "HND"}],
+    ids=str,
+)
+def test_axes_of_size_one(options: dict[str, Any], stride: int, backend: Backend) -> None:
+    """Each array by itself, and all together; on a second call with a plan, too."""
+    arguments = one_of_all(**options)
+    wanted = [x.tobytes() for x in call(native(arguments, backend), backend)]
+    axes = {
+        name: [axis for axis, n in enumerate(x.shape) if n == 1]
+        for name, x in arguments.items()
+        if isinstance(x, np.ndarray)
+    }
+    plan = cuflash.get_scheduler_metadata(
+        1, 1, PAGE, 1, 1, DIM, backend.to_native(arguments["cache_seqlens"]), "float32",
+        cache_leftpad=backend.to_native(arguments["cache_leftpad"]) if "cache_leftpad" in arguments else None,
+        page_size=PAGE if "page_table" in arguments else None, max_seqlen_k_new=1 if "k" in arguments else 0,
+    )  # fmt: skip
+    for names in [[name] for name, ones in axes.items() if ones] + [list(axes)]:
+        given = native(arguments, backend)
+        for name in names:
+            for axis in axes[name]:
+                given[name] = restride(given[name], axis, stride, backend)
+        for made in (None, plan):
+            found = [x.tobytes() for x in call(given, backend, scheduler_metadata=made)]
+            assert found == wanted, names
+
+
+def test_one_column_of_pages(backend: Backend) -> None:
+    """Views that are made every day."""
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((2, 1, 4, DIM), np.float32)
+    k_cache, v_cache = rng.standard_normal((2, 3, PAGE, 2, DIM), np.float32)
+    lengths = np.array([5, 9], np.int32)
+    arrays = [backend.to_native(x) for x in (q, k_cache, v_cache)]
+    options = {"cache_seqlens": backend.to_native(lengths)}
+    pages = backend.to_native(np.arange(2, dtype=np.int32))
+    wide = backend.to_native(np.array([[0, 7], [1, 7]], np.int32))
+    results = [
+        cuflash.flash_attn_with_kvcache(*arrays, **options, page_table=table)
+        for table in (wide, pages[:, None], wide[:, :1], wide[:, ::2], wide[:, -2::-2])
+    ]
+    for result in results:
+        np.testing.assert_array_equal(backend.to_numpy(result), backend.to_numpy(results[0]))
+
+
+@pytest.mark.parametrize("name", ["cache_batch_idx", "cache_seqlens", "cache_leftpad"])
+def test_every_other_of_one(name: str, backend: Backend) -> None:
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal((1, 1, 2, DIM), np.float32)
+    k_cache, v_cache = rng.standard_normal((2, 3, PAGE, 2, DIM), np.float32)
+    arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | {
+        "cache_batch_idx": np.array([1], np.int32),
+        "cache_seqlens": np.array([9], np.int32),
+        "cache_leftpad": np.array([2], np.int32),
+    }
+    given = native(arguments, backend)
+    wanted = call(given, backend)
+    both = backend.to_native(np.concatenate([arguments[name], arguments[name]]))
+    for view in (both[::2], both[::-2], both[1::5]):
+        found = call(given | {name: view}, backend)
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_pages_of_one_key(backend: Backend) -> None:
+    """The axis inside a page has one entry, and any stride."""
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((1, 1, 2, DIM), np.float32)
+    k_cache, v_cache = rng.standard_normal((2, 8, 1, 2, DIM), np.float32)
+    arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": np.array([5], np.int32)}
+    given = native(arguments | {"page_table": np.array([[7, 2, 3, 0, 1]], np.int32)}, backend)
+    wanted = call(given, backend)[0]
+    for stride in STRIDES:
+        views = {name: restride(given[name], 1, stride, backend) for name in ("k_cache", "v_cache")}
+        np.testing.assert_array_equal(call(given | views, backend)[0], wanted)
