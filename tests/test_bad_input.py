@@ -295,6 +295,8 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (contiguous, "softcap", {"softcap": float("inf")}, ValueError),
     (contiguous, "softcap", {"softcap": "30"}, TypeError),
     (contiguous, "softmax_scale", {"softmax_scale": float("nan")}, ValueError),
+    (contiguous, "softmax_scale", {"softmax_scale": 1e-38}, ValueError),
+    (contiguous, "softmax_scale", {"softmax_scale": -2e38}, ValueError),
     (contiguous, "softmax_scale", {"softmax_scale": [1.0]}, TypeError),
     (contiguous, "sinks", {"sinks": zeros(HEADS - 1, np.float32)}, ValueError),
     (contiguous, "sinks", {"sinks": zeros((1, HEADS), np.float32)}, ValueError),
