@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import arguments, backends, memo
+from .arguments.hints import hints
 from .arrays import (
     NativeArray,
     address_of,
@@ -19,7 +20,7 @@ from .arrays import (
     refuse_in_capture,
     span_of,
 )
-from .dtypes import dtype_name
+from .dtypes import FLOAT_DTYPES, dtype_name
 from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
@@ -28,6 +29,7 @@ from .scheduling import Refill, make_metadata
 _UNIT = 16  # bytes that the merge reads at once
 
 
+@hints
 def flash_attn_with_kvcache(
     q: Any,
     k_cache: Any,
@@ -330,7 +332,7 @@ def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     """
     stacked, like = _stack("outs", outs)
     stacked_lses, _ = _stack("lses", lses)
-    dtype_name("outs", stacked.dtype)
+    dtype_name("outs", stacked.dtype, FLOAT_DTYPES)
     if stacked_lses.dtype != np.float32:
         raise TypeError(f"lses must be float32, got {stacked_lses.dtype}")
     if stacked.ndim not in (4, 5):

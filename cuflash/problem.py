@@ -12,7 +12,7 @@ import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .dtypes import FLOAT_DTYPES, dtype_name
+from .dtypes import FLOAT_DTYPES, QUERY_DTYPES, dtype_name
 from .mask import Mask, Shard
 
 MAX_HEADDIM = 512
@@ -150,7 +150,7 @@ def make_problem(
     num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
     check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
     headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
-    q_name = dtype_name("qkv_dtype", qkv_dtype)
+    q_name = dtype_name("qkv_dtype", qkv_dtype, QUERY_DTYPES)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
     if q_name not in FLOAT_DTYPES:
         raise NotImplementedError(f"qkv_dtype must be one of {', '.join(FLOAT_DTYPES)} for now, got {q_name}")
@@ -249,10 +249,10 @@ def real(name: str, value: Any) -> float:
     return number
 
 
-def check_heads(name: str, heads: int, kv_name: str, heads_kv: int) -> None:
+def check_heads(name: str, heads: int, kv_name: str, heads_kv: int, hint: str = "") -> None:
     """Refuse query heads that KV heads cannot be shared by, naming the arguments."""
     if not heads_kv or not heads or heads % heads_kv:
-        raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}")
+        raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}{hint}")
 
 
 def check_headdims(name: str, headdim: Any, name_v: str, headdim_v: Any) -> tuple[int, int]:

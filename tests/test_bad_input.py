@@ -171,7 +171,7 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (contiguous, "q", {"q": Change(lambda q: q.astype(np.float64))}, ValueError),
     (contiguous, "q", {"q": Change(lambda q: q.astype(np.complex64))}, ValueError),
     (contiguous, "q", {"q": Change(lambda q: q.astype(np.int32))}, ValueError),
-    (contiguous, "qkv_dtype", {"q": Change(lambda q: q.astype(np.int8))}, NotImplementedError),
+    (contiguous, "q", {"q": Change(lambda q: q.astype(np.int8))}, ValueError),
     (contiguous, "q", {"q": Change(lambda q: q.astype(">f4"))}, ValueError),
     (contiguous, "q", {"q": Change(lambda q: q.astype(object))}, ValueError),
     (contiguous, "num_heads_q", {"q": Change(lambda q: q[:, :, :3])}, ValueError),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
-from ..dtypes import dtype_name
+from ..dtypes import QUERY_DTYPES, dtype_name
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
@@ -20,7 +20,7 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, new_keys
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given
 from .lengths import call_lengths, lengths
 from .rotary import rotary as rotary_of
@@ -64,13 +64,16 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
             raise NotImplementedError(f"{name} is not implemented yet")
     boolean("return_softmax_lse", given["return_softmax_lse"])
     q = import_array("q", given["q"])
-    dtype_name("q", q.dtype)
+    dtype_name("q", q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0, got {softcap}")
-    check_heads("q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2])
+    check_heads(
+        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        other_layout(given["layout"], q.shape[-2], cache),
+    )  # fmt: skip
     check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
     problem = make_problem(
         batch_size,
@@ -154,5 +157,20 @@ def _planned(problem: Problem, plan: SchedulerMetadata, pack_gqa: bool | None) -
         difference = "pack_gqa", plan.pack_gqa, pack_gqa
     if difference is not None:
         field, plans, calls = difference
-        raise ValueError(f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}")
+        raise ValueError(
+            f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}"
+            f"{_likely_reason(field, plan, problem)}"
+        )
     return planned
+
+
+def _likely_reason(field: str, plan: SchedulerMetadata, call: Problem) -> str:
+    """Return what is often behind a difference between a plan and a call, for its error."""
+    planned = plan.problem
+    if field == "page_size" and call.page_size is None:
+        return ": page_table is missing"
+    if field == "max_seqlen_q" and plan.max_seqlen_k == call.max_seqlen_q:
+        return ": max_seqlen_q and max_seqlen_k of the plan look swapped"
+    if field == "num_heads_kv" and (planned.page_size, planned.num_heads_kv) == (call.num_heads_kv, call.page_size):
+        return ": is the layout of the caches the other one?"
+    return ""
