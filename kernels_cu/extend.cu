@@ -26,6 +26,7 @@ using Math = RowsMath<Element>;
 struct BlockState {
     Share share;
     Segment segment;
+    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 // Warps that divide the columns meet while keys are read, the block folds after that: in the same place.
 constexpr int kSharedStateBytes = (kColumnWarps > 1 ? sizeof(Meeting) : sizeof(FoldState)) / 16 * 16 + 16;
@@ -64,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
     wait_for_turn();
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    const int rows_edge = threadIdx.x + 2 - kThreads;  // the last two threads, beside those that load the share
+    if (p.total_q && rows_edge >= 0) (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];
     __syncthreads();
     // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
     // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
@@ -93,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         load(keys == (kStages % 2 == 1), free_slot);
     };
 
-    clear_rows_of_none(p);
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
     Walker walker(block.share);
     bool is_first = true;
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
