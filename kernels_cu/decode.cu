@@ -77,8 +77,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
-        load_rows();
-        __syncthreads();
+        if (p.total_q) {
+            load_rows();
+            __syncthreads();
+        }
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
