@@ -14,7 +14,7 @@ __device__ __forceinline__ u64 evict_first_policy() {
 
 // Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction. A row that
 // is less than a line of 128 bytes brings the line to L2, for whoever reads the rest of it.
-template <int kRowBytes>
+template <int kRowBytes = 128>
 __device__ __forceinline__ void cp_async_16_if(bool exists, u32 to, const void* from, u64 policy) {
     const u32 wanted = exists;
 #if __CUDA_ARCH__ >= 900
