@@ -5,7 +5,8 @@ on that plan (:func:`flash_attn_with_kvcache`). :class:`PagedKVCache` and :class
 lengths and plans for them.
 """
 
-from .attention import flash_attn_with_kvcache, merge_attn_states
+from .attention import flash_attn_with_kvcache
+from .merging import merge_attn_states
 from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages

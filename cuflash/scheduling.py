@@ -10,6 +10,7 @@ import numpy as np
 
 from . import arguments, backends, kernels, memo
 from .arguments.hints import hints
+from .array_types import Array
 from .arrays import NativeArray, empty, is_on_device, memory_of
 from .metadata import SchedulerMetadata
 from .operands import Lengths
@@ -27,12 +28,12 @@ def get_scheduler_metadata(
     num_heads_q: int,
     num_heads_kv: int,
     headdim: int,
-    cache_seqlens: Any,
+    cache_seqlens: Array | int,
     qkv_dtype: Any = "bfloat16",
     headdim_v: int | None = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
-    cache_leftpad: Any = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
+    cache_leftpad: Array | None = None,
     page_size: int | None = None,
     max_seqlen_k_new: int = 0,
     causal: bool = False,
