@@ -78,6 +78,7 @@ struct Reach {
         const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
         full_begin = mask_of(p).first_visible(s.lengths, last_query);
         full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
+        if constexpr (kHasTree) full_end = min(full_end, keys_before_tree(p, s.lengths) - kTileKeys);
         pin(full_begin), pin(full_end);
     }
 };
@@ -152,6 +153,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int first_key = reach.key;
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
+                if (const u64 keys = keys_of_nothing(p, block.segments[buffer], first_key, lane, scores)) {
+                    cp_async_wait<kStages - 2>();  // their values are needed already now
+                    __syncwarp();
+                    clear_values(keys, slot, lane);
+                }
             }
             softmax.update(scores, math, block.warps.row);
 

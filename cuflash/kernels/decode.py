@@ -13,7 +13,16 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import MAX_BLOCKS_PER_SM, Partition
 from ..problem import Problem
-from .fields import cache_fields, divisor_fields, length_fields, mask_fields
+from .fields import (
+    cache_arrays,
+    cache_fields,
+    divisor_fields,
+    length_fields,
+    mask_defines,
+    mask_fields,
+    merge_fields,
+    tree_fields,
+)
 from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 from .tiles import Tiling, tiling
@@ -32,8 +41,14 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 
 
 @lru_cache(maxsize=1024)
-def decode_variant(problem: Problem, tiles: Tiling) -> Variant:
-    """Return the attention kernel for a problem: everything not named here is a run-time value."""
+def decode_variant(problem: Problem, tiles: Tiling, has_tree: bool = False) -> Variant:
+    """Return the attention kernel for a problem: everything not named here is a run-time value.
+
+    Args:
+        problem: The problem.
+        tiles: Its tile sizes.
+        has_tree: Whether there is a tree mask, of which the problem knows nothing.
+    """
     return Variant(
         "decode",
         (
@@ -51,7 +66,7 @@ def decode_variant(problem: Problem, tiles: Tiling) -> Variant:
             ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
             ("CLUSTER", tiles.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
-            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            *mask_defines(problem, has_tree),
             ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
         ),
     )
@@ -100,6 +115,8 @@ def launch(
         **length_fields(problem, operands.lengths),
         **cache_fields(operands.cache),
         **mask_fields(problem),
+        **tree_fields(operands),
+        **merge_fields(operands),
         "batch_size": problem.batch_size,
         "total_q": operands.out.shape[0] if ragged else 0,
         "num_heads_kv": problem.num_heads_kv,
@@ -120,9 +137,11 @@ def launch(
     if operands.softmax_scale <= 0 and not problem.has_softcap:
         values["query_flip"] = 0x80008000 if operands.q.itemsize == 2 else 0x80000000
         values["query_keep"] = 0xFFFFFFFF if operands.softmax_scale else 0
-    pointers = arrays if scratch else {**arrays, "partials": ABSENT, "counters": ABSENT}
+    pointers = arrays | cache_arrays(operands.cache)
+    if not scratch:
+        pointers |= {"partials": ABSENT, "counters": ABSENT}
     grid, threads = metadata.num_blocks, 32 * tiles.warps
-    decode = decode_variant(problem, tiles)
+    decode = decode_variant(problem, tiles, operands.tree_mask is not None)
     return make_launch(decode, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 
 

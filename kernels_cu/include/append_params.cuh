@@ -1,6 +1,7 @@
 // What append.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
 #include "lengths.cuh"
+#include "mask.cuh"
 #include "paging.cuh"
 
 struct AppendParams {
@@ -15,6 +16,7 @@ struct AppendParams {
     const int* rotary_seqlens;  // (batch,) or null: cache_seqlens
     Lengths lengths;
     KVCache cache;
+    Shard shard;
     long long q_batch_stride;  // elements, as all strides but the cache's
     long long q_row_stride;
     long long q_head_stride;
