@@ -64,6 +64,7 @@ struct BlockState {
     u64 fetched[kQueryBuffers];  // mbarriers: the queries in a buffer and their segment are there
     Segment segments[kQueryBuffers];
     WarpStates warps;
+    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
 
@@ -98,13 +99,20 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     BlockState& block = *reinterpret_cast<BlockState*>(state);
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto load_rows = [&] {  // the last two threads, beside those that load the share
+        const int end = threadIdx.x + 2 - kThreads;
+        if (p.total_q && end >= 0) (&block.rows_begin)[end] = p.lengths.cu_seqlens_q[end * p.batch_size];
+    };
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
+        load_rows();
+        __syncthreads();
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+        load_rows();
         __syncthreads();
     }
     // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
@@ -178,6 +186,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
 
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
     Walker walker(block.share);
     if constexpr (kQueryBuffers == 2) {
         bool more = true;
@@ -190,10 +199,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
                 if (threadIdx.x == 0) arrive(block.fetched[item % 2]);
                 if (item == 0) fill_ring(walker, segment);
             }
-            if (item == 0) {
-                clear_rows_of_none(p);  // while the first tiles are on their way
-                continue;
-            }
+            if (item == 0) continue;
             const int buffer = (item - 1) % 2;
             wait_for_phase(block.fetched[buffer], (item - 1) / 2 % 2);
             if (p.query_flip) {
@@ -204,7 +210,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             finish(buffer);
         }
     } else {
-        clear_rows_of_none(p);
         bool is_first = true;
         for (Segment segment; walker.next(p, block.share, segment);) {
             fetch(segment, 0);

@@ -138,6 +138,25 @@ class Case:
         return "bfloat16" if self.dtype == "float8_e4m3fn" else self.dtype
 
 
+def features_of(c: Case) -> set[str]:
+    """Return which of the newer features a case uses."""
+    uses = {
+        "rotary chunk": c.rotary and c.chunk and not c.causal and c.window == (-1, -1),
+        "unowned rows": c.unowned != (0, 0),
+        "kv_dtype": c.kv_dtype,
+        "fp8 queries": c.dtype == "float8_e4m3fn",
+        "qv": c.mla in ("qv", "qv row"),
+        "joint": c.mla == "joint",
+        "headdim 512": max(c.headdim) > 256 and not c.mla,
+        "tree_mask": c.tree,
+        "csr": c.csr,
+        "negative pages": c.negative_pages,
+        "merge_with": c.merge,
+        "cp": c.cp != (1, 0, 1),
+    }
+    return {name for name, used in uses.items() if used}
+
+
 # ------------------------------------------------------------------------------------------------ random cases
 def random_case(seed: int, longest: int = 300, features: frozenset[str] | None = None) -> Case:
     """Return a case in which every feature is switched on or off by itself, as far as the contract lets them meet.
@@ -214,7 +233,7 @@ def _length(rng: np.random.Generator, longest: int, around: int) -> int:
     if kind < 2:
         return int(kind)
     if kind == 2:
-        return max(0, around * int(rng.integers(1, 1 + longest // around)) + int(rng.integers(-1, 2)))
+        return max(0, around * int(rng.integers(1, 2 + longest // around)) + int(rng.integers(-1, 2)))
     return int(rng.integers(1 + longest))
 
 

@@ -76,10 +76,13 @@ class _Maker:
         return self.inputs
 
     # -------------------------------------------------------------------------------------------- numbers
-    def normal(self, *shape: int, dtype: str = "") -> np.ndarray:
+    def normal(self, *shape: int, dtype: str = "", form: str = "") -> np.ndarray:
+        """Return numbers of size 1, or codes that scales of a form turn into such."""
         name = dtype or self.case.dtype
         x = self.rng.standard_normal(shape, np.float32)
         if name == "int8":  # the smallest code, which an append never writes, is as good as any
+            if form == "none":
+                return np.rint(x).astype(np.int8)
             codes = np.clip(np.rint(x / UNIT[name]), -127, 127)
             return np.where(self.rng.random(shape) < 0.01, -128, codes).astype(np.int8)
         return x.astype(KV_DTYPES.get(name) or DTYPES[name])
@@ -208,13 +211,17 @@ class _Maker:
         shape = (*shape, kv_heads) if case.layout == "NHD" else (shape[0], kv_heads, shape[1])
         element = case.kv_dtype or case.dtype
         if case.mla == "joint":
-            k_cache = self.spread(self.normal(*shape, d, dtype=element))
+            k_cache = self.spread(self.normal(*shape, d, dtype=element, form=case.scales[1]))
             v_cache = k_cache[..., :dv]
         elif case.mla == "qv row":
-            row = self.spread(self.normal(*shape, d + dv, dtype=element))
+            form = "none" if "none" in case.scales[1:] else ""
+            row = self.spread(self.normal(*shape, d + dv, dtype=element, form=form))
             k_cache, v_cache = row[..., dv:], row[..., :dv]
         else:
-            k_cache, v_cache = (self.spread(self.normal(*shape, n, dtype=element)) for n in (d, dv))
+            k_cache, v_cache = (
+                self.spread(self.normal(*shape, n, dtype=element, form=form))
+                for n, form in zip((d, dv), case.scales[1:])
+            )
         self.inputs |= {"k_cache": k_cache, "v_cache": v_cache}
         for name, form in zip(("k_descale", "v_descale"), case.scales[1:]):
             if form != "none":

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import ALL_FEATURES, FEATURES, Case, random_case
+from cases import ALL_FEATURES, FEATURES, features_of, random_case
 from problems import Backend, check, expected, make_inputs
 
 
@@ -42,27 +42,8 @@ def test_traps_do_not_reach_the_reference(seed: int) -> None:
 
 def test_every_feature_is_drawn() -> None:
     """Each is switched on in some cases, and in none where it is not there."""
-    drawn = [_features(random_case(seed, features=ALL_FEATURES)) for seed in range(400)]
+    drawn = [features_of(random_case(seed, features=ALL_FEATURES)) for seed in range(400)]
     assert set.union(*drawn) == ALL_FEATURES
     assert FEATURES <= ALL_FEATURES
     for have in (FEATURES, ALL_FEATURES - {"kv_dtype"}, ALL_FEATURES - {"rotary chunk", "cp", "qv"}):
-        assert set.union(*(_features(random_case(seed, features=have)) for seed in range(200))) <= have
-
-
-def _features(c: Case) -> set[str]:
-    """Return which of the newer features a case uses."""
-    uses = {
-        "rotary chunk": c.rotary and c.chunk and not c.causal and c.window == (-1, -1),
-        "unowned rows": c.unowned != (0, 0),
-        "kv_dtype": c.kv_dtype,
-        "fp8 queries": c.dtype == "float8_e4m3fn",
-        "qv": c.mla in ("qv", "qv row"),
-        "joint": c.mla == "joint",
-        "headdim 512": max(c.headdim) > 256 and not c.mla,
-        "tree_mask": c.tree,
-        "csr": c.csr,
-        "negative pages": c.negative_pages,
-        "merge_with": c.merge,
-        "cp": c.cp != (1, 0, 1),
-    }
-    return {name for name, used in uses.items() if used}
+        assert set.union(*(features_of(random_case(seed, features=have)) for seed in range(200))) <= have

@@ -152,5 +152,5 @@ def _stages(slots: int) -> int:
 
 
 def _block_state_bytes(warps: int, rows: int) -> int:
-    """Return room for a share, two segments, and the maximum, sum and ring slot that each warp tells the others."""
-    return 176 + warps * (8 * rows + 4)
+    """Return room for a share, two segments, two rows, and the maximum, sum and ring slot of each warp."""
+    return 192 + warps * (8 * rows + 4)

@@ -11,7 +11,8 @@ diverge have program counters of their own.
     print(launches[0].counters)
 """
 
-from .compile import CompileError, CompilerNotFound, cache_dir, compile_ptx, find_compiler
+from .cache import cache_dir
+from .compile import CompileError, CompilerNotFound, compile_ptx, find_compiler
 from .counters import ArrayCount, Counters, LineCount
 from .decode import UnsupportedInstruction
 from .launch import Checks, Kernel, Launch, SimModule, record, replace_ptx

@@ -23,6 +23,7 @@ inline void addresses(Warp &w, u16 slot, u8 width, s64 offset, u32 m, u64 *out) 
     }
 }
 
+void count_banks(Warp &w, u32 m, const u32 *off, u32 bytes);
 void check_aligned(Warp &w, u32 m, const u64 *a, u32 bytes);
 void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Access kind, bool strong,
                    const Actor *actor = nullptr);

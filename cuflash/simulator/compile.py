@@ -1,11 +1,11 @@
-"""Compilers: NVRTC for the kernels, a C++ compiler for the machine; and the cache of what they make."""
+"""Compilers: NVRTC for the kernels, a C++ compiler for the machine."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,8 +14,11 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from .cache import cache_dir, digest, find, keep, store
 
 __all__ = [
     "CompileError",
@@ -25,12 +28,14 @@ __all__ = [
     "digest",
     "find_compiler",
     "load_machine",
+    "sources",
     "store",
 ]
 
-_HERE = Path(__file__).parent
-_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "ops.cpp")
+_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
 # What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
+# Sources that need the architecture's own features: wgmma and setmaxnreg exist on sm_90a alone.
+_OWN_FEATURES = re.compile(r"\b(wgmma\.|setmaxnreg\.|__CUDA_ARCH_FEAT_SM90_ALL)")
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 
@@ -40,37 +45,6 @@ class CompileError(RuntimeError):
 
 class CompilerNotFound(RuntimeError):
     """NVRTC or a C++ compiler is missing."""
-
-
-def cache_dir() -> Path:
-    """The folder of compiled kernels: CUFLASH_CACHE_DIR, else the platform's cache folder."""
-    named = os.environ.get("CUFLASH_CACHE_DIR")
-    if named:
-        return Path(named)
-    try:
-        import platformdirs
-
-        return Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
-    except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuflash"
-
-
-def store(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, whoever else does the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as f:
-        f.write(data)
-    os.replace(temporary, path)
-
-
-def digest(*parts: object) -> str:
-    """A name made of contents."""
-    h = hashlib.sha256()
-    for p in parts:
-        h.update(p if isinstance(p, bytes) else repr(p).encode())
-        h.update(b"\0")
-    return h.hexdigest()[:32]
 
 
 # -- C++
@@ -139,28 +113,49 @@ def _processor() -> str:
     return platform.processor()
 
 
+def sources(*suffixes: str) -> dict[str, bytes]:
+    """The package's own files by name, wherever it was imported from: a folder or a zip file."""
+    here = sorted((f for f in files(__package__).iterdir() if f.name.endswith(suffixes)), key=lambda f: f.name)
+    return {f.name: f.read_bytes() for f in here}
+
+
 @lru_cache(maxsize=None)
 def load_machine() -> ctypes.CDLL:
     """Builds the machine, or finds it in the cache, and loads it."""
     compiler = find_compiler()
     flags = _flags(compiler)
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    sources = {p.name: p.read_bytes() for p in sorted(_HERE.glob("*.[ch]pp"))}
-    key = digest(sources, flags, compiler, version, _processor(), platform.machine())
-    target = cache_dir() / f"machine-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            objects = [str(Path(folder) / f"{s}.o") for s in _SOURCES]
+    texts = sources(".cpp", ".hpp")
+    key = digest(texts, flags, compiler, version, _processor(), platform.machine())
+    name = f"machine-{key}.so"
+    found = find(name)
+    if found is not None:
+        try:
+            return ctypes.CDLL(str(found[0]))
+        except OSError:  # whole, and yet not to be loaded from there: a file system without execution
+            pass
+    with tempfile.TemporaryDirectory(prefix="cuflash-") as folder:
+        library = _build(Path(folder), texts, [*compiler, *flags])
+        kept = keep(name, library.read_bytes())
+        try:
+            return ctypes.CDLL(str(kept or library))
+        except OSError:
+            return ctypes.CDLL(str(library))
 
-            def build(pair: tuple[str, str]) -> None:
-                _run([*compiler, *flags, "-c", str(_HERE / pair[0]), "-o", pair[1]])
 
-            with ThreadPoolExecutor(2) as threads:
-                list(threads.map(build, zip(reversed(_SOURCES), reversed(objects))))
-            library = Path(folder) / "machine.so"
-            _run([*compiler, "-shared", *objects, "-o", str(library)])
-            store(target, library.read_bytes())
-    return ctypes.CDLL(str(target))
+def _build(folder: Path, texts: dict[str, bytes], command: list[str]) -> Path:
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+
+    def compiled(name: str) -> str:
+        _run([*command, "-c", str(folder / name), "-o", str(folder / f"{name}.o")])
+        return str(folder / f"{name}.o")
+
+    with ThreadPoolExecutor(2) as threads:
+        objects = list(threads.map(compiled, reversed(_SOURCES)))
+    library = folder / "machine.so"
+    _run([*command, "-shared", *objects, "-o", str(library)])
+    return library
 
 
 def _run(command: list[str]) -> None:
@@ -224,7 +219,7 @@ def compile_ptx(
     Args:
         code: the source.
         options: of NVRTC; -arch, -std and -lineinfo are added where they are missing.
-        arch: such as "sm_90" or "sm_90a".
+        arch: such as "sm_90" or "sm_90a"; a source with wgmma or setmaxnreg makes the former the latter.
         name: the file name that messages show.
         headers: contents of #include files by name.
 
@@ -237,23 +232,24 @@ def compile_ptx(
     """
     given = tuple(options)
     full = list(given)
+    headers = headers or {}
+    if arch == "sm_90" and any(_OWN_FEATURES.search(text) for text in (code, *headers.values())):
+        arch = "sm_90a"
     if not any(o.startswith(("-arch", "--gpu-architecture")) for o in given):
         full.append("-arch=" + arch.replace("sm_", "compute_"))
     for option in (*_CUPY_OPTIONS, "-std=c++17", "-lineinfo"):
         stem = option.split("=")[0].lstrip("-")
         if not any(o.split("=")[0].lstrip("-") == stem for o in given):
             full.append(option)
-    headers = headers or {}
     version = _nvrtc_version()
-    path = None
+    entry = None
     if not any(
         o.startswith(("-I", "--include-path")) for o in given
     ):  # files that are included from disk are not in the key
-        path = cache_dir() / f"ptx-{digest(code, full, name, version, sorted(headers.items()))}.ptx"
-        try:
-            return path.read_text()
-        except OSError:
-            pass
+        entry = f"ptx-{digest(code, full, name, version, sorted(headers.items()))}.ptx"
+        found = find(entry)
+        if found is not None:
+            return found[1].decode()
     kind, nvrtc = _nvrtc()
     if kind == "bindings":
         encoded = [o.encode() for o in full]
@@ -286,6 +282,6 @@ def compile_ptx(
             nvrtc.destroyProgram(handle)
         ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
         ptx = ptx.rstrip("\0")
-    if path is not None:
-        store(path, ptx.encode())
+    if entry is not None:
+        keep(entry, ptx.encode())
     return str(ptx)

@@ -78,8 +78,13 @@ class Counters:
 
     @property
     def mma(self) -> int:
-        """Matrix products."""
+        """Matrix products of a warp."""
         return self.classes.get("mma", 0)
+
+    @property
+    def wgmma(self) -> int:
+        """Matrix products of a warpgroup, counted once for each of its four warps, as a GPU counts HGMMA."""
+        return self.classes.get("wgmma", 0)
 
     @property
     def barriers(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import decode_arithmetic, decode_memory, decode_warp  # noqa: F401  they register their rules
+from . import decode_arithmetic, decode_memory, decode_warp, decode_warpgroup  # noqa: F401  they register their rules
 from .decoder import INS, Decoder, Program, UnsupportedInstruction
 from .ptx import Module
 

@@ -407,6 +407,8 @@ def _decode_mov(dec: Decoder, mods: Sequence[str]) -> None:
 @instruction("cvt")
 def _decode_cvt(dec: Decoder, mods: Sequence[str]) -> None:
     rest = list(mods)
+    if rest[0] == "pack":
+        return _decode_pack(dec, rest[1:])
     if len(rest) < 2 or rest[-1] not in TYPES or rest[-2] not in TYPES:
         raise dec.unknown()
     d, s = rest[-2:]
@@ -459,6 +461,18 @@ def _decode_cvt(dec: Decoder, mods: Sequence[str]) -> None:
     if d in INTS and s in floats and integral == 9:
         raise dec.unknown("no rounding to an integer")
     dec.emit(f"cvt.{d}.{s}", {0: dst}, {1: dec.value(a[1], s)}, flags=flags, abcd=(integral,))
+
+
+def _decode_pack(dec: Decoder, mods: list[str]) -> None:
+    """cvt.pack.sat: two integers saturated to 16 bits, or to 8 bits with two bytes of a third operand above them."""
+    narrow = len(mods) == 4 and mods[1] in ("s8", "u8") and mods[3] == "b32"
+    if (
+        mods[0] != "sat"
+        or not (narrow or (len(mods) == 3 and mods[1] in ("s16", "u16")))
+        or mods[2] not in ("s32", "u32")
+    ):
+        raise dec.unknown()
+    dec.nary(f"cvt.pack.{mods[1]}", "b32", 3 if narrow else 2, abcd=(int(mods[2] == "s32"),))
 
 
 @instruction("cvta")

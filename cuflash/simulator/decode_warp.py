@@ -207,6 +207,8 @@ def _decode_cluster_barrier(dec: Decoder, mods: Sequence[str], aligned: int) -> 
 @instruction("membar", "fence")
 def _decode_fence(dec: Decoder, mods: Sequence[str]) -> None:
     flags = CTA_SCOPE if "cta" in mods else 0
+    if list(mods[:2]) == ["proxy", "async"] and mods[2:] != ["global"]:
+        return dec.emit("fence.proxy", cls="fence")
     if "proxy" in mods or any(m.startswith("mbarrier_init") for m in mods):
         return dec.emit("nop", cls="fence")
     acquire = "acquire" in mods and "acq_rel" not in mods
@@ -215,7 +217,7 @@ def _decode_fence(dec: Decoder, mods: Sequence[str]) -> None:
     dec.emit("fence", flags=flags, cls="fence")
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "setmaxnreg", "pmevent", "brkpt")
+@instruction("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "pmevent", "brkpt")
 def _decode_nothing(dec: Decoder, mods: Sequence[str]) -> None:
     dec.emit("nop", cls="other")
 

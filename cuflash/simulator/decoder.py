@@ -14,6 +14,7 @@ import numpy as np
 
 from .ptx import WIDTHS, Function, Imm, Instr, Loc, Mem, Module, Name, Not, Operand, PtxError, Reg, Symbol
 from .registers import allocate
+from .warpgroup import warpgroup_checks
 
 __all__ = ["INS", "INSTRUCTIONS", "Decoder", "Program", "UnsupportedInstruction", "instruction"]
 
@@ -134,6 +135,7 @@ class Emitted:
     flags: int = 0
     source: Instr | None = None
     cls: str = "other"
+    many: tuple[Reg, ...] = ()  # read and written, more than fit into `outs`: their slots are at `target` of the tables
 
 
 @dataclass
@@ -158,6 +160,7 @@ class Program:
     files: dict[int, str]
     max_threads: int = 0
     cluster: tuple[int, int, int] = (0, 0, 0)
+    registers: int = 0  # of a thread as launched, where launch bounds say so
     variables: dict[int, tuple[str, int]] = field(
         default_factory=dict
     )  # row of `constants`: variable and offset whose address it is
@@ -270,6 +273,7 @@ class Decoder:
         flags: int = 0,
         cls: str = "",
         guarded: bool = True,
+        many: Sequence[Reg] = (),
     ) -> None:
         """Appends an instruction of the machine."""
         a, b, c, d = (*abcd, 0, 0, 0, 0)[:4]
@@ -287,6 +291,7 @@ class Decoder:
                 flags,
                 self.now,
                 cls,
+                tuple(many),
             )
         )
 
@@ -483,9 +488,19 @@ class Decoder:
             cls=cls or self.cls_of(type_),
         )
 
+    def launch_registers(self, threads: int) -> int:
+        """Registers of a thread as ptxas has it for a kernel with setmaxnreg: what the launch bounds leave room for."""
+        named = self.fn.directives.get("maxnreg")
+        if named:
+            return named[0]
+        blocks = (self.fn.directives.get("minnctapersm") or (1,))[0]
+        return min(65536 // (threads * max(blocks, 1)) // 8 * 8, 256) if threads else 0
+
     def program(self, op_index: Mapping[str, int]) -> Program:
         """The finished program."""
-        slots_of, constants, slots = allocate(self.fn, self.out, self.labels, self.tables)
+        self.out, self.labels, held = warpgroup_checks(self.out, self.labels, self.tables)
+        slots_of, constants, slots = allocate(self.fn, self.out, self.labels, self.tables, held)
+        tables = [self.labels[t] if isinstance(t, str) else t for t in self.tables]
         code = np.zeros(len(self.out), INS)
         code["o"] = NONE
         code["guard"] = NONE
@@ -500,6 +515,9 @@ class Decoder:
             for k, v in e.ins.items():
                 o[k] = constants[v][0] if isinstance(v, tuple) else slots_of[v]
             target = e.target
+            if e.many:
+                target = len(tables)
+                tables += [slots_of[r] for r in e.many]
             if isinstance(target, str):
                 if target not in self.labels:
                     raise PtxError(f"PTX line {e.source.ptx_line if e.source else 0}: no label {target}")
@@ -521,7 +539,6 @@ class Decoder:
         table = np.array([(slot, width, value) for (width, value), (slot, _) in constants.items()], np.uint64).reshape(
             -1, 3
         )
-        tables = np.array([self.labels[t] if isinstance(t, str) else t for t in self.tables], np.uint32)
         maxntid = self.fn.directives.get("maxntid", ()) or self.fn.directives.get("reqntid", ())
         threads = int(np.prod(maxntid)) if maxntid else 0
         cluster = tuple(self.fn.directives.get("reqnctapercluster", ()) or (0, 0, 0))
@@ -538,7 +555,7 @@ class Decoder:
             self.static_shared,
             self.shared_symbols,
             self.local_size,
-            tables,
+            np.array(tables, np.uint32),
             [s.loc if s else None for s in sources],
             [s.text if s else "" for s in sources],
             [s.ptx_line if s else 0 for s in sources],
@@ -546,6 +563,7 @@ class Decoder:
             dict(self.module.files),
             threads,
             (cluster[0], cluster[1], cluster[2]),
+            self.launch_registers(threads),
             {
                 row: self.variables[value]
                 for row, (width, value) in enumerate(constants)

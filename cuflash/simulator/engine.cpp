@@ -43,12 +43,16 @@ void report(Warp &w, u32 kind, u32 lane, u64 address, const char *format, ...) {
 
 namespace {
 
-constexpr u64 SLICE = 20000;  // instructions that a warp may execute before the next one has its turn
+constexpr u64 SLICE = 20000;  // branches that a warp may execute before the next one has its turn
+constexpr u64 LOOK = 1024;    // instructions between two looks at the clock
+constexpr std::chrono::milliseconds SIGNALS(50);  // between two looks at signals
 
 struct Engine {
     LaunchArgs &args;
     Launch L;
     std::vector<std::unique_ptr<Cluster>> pool;
+
+    void *thread_state = nullptr;  // of Python, while the launch runs without its lock
 
     explicit Engine(LaunchArgs &a) : args(a) {}
 
@@ -98,6 +102,7 @@ struct Engine {
 
     void exit_lanes(Warp &w, size_t index, u32 mask) {
         check_exit(w, mask);
+        if (w.live == mask) check_products_exit(w);
         w.live &= ~mask;
         w.block->live -= u32(__builtin_popcount(mask));
         w.groups[index].mask &= ~mask;
@@ -109,6 +114,7 @@ struct Engine {
             if (w.block->barriers[k].arrived) try_barrier(*w.block, k);
         if (w.block->live == 0) {
             check_block_exit(*w.block);
+            check_warpgroups_exit(*w.block);
             w.block->done = true;
         }
         if (L.cluster_size > 1) try_cluster(*w.block->cluster);
@@ -166,6 +172,9 @@ struct Engine {
         u32 id = barrier_id(w, g);
         Barrier &bar = b.barriers[id];
         u32 expected = i.flags & HAS_COUNT ? w.reg<u32>(i.o[1])[first(m)] : 0;
+        if (expected % 32)
+            report(w, K_DIVERGENT_BARRIER, first(m), 0, "barrier %u is for %u threads, which are no whole warps", id,
+                   expected);
         if (bar.arrived == 0) {
             bar.expected = expected;
             bar.pc = w.pc;
@@ -223,6 +232,19 @@ struct Engine {
         return ready == m;
     }
 
+    // Every loop comes by here. Python handles its signals, which a launch must not keep waiting.
+    void look(Warp &w) {
+        L.look_at = L.steps + LOOK;
+        auto now = std::chrono::steady_clock::now();
+        if (now > L.deadline) time_limit(w);
+        if (now < L.signals_at) return;
+        L.signals_at = now + SIGNALS;
+        args.acquire(thread_state);
+        int raised = args.signals();
+        thread_state = args.release();
+        if (raised) throw Interrupt();
+    }
+
     // Runs a warp until it has to wait or its slice ends. Says whether it executed anything.
     bool run(Warp &w) {
         u64 budget = SLICE, start = L.steps;
@@ -266,6 +288,7 @@ struct Engine {
             L.steps++;
             switch (i.ctl) {
                 case BRANCH: {
+                    if (L.steps >= L.look_at) look(w);
                     if (budget) budget--;
                     if (m == mask) {
                         pc = i.target;
@@ -505,6 +528,7 @@ struct Engine {
             b.done = false;
             for (Barrier &bar : b.barriers) bar = Barrier();
             b.mbarriers.clear();
+            b.warpgroups.clear();
             memset(b.shared, 0xff, L.shared_size);  // NaN in every format
             if (L.checks & C_INIT) b.initialised.assign(L.shared_size, 0);
             if (L.checks & C_FLIGHT) b.in_flight.assign(L.shared_size, 0);
@@ -516,6 +540,7 @@ struct Engine {
                 w.groups.push_back({w.live, 0, READY, {}});
                 w.copies.clear();
                 w.copies_started = 0;
+                w.products = Products();
                 memset(w.committed, 0, sizeof w.committed);
                 memset(w.bulk_committed, 0, sizeof w.bulk_committed);
                 memset(w.cluster_phase, 0, sizeof w.cluster_phase);
@@ -604,7 +629,7 @@ struct Engine {
                     yielded = yielded && w->yield;
                 }
             }
-            if (std::chrono::steady_clock::now() > L.deadline) time_limit(resident);
+            if (!turn.empty()) look(*turn[0]);
             bool finished = false;
             for (size_t k = 0; k < resident.size();) {
                 bool done = true;
@@ -639,15 +664,10 @@ struct Engine {
         }
     }
 
-    void time_limit(std::vector<std::unique_ptr<Cluster>> &resident) {
-        for (auto &c : resident)
-            for (auto &b : c->blocks)
-                for (Warp &w : b->warps)
-                    if (!w.groups.empty()) {
-                        w.pc = w.groups[0].pc;
-                        report(w, K_TIME_LIMIT, first(w.groups[0].mask), 0, "the launch took longer than %.1f s",
-                               args.time_limit);
-                    }
+    void time_limit(Warp &w) {
+        if (!w.groups.empty()) w.pc = w.groups[0].pc;
+        u32 lane = w.groups.empty() ? 0 : first(w.groups[0].mask);
+        report(w, K_TIME_LIMIT, lane, 0, "the launch took longer than %.1f s", args.time_limit);
     }
 
     int launch() {
@@ -681,13 +701,20 @@ struct Engine {
         auto &entries = table();
         for (Ins &i : L.loaded) i.fn = entries[i.op].fn;
         L.code = L.loaded.data();
-        L.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(s64(args.time_limit * 1e6));
+        auto now = std::chrono::steady_clock::now();
+        L.deadline = now + std::chrono::microseconds(s64(args.time_limit * 1e6));
+        L.signals_at = now + SIGNALS;
+        thread_state = args.release();
+        int result = 0;
         try {
             main();
         } catch (const Stop &) {
-            return 1;
+            result = 1;
+        } catch (const Interrupt &) {
+            result = 2;
         }
-        return 0;
+        args.acquire(thread_state);
+        return result;
     }
 };
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
-from .compile import cache_dir, digest, store
+from .cache import digest, find, keep
+from .compile import sources
 from .decode import Program, UnsupportedInstruction, decode
 from .ptx import Symbol, parse
 
@@ -42,7 +42,7 @@ class Image:
 
 @lru_cache(maxsize=None)
 def _decoder_version() -> str:
-    return digest(*(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))
+    return digest(sources(".py"))
 
 
 def load_image(text: str, handlers: tuple[str, ...], cached: bool = True) -> Image:
@@ -56,24 +56,25 @@ def load_image(text: str, handlers: tuple[str, ...], cached: bool = True) -> Ima
     Returns:
         The module.
     """
-    path = cache_dir() / f"image-{digest(text, handlers, _decoder_version())}.pickle"
-    if cached:
+    name = f"image-{digest(text, handlers, _decoder_version())}.pickle"
+    found = find(name) if cached else None
+    if found is not None:
         try:
-            image = pickle.loads(path.read_bytes())
+            image = pickle.loads(found[1])
             if isinstance(image, Image):
                 return image
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError):
+        except Exception:  # whole, but written by another version of Python or NumPy
             pass
     module = parse(text)
     image = Image({k: s for k, s in module.symbols.items() if s.space in ("global", "const")})
-    numbers = {name: k for k, name in enumerate(handlers)}
-    for name, function in module.functions.items():
+    numbers = {handler: k for k, handler in enumerate(handlers)}
+    for kernel, function in module.functions.items():
         if not function.entry:
             continue
         try:
-            image.programs[name] = decode(module, name, numbers)
+            image.programs[kernel] = decode(module, kernel, numbers)
         except UnsupportedInstruction as error:
-            image.errors[name] = str(error)
+            image.errors[kernel] = str(error)
     if cached:
-        store(path, pickle.dumps(image, protocol=pickle.HIGHEST_PROTOCOL))
+        keep(name, pickle.dumps(image, protocol=pickle.HIGHEST_PROTOCOL))
     return image

@@ -213,6 +213,10 @@ class _LaunchArgs(ctypes.Structure):
         ("tables", ctypes.c_void_p),
         ("window", ctypes.c_uint32),
         ("multiprocessors", ctypes.c_uint32),
+        ("registers", ctypes.c_uint32),
+        ("release", ctypes.c_void_p),
+        ("acquire", ctypes.c_void_p),
+        ("signals", ctypes.c_void_p),
     ]
 
 
@@ -241,9 +245,20 @@ _REGION = np.dtype([("lo", "u8"), ("hi", "u8"), ("origin", "u8"), ("id", "u4"), 
 
 
 @lru_cache(maxsize=None)
-def _machine() -> tuple[ctypes.CDLL, tuple[str, ...]]:
-    """The machine and the names of its handlers."""
-    library = load_machine()
+def _python() -> tuple[int | None, ...]:
+    """What the machine calls to let other threads run and to have signals handled."""
+    names = ("PyEval_SaveThread", "PyEval_RestoreThread", "PyErr_CheckSignals")
+    return tuple(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in names)
+
+
+@lru_cache(maxsize=None)
+def _machine() -> tuple[ctypes.PyDLL, tuple[str, ...]]:
+    """The machine and the names of its handlers.
+
+    It is called with Python's lock, which a launch gives up, and an exception of a signal's handler comes out of it.
+    """
+    loaded = load_machine()
+    library = ctypes.PyDLL(loaded._name, handle=loaded._handle)
     library.sim_op_count.restype = ctypes.c_uint64
     library.sim_op_name.restype = ctypes.c_char_p
     library.sim_op_name.argtypes = [ctypes.c_uint64]
@@ -535,6 +550,8 @@ class Kernel:
             address_of(tables) if len(tables) else 0,
             settings.window,
             132,
+            program.registers,
+            *_python(),
         )
         start = time.perf_counter()
         failed = _machine()[0].sim_launch(ctypes.byref(request)) if min(grid) > 0 else 0

@@ -39,6 +39,17 @@ struct Pending {
     u8 value[16];
 };
 
+struct IssuedProduct {  // by the first warp of a warpgroup that came to it
+    u32 pc, warp;
+    u64 a, b;
+    bool add;
+};
+
+struct WarpGroup {
+    std::vector<IssuedProduct> issued;
+    std::vector<Actor> actors;  // by group of products
+};
+
 struct Block {
     Launch *launch = nullptr;
     Cluster *cluster = nullptr;
@@ -55,6 +66,7 @@ struct Block {
     Shadow shadow;
     u32 actors = 0;                               // asynchronous copies so far
     std::unordered_map<u32, Mbarrier> mbarriers;  // by offset in shared memory
+    std::vector<WarpGroup> warpgroups;            // empty until one is used
     bool done = false;
 };
 
@@ -91,6 +103,11 @@ struct LaunchArgs {
     u64 output_size, output_used;
     const u32 *tables;  // branch targets of brx.idx
     u32 window, multiprocessors;
+    u32 registers;  // of a thread as launched; 0: not known
+    // PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals of the Python that called
+    void *(*release)();
+    void (*acquire)(void *);
+    int (*signals)();
 };
 
 struct Launch {
@@ -111,7 +128,8 @@ struct Launch {
     u64 steps = 0;  // instructions executed, the clock of the machine
     RaceState races;
     u64 changes = 0;  // events that another thread may be waiting for
-    std::chrono::steady_clock::time_point deadline;
+    u64 look_at = 0;  // the step at which the engine looks at the clock again
+    std::chrono::steady_clock::time_point deadline, signals_at;
 
     u64 clock() const { return steps * 4; }
     bool check(u32 which) const { return checks & which; }
@@ -135,4 +153,6 @@ void wait_copies(Warp &w, u32 mask, u32 pending_allowed);
 void land_copies(Warp &w, u32 lane, u32 number);  // all copies of the lane up to this one
 void check_exit(Warp &w, u32 mask);
 void check_block_exit(Block &b);
+void check_products_exit(Warp &w);
+void check_warpgroups_exit(Block &b);
 bool advance_pending(Cluster &c);  // lets one asynchronous operation happen; for a machine that would stand still

@@ -52,6 +52,10 @@ _DROPPED = {
     "cp.async.commit_group": "a commit",
     "cp.async.bulk.commit_group": "a commit",
     "fence": "a fence",
+    "fence.proxy": "a proxy fence",
+    "wgmma.commit_group": "a commit",
+    "wgmma.wait_group": "a wait",
+    "wgmma.mma_async": "a product",
     "st": "a store",
     "cp.async": "a copy",
     "atom": "an atomic",
@@ -125,8 +129,10 @@ def _changes(
         yield "drop an mma", drop
     elif name in _DROPPED and program.classes[pc] not in ("st.local", "ld.param"):
         yield f"drop {_DROPPED[name]}", drop
-        if name == "cp.async.wait_group":
+        if name in ("cp.async.wait_group", "wgmma.wait_group"):
             yield "wait for one group less", {"imm": int(row["imm"]) + 1}
+        if name == "wgmma.mma_async" and int(row["b"]) < 2:
+            yield "transpose B or not", {"c": int(row["c"]) ^ 4}
     elif stem in ("setp", "set") and int(row["a"]) in _OTHER_COMPARE:
         other = _OTHER_COMPARE[int(row["a"])]
         yield f"{_COMPARE[int(row['a'])]} -> {_COMPARE[other]}", {"a": other}

@@ -680,6 +680,19 @@ void cvt_sat(Warp &w, const Ins &i, u32 m) {
     constexpr __int128 lo = std::numeric_limits<D>::min(), hi = std::numeric_limits<D>::max();
     LANES(m, __int128 v = get<A>(a[l]); d[l] = put<D>(D(v < lo ? lo : v > hi ? hi : v)))
 }
+template <class D>
+void cvt_pack(Warp &w, const Ins &i, u32 m) {  // d = {sat(b), sat(a)} from the low end, c above them
+    constexpr u32 size = 8 * sizeof(D);
+    constexpr s64 lo = std::numeric_limits<D>::min(), hi = std::numeric_limits<D>::max();
+    constexpr u32 mask = (1u << size) - 1;
+    u32 *d = w.reg<u32>(i.o[0]);
+    const u32 *a = w.reg<u32>(i.o[1]), *b = w.reg<u32>(i.o[2]), *c = size < 16 ? w.reg<u32>(i.o[3]) : nullptr;
+    auto sat = [&](u32 v) {
+        s64 x = i.a ? s64(s32(v)) : s64(v);  // i.a: the sources are signed
+        return u32(x < lo ? lo : x > hi ? hi : x) & mask;
+    };
+    LANES(m, u32 r = sat(a[l]) << size | sat(b[l]); if (c) r |= c[l] << (2 * size % 32); d[l] = r)
+}
 template <class F>
 inline F integral(F x, u32 mode) {
     return mode == 0 ? std::nearbyint(x) : mode == 1 ? std::trunc(x) : mode == 2 ? std::floor(x) : std::ceil(x);
@@ -1072,6 +1085,10 @@ void yield(Warp &w, const Ins &, u32) { w.yield = true; }
 #define ALL_INT(X) X(u8) X(s8) INT_TYPES(X)
 
 OP("nop", nothing)
+OP("cvt.pack.s8", cvt_pack<s8>)
+OP("cvt.pack.u8", cvt_pack<u8>)
+OP("cvt.pack.s16", cvt_pack<s16>)
+OP("cvt.pack.u16", cvt_pack<u16>)
 OP("special", special)
 OP("activemask", activemask)
 OP("elect", elect)

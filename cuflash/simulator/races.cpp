@@ -109,10 +109,6 @@ bool knows(Warp &w, u32 lane, const Record &r) {
            access & A_WRITE ? "write" : "read");
 }
 
-Record &at(Shadow &s, Line &line, u32 k) {
-    return k < Line::INLINE ? line.r[k] : s.extra[line.extra - 1][k - Line::INLINE];
-}
-
 void add(Shadow &s, Line &line, const Record &r) {
     if (line.n >= Line::INLINE) {
         if (!line.extra) {
@@ -122,7 +118,7 @@ void add(Shadow &s, Line &line, const Record &r) {
         auto &more = s.extra[line.extra - 1];
         if (more.size() <= line.n - Line::INLINE) more.resize(line.n - Line::INLINE + 1);
     }
-    at(s, line, line.n++) = r;
+    record_at(s, line, line.n++) = r;
     line.writes += r.kind & A_WRITE;
 }
 
@@ -149,20 +145,20 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
         line.n = line.writes = line.extra = 0;
     }
     if (!write && line.n) {  // other lanes of the warp have just read the same: one record for all of them
-        Record &last = at(s, line, line.n - 1);
+        Record &last = record_at(s, line, line.n - 1);
         if (last.block == now.block && last.warp == now.warp && last.kind == kind && last.bytes == bytes &&
             last.epoch == now.epoch) {
             bool clean = true;
             for (u32 k = 0; k < line.n && line.writes; k++) {
-                const Record &r = at(s, line, k);
+                const Record &r = record_at(s, line, k);
                 if ((r.kind & A_WRITE) && (r.bytes & bytes))
                     clean = clean && !(r.kind & A_FLIGHT) && (knows(w, lane, r) || (kind & r.kind & A_STRONG));
             }
             if (clean) {
                 last.lanes |= me;
                 last.pc = w.pc;
-                if (line.n >= 2 && replaces(last, at(s, line, line.n - 2))) {
-                    at(s, line, line.n - 2) = last;
+                if (line.n >= 2 && replaces(last, record_at(s, line, line.n - 2))) {
+                    record_at(s, line, line.n - 2) = last;
                     line.n--;
                 }
                 return;
@@ -176,7 +172,7 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
     }
     u32 kept = 0, writes = 0;
     for (u32 k = 0; k < line.n; k++) {
-        Record r = at(s, line, k);
+        Record r = record_at(s, line, k);
         if (r.bytes & bytes) {
             bool mine = r.block == now.block && r.warp == now.warp && r.lanes == me;
             bool conflict = (write || (r.kind & A_WRITE)) && !((kind & A_STRONG) && (r.kind & A_STRONG));
@@ -197,7 +193,7 @@ void touch(Shadow &s, u32 index, Warp &w, u32 lane, u16 bytes, u8 kind, u32 find
                 if (replaces(now, r)) continue;
             }
         }
-        at(s, line, kept++) = r;
+        record_at(s, line, kept++) = r;
         writes += r.kind & A_WRITE;
     }
     line.n = kept;
@@ -273,6 +269,7 @@ void races_start(Block &b) {
             w.clocks->known[l] = k;
             w.clocks->fences[l] = FenceState();
         }
+        w.clocks->proxy_fences.clear();
     }
 }
 
@@ -301,7 +298,7 @@ void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes) {
         Line &l = b.shadow.lines[line];
         if (l.generation != b.shadow.generation) continue;
         for (u32 k = 0; k < l.n; k++) {
-            Record &r = at(b.shadow, l, k);
+            Record &r = record_at(b.shadow, l, k);
             if ((r.kind & A_FLIGHT) && r.warp == w.index && r.lanes == 1u << lane && r.block == w.block->linear) {
                 r.kind &= u8(~A_FLIGHT);
                 r.epoch = w.epoch;

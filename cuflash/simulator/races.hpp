@@ -68,6 +68,10 @@ struct Shadow {
     void reset(size_t bytes);
 };
 
+inline Record &record_at(Shadow &s, Line &line, u32 k) {
+    return k < Line::INLINE ? line.r[k] : s.extra[line.extra - 1][k - Line::INLINE];
+}
+
 // Knowledge that was left at an address by releases.
 struct SyncVar {
     std::unordered_map<u32, Known> by_block;
@@ -82,9 +86,15 @@ struct FenceState {
     std::shared_ptr<SyncVar> pending;  // read by relaxed accesses, not yet acquired
 };
 
+struct ProxyFence {  // a fence.proxy.async and what its lanes knew
+    u32 lanes, epoch;
+    Known known[32];
+};
+
 struct WarpClocks {
     Known known[32];
     FenceState fences[32];
+    std::deque<ProxyFence> proxy_fences;
 };
 
 struct RaceState {  // of a launch
@@ -108,6 +118,10 @@ void land(SyncVar &v, Block &b, const Actor &a);  // whoever learns from v knows
 void learn_actor(Warp &w, u32 lane, Block &b, const Actor &a);
 void race_landed(Warp &w, u32 lane, Block &b, u32 off, u32 bytes);  // a copy in flight has been waited for
 void sync_warp(Warp &w, u32 mask);
+void proxy_fence(Warp &w, u32 mask);
+using Fenced = std::vector<u32>;  // by thread: writes with a lesser stamp are fenced
+Fenced fenced_writes(Warp &w);    // for all lanes of the warp
+void check_proxy(Warp &w, Block &b, u32 off, const Fenced &fenced);  // 16 bytes that wgmma reads
 struct Party {
     Warp *warp;
     u32 mask;

@@ -17,7 +17,7 @@ from .ptx import Function, Reg
 if TYPE_CHECKING:
     from .decoder import Emitted
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "blocks"]
 
 UNITS = {0: 1, 4: 2, 8: 4}  # places of 64 bytes: a predicate, 32 lanes of 4 bytes, of 8 bytes
 
@@ -27,9 +27,20 @@ def _lane(reg: Reg) -> int:
 
 
 def allocate(
-    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[int | str]
+    function: Function,
+    code: Sequence[Emitted],
+    labels: Mapping[str, int],
+    tables: Sequence[int | str],
+    held: Mapping[int, Sequence[Reg]],
 ) -> tuple[dict[Reg, int], dict[tuple[int, int], tuple[int, int]], int]:
     """Places registers and constants.
+
+    Args:
+        function: the kernel.
+        code: its instructions.
+        labels: where they are.
+        tables: targets of indirect branches.
+        held: registers that have to keep their places until these instructions.
 
     Returns:
         The place of each register; of each constant (bytes, value) its place and size; the number of places.
@@ -41,7 +52,7 @@ def allocate(
             if isinstance(v, tuple) and v not in constants:
                 constants[v] = (at, v[0])
                 at += UNITS[v[0]]
-    intervals = _intervals(function, code, labels, tables)
+    intervals = _intervals(function, code, labels, tables, held)
     slots: dict[Reg, int] = {}
     free: dict[int, list[int]] = {0: [], 4: [], 8: []}
     active: list[tuple[int, int, int]] = []  # end, kind, slot
@@ -62,36 +73,16 @@ def allocate(
     return slots, constants, at
 
 
-def _intervals(
-    function: Function, code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[int | str]
-) -> list[tuple[int, int, Reg]]:
-    """For each register the first and the last instruction between which it must keep its place."""
-    uses: list[list[Reg]] = []
-    for e in code:
-        used = [v for v in e.ins.values() if isinstance(v, Reg)]
-        if e.guard is not None:
-            used.append(e.guard)
-            used.extend(e.outs.values())  # lanes that the guard leaves out keep the old value
-        uses.append(used)
-    # basic blocks
+def blocks(
+    code: Sequence[Emitted], labels: Mapping[str, int], tables: Sequence[int | str]
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """Basic blocks: where they start, where they end, which ones may follow."""
     n = len(code)
     starts = sorted({0, *labels.values(), *(k + 1 for k, e in enumerate(code) if e.ctl in (2, 3, 7) and k + 1 < n)})
     index = {s: k for k, s in enumerate(starts)}
     ends = starts[1:] + [n]
-    gen: list[int] = []
-    kill: list[int] = []
     after: list[list[int]] = []
-    for s, stop in zip(starts, ends):
-        g = d = 0
-        for pc in range(s, stop):
-            for r in uses[pc]:
-                bit = 1 << r.index
-                if not d & bit:
-                    g |= bit
-            for r in code[pc].outs.values():
-                d |= 1 << r.index
-        gen.append(g)
-        kill.append(d)
+    for stop in ends:
         last = code[stop - 1]
         following: list[int] = []
         if last.ctl == 2:
@@ -103,6 +94,39 @@ def _intervals(
         if stop < n and not (last.ctl in (2, 3, 7) and last.guard is None):
             following.append(index[stop])
         after.append(following)
+    return starts, ends, after
+
+
+def _intervals(
+    function: Function,
+    code: Sequence[Emitted],
+    labels: Mapping[str, int],
+    tables: Sequence[int | str],
+    held: Mapping[int, Sequence[Reg]],
+) -> list[tuple[int, int, Reg]]:
+    """For each register the first and the last instruction between which it must keep its place."""
+    uses: list[list[Reg]] = []
+    for pc, e in enumerate(code):
+        used = [*e.many, *held.get(pc, ()), *(v for v in e.ins.values() if isinstance(v, Reg))]
+        if e.guard is not None:
+            used.append(e.guard)
+            used.extend(e.outs.values())  # lanes that the guard leaves out keep the old value
+        uses.append(used)
+    n = len(code)
+    starts, ends, after = blocks(code, labels, tables)
+    gen: list[int] = []
+    kill: list[int] = []
+    for s, stop in zip(starts, ends):
+        g = d = 0
+        for pc in range(s, stop):
+            for r in uses[pc]:
+                bit = 1 << r.index
+                if not d & bit:
+                    g |= bit
+            for r in code[pc].outs.values():
+                d |= 1 << r.index
+        gen.append(g)
+        kill.append(d)
     live_in = [0] * len(starts)
     live_out = [0] * len(starts)
     changed = True

@@ -47,6 +47,13 @@ _KINDS: dict[int, tuple[str, str, str]] = {
     17: ("trap", "none", ""),
     18: ("internal", "none", "the simulator itself is at fault"),
     19: ("internal", "none", "calls nest too deeply"),
+    20: ("warpgroup", "none", "look at wgmma.fence, commit_group, wait_group, and at what the four warps issue"),
+    21: (
+        "proxy",
+        "shared",
+        "the writer executes fence.proxy.async before the barrier, or the reader after it, ahead of wgmma",
+    ),
+    22: ("registers", "none", "look at the counts of setmaxnreg and at __launch_bounds__"),
 }
 
 

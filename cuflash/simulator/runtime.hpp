@@ -117,6 +117,9 @@ enum Kind : u32 {
     K_TRAP,
     K_INTERNAL,
     K_CALL_DEPTH,
+    K_WARPGROUP,
+    K_PROXY,
+    K_REGISTERS,
 };
 
 enum Check : u32 {
@@ -141,7 +144,8 @@ struct Finding {
     char text[512];
 };
 
-struct Stop {};  // thrown by the first finding
+struct Stop {};       // thrown by the first finding
+struct Interrupt {};  // thrown when a signal's handler raised an exception in Python
 
 struct Region {
     u64 lo, hi;
@@ -194,6 +198,20 @@ struct CopyOp {  // one cp.async of a warp
     u32 dst[32];
 };
 
+struct WarpProduct {  // a warp's share of a wgmma.mma_async that has not been waited for
+    const Ins *ins;
+    u32 pc, group;
+    u64 a, b;  // descriptors
+    bool add, done;
+};
+
+struct Products {  // of a warp
+    std::deque<WarpProduct> queue;
+    u32 issued = 0, committed = 0, waited = 0;  // products, groups, groups
+    bool fenced = false;
+    u32 registers = 0, registers_pc = 0;  // what setmaxnreg asked for last
+};
+
 struct Knowledge;
 struct WarpClocks;
 
@@ -215,6 +233,7 @@ struct Warp {
     u32 epoch = 1;          // counts the synchronisations of the warp's lanes
     u32 bulk_committed[32];
     std::unique_ptr<WarpClocks> clocks;  // for race detection
+    Products products;
     Warp();
     Warp(Warp &&) noexcept;
     ~Warp();

@@ -86,10 +86,10 @@ __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOut
 }
 
 // Rows of ragged queries that belong to no sequence give 0 and LSE -inf; the blocks share them out.
-__device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p) {
-    if (p.total_q == 0) return;
-    const int begin = min(max(p.lengths.cu_seqlens_q[0], 0), p.total_q);  // rows of sequences: begin .. end
-    const int end = min(max(p.lengths.cu_seqlens_q[p.batch_size], begin), p.total_q);
+// Those of sequences are begin .. end.
+__device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int begin, int end) {
+    begin = min(max(begin, 0), p.total_q);
+    end = min(max(end, begin), p.total_q);
     const int heads = p.num_heads_kv * p.group;
 #pragma unroll 1
     for (int number = blockIdx.x; number < p.total_q - (end - begin); number += gridDim.x) {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import HAS_GPU
+from wgmma import Product, layouts
 
 from cuflash.kernels import source as sources
 
@@ -105,3 +107,40 @@ def test_on_a_gpu(element: str, integers: bool) -> None:
         np.testing.assert_array_equal(mine, theirs)
     # Tensor cores add in an order and with a rounding of their own.
     np.testing.assert_allclose(found[3], wanted[3], rtol=0 if integers else 1e-5, atol=0 if integers else 1e-5)
+
+
+PRODUCTS = layouts()
+
+
+def of_a_warpgroup(product: Product, folder: Path) -> np.ndarray:
+    """A product on the GPU, as accumulators; CuPy loads what NVRTC makes for sm_90a from a file."""
+    import cupy
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(product.source, "product.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, ("-arch=sm_90a", "-std=c++17"))
+        (folder / "product.cubin").write_bytes(nvrtc.getCUBIN(program))
+    finally:
+        nvrtc.destroyProgram(program)
+    kernel = cupy.RawModule(path=str(folder / "product.cubin")).get_function("product")
+    kernel.max_dynamic_shared_size_bytes = len(product.image)
+    out = cupy.asarray(product.spread(product.before))
+    inputs = cupy.asarray(product.image), cupy.asarray(product.fragments())
+    kernel((1,), (128,), product.arguments(out, *inputs), shared_mem=len(product.image))
+    found: np.ndarray = out.get()
+    return found
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_warpgroup_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Small integers, whose sums are exact: every swizzle, both majors, A in registers and in shared memory.
+
+    The same products are compared with the simulator and with NumPy in simulator/test_wgmma.py.
+    """
+    import cupy
+
+    if cupy.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is sm_90a's alone")
+    np.testing.assert_array_equal(of_a_warpgroup(PRODUCTS[name], tmp_path), PRODUCTS[name].expected())

@@ -129,6 +129,11 @@ def saturating(x: np.ndarray, kind: Any, rounding: Callable[[Any], Any]) -> np.n
         )
 
 
+def saturated(a: np.ndarray, lo: int, hi: int) -> np.ndarray:
+    """Signed integers clipped to 8 or 16 bits, as bits."""
+    return wide(np.clip(s(a), lo, hi)) & (255 if hi < 256 else 65535)
+
+
 def pick(a: np.ndarray, b: np.ndarray, better: Callable[[Any, Any], Any]) -> np.ndarray:
     best = np.where(a == b, np.where(np.signbit(a) == (better is np.minimum), a, b), better(a, b))  # -0 is less than +0
     return np.where(np.isnan(a), b, np.where(np.isnan(b), a, best))
@@ -294,6 +299,28 @@ CASES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "cvt_s32_s8": ("cvt.s32.s8 %0, %1;", "rr", lambda a: s((a & 255).astype(np.uint8)).astype(np.int32)),
     "cvt_s32_s16": ("cvt.s32.s16 %0, %1;", "rh", lambda a: s(a).astype(np.int32)),
     "cvt_sat_u8": ("cvt.sat.u8.s32 %0, %1;", "rr", lambda a: np.clip(s(a), 0, 255)),
+    "cvt_rni_s8": ("cvt.rni.sat.s8.f32 %0, %1;", "rf", lambda a: saturating(a, np.int8, np.rint).astype(np.int32)),
+    "cvt_rni_s8_f16": (
+        "cvt.rni.sat.s8.f16 %0, %1;",
+        "rh",
+        lambda a: saturating(half(a), np.int8, np.rint).astype(np.int32),
+    ),
+    "cvt_f16_s8": ("cvt.rn.f16.s8 %0, %1;", "hr", lambda a: bits(s((a & 255).astype(np.uint8)).astype(np.float16))),
+    "cvt_pack_s8": (
+        "cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: saturated(a, -128, 127) << 8 | saturated(b, -128, 127) | wide(c) << 16,
+    ),
+    "cvt_pack_u8": (
+        "cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;",
+        "rrrr",
+        lambda a, b, c: saturated(a, 0, 255) << 8 | saturated(b, 0, 255) | wide(c) << 16,
+    ),
+    "cvt_pack_s16": (
+        "cvt.pack.sat.s16.s32 %0, %1, %2;",
+        "rrr",
+        lambda a, b: saturated(a, -32768, 32767) << 16 | saturated(b, -32768, 32767),
+    ),
     "cvt_rzi": ("cvt.rzi.s32.f32 %0, %1;", "rf", lambda a: saturating(a, np.int32, np.trunc)),
     "cvt_rni_u32": ("cvt.rni.u32.f32 %0, %1;", "rf", lambda a: saturating(a, np.uint32, np.rint)),
     "cvt_rmi": ("cvt.rmi.f32.f32 %0, %1;", "ff", np.floor),
