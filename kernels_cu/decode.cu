@@ -161,10 +161,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int first_key = reach.key;
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
-                if (const u64 keys = keys_of_nothing(p, block.segments[buffer], first_key, lane, scores)) {
-                    cp_async_wait<kStages - 2>();  // their values are needed already now
-                    __syncwarp();
-                    clear_values(keys, slot, lane);
+                if (may_see_nothing(p, block.segments[buffer])) {
+                    cp_async_wait<kStages - 2>();  // this lane's values are there
+                    loader.clear_values(slot, block.segments[buffer], first_key);
                 }
             }
             softmax.update(scores, math, block.warps.row);

@@ -60,6 +60,31 @@ __device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment&
     return column >= 0 && !p.tree.sees(s.sequence, row, column);
 }
 
+// Whether the key of a segment is one whose values may be anything though only some rows do not see it: one on a page of a
+// negative number, in whose place another page was read, or one that a tree mask hides from all rows.
+__device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, int key) {
+    key = min(key, s.keys.end - 1);  // as the loader repeats it
+    if constexpr (kHasTree) {
+        bool is_hidden = true;
+        const int last_query = query_of(p, s.first_row + s.valid_rows - 1);
+#pragma unroll 1
+        for (int query = query_of(p, s.first_row); query <= last_query; ++query) {
+            is_hidden = is_hidden && tree_hides(p, s, query, key);
+        }
+        if (is_hidden) return true;
+    }
+    if (!p.cache.page_table) return false;
+    PageCursor place;
+    place.enter(p.cache, s.sequence);
+    place.seek(p.cache, s.lengths.leftpad + key);
+    return !place.exists();
+}
+
+// Whether a segment may have such keys: rows of one query see the same.
+__device__ __forceinline__ bool may_see_nothing(const DecodeParams& p, const Segment& s) {
+    return kHasTree || (p.cache.page_table && s.lengths.seqlen_q > 1);
+}
+
 // Which rows an item has, and which keys they see; the fields that depend on the item alone.
 __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, Segment& s) {
     const int item_of_kv_head = p.by_row_blocks.divide(item);

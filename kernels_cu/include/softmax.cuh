@@ -62,45 +62,6 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
     });
 }
 
-// Keys of a tile that some rows do not see may hold anything: those that a tree mask hides from all rows, and those on pages of
-// negative numbers, in whose place another page was read. Weights of 0 do not help, since 0 x NaN is NaN. Returns a bit for each
-// such key.
-__device__ __forceinline__ u64 keys_of_nothing(const DecodeParams& p, const Segment& segment, int first_key, int lane,
-                                               const Scores& s) {
-    u64 none = 0;
-    if constexpr (kHasTree) {
-        for_each<kTileKeys / 8>([&](int eighth) {
-            bool is_seen = false;
-            for_each<kRowGroups, 2>([&](int g, int column) { is_seen |= s[eighth / 2][g][eighth % 2 * 2 + column] != -infinity(); });
-            u32 seen = __ballot_sync(kFullWarp, is_seen);  // the four lanes 4 i .. 4 i + 3 have key i of this eighth
-#pragma unroll
-            for (int i = 0; i < 8; ++i, seen >>= 4) none |= static_cast<u64>((seen & 15) == 0) << (eighth * 8 + i);
-        });
-    }
-    if (p.cache.page_table && segment.lengths.seqlen_q > 1) {
-        PageCursor place;
-        place.enter(p.cache, segment.sequence);
-#pragma unroll
-        for (int i = 0; i < kTileKeys; i += 32) {
-            const int key = min(first_key + i + lane, segment.keys.end - 1);
-            place.seek(p.cache, segment.lengths.leftpad + key);
-            const bool is_nothing = !place.exists() && i + lane < kTileKeys;
-            none |= static_cast<u64>(__ballot_sync(kFullWarp, is_nothing)) << i;
-        }
-    }
-    return none;
-}
-
-// Fills rows of values with zeros, those of the keys with a bit.
-__device__ __forceinline__ void clear_values(u64 keys, u32 slot, int lane) {
-#pragma unroll 1
-    for (; keys; keys &= keys - 1) {
-        const u32 row = slot + (__ffsll(keys) - 1) * kValueBytes;
-#pragma unroll 1
-        for (int chunk = lane; chunk < kValueBytes / 16; chunk += 32) store_shared(row + chunk * 16, make_float4(0, 0, 0, 0));
-    }
-}
-
 // Running maximum and sum of two rows per row group. The maximum is lazy: it moves only when a score exceeds it by more
 // than a factor of 2^8 in weight, so that most tiles need no reduction. Weights then reach 256 instead of 1, which is safe in
 // float32, and as exact.
