@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -110,15 +109,13 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> NativeArray | None:
 def _target(
     name: str, given: Any, parts: NativeArray, like: NativeArray, shape: tuple[int, ...], others: tuple[Any, ...]
 ) -> NativeArray:
-    """Return where a result goes: a new array, or the caller's, which may be one of the parts, but shares nothing else."""
+    """Return where a result goes: a new array, or the caller's, which shares no memory with what is read but a part."""
     array = output(name, given, like, shape, parts.dtype)
     if given is None:
         return array
     if memory_of(array) != memory_of(like):
         raise ValueError(f"{name} must be in {memory_of(like)} like outs, got one in {memory_of(array)}")
-    is_part = any(
-        address_of(array) == address_of(part) and strides_of(array) == strides_of(part) for part in parts
-    )
+    is_part = any(address_of(array) == address_of(part) and strides_of(array) == strides_of(part) for part in parts)
     shared = [other for other in others if other is not None and overlaps(array, other)]
     if shared or (overlaps(array, parts) and not is_part and not _lies_in_gap(array, parts)):
         raise ValueError(f"{name} must be one of the parts or share no memory with any array, got overlapping arrays")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
-
-from .arguments.common import output
-from .arrays import empty, exporter, import_array
+from .arrays import NativeArray, exporter, import_array
 from .attention import flash_attn_with_kvcache
+from .problem import window_bounds
 
 # What both calls are given; everything else is the suffixes'.
 _COMMON = (
     "softmax_scale", "softcap", "layout", "kv_dtype", "q_descale", "k_descale", "v_descale",
     "num_splits", "split_size", "sm_margin",
 )  # fmt: skip
-_REFUSED = ("rotary_cos", "window_size", "attention_chunk", "merge_with", "cp_world_size")
 
 
 def shared_prefix_attention(
@@ -81,36 +77,42 @@ def shared_prefix_attention(
         >>> bool(np.allclose(out, whole, atol=1e-6))
         True
     """
-    for name in _REFUSED:
-        value = suffix.get(name)
-        if value is not None and value not in (0, (-1, -1), [-1, -1]) and not (name[:2] == "cp" and value == 1):
-            raise ValueError(f"{name} must not be given to shared_prefix_attention, got one")
+    refused = {
+        "rotary_cos": suffix.get("rotary_cos") is not None,
+        "window_size": window_bounds(suffix.get("window_size")) != (-1, -1),
+        "attention_chunk": bool(suffix.get("attention_chunk")),
+        "cp_world_size": suffix.get("cp_world_size", 1) != 1,
+        "merge_with": suffix.get("merge_with") is not None,
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"{name} must not be given to shared_prefix_attention, got {suffix[name]!r}")
     native = import_array("q", q)
-    rows = native if native.ndim == 3 else native.reshape(-1, *native.shape[2:])
     if native.ndim not in (3, 4):
-        raise ValueError(f"q must have shape (batch, seqlen_q, heads_q, headdim), got {native.shape}")
-    given_qv = suffix.get("qv")
-    qv = None if given_qv is None else import_array("qv", given_qv)
-    headdim_v = import_array("v_cache", v_cache).shape[-1]
-    dtype = native.dtype
-    out = output("out", suffix.pop("out", None), native, (*native.shape[:-1], headdim_v), dtype)
-    if prefix_lse is None:
-        prefix_lse = empty((rows.shape[1], len(rows)), np.float32, native)
-    flash_attn_with_kvcache(
-        rows,
-        k_cache,
-        v_cache,
-        qv=None if qv is None else qv.reshape(*rows.shape[:-1], qv.shape[-1]),
+        raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")
+    given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
+    rows_out, lse = flash_attn_with_kvcache(
+        k_cache=k_cache,
+        v_cache=v_cache,
         page_table=prefix_page_table,
         cache_seqlens=prefix_seqlens,
         cu_seqlens_q=prefix_cu_seqlens_q,
         max_seqlen_q=prefix_max_seqlen_q,
         scheduler_metadata=prefix_metadata,
-        out=out.reshape(*rows.shape[:-1], headdim_v),
-        softmax_lse=prefix_lse,
+        softmax_lse=None if prefix_lse is None else import_array("prefix_lse", prefix_lse),
+        return_softmax_lse=True,
+        **{name: _rows(name, array) for name, array in given.items() if array is not None},
         **{name: suffix[name] for name in _COMMON if name in suffix},
     )
-    lse = import_array("prefix_lse", prefix_lse)
-    if native.ndim == 4:  # (heads, batch, seqlen_q) -> (batch, heads, seqlen_q)
-        lse = lse.reshape(lse.shape[0], *native.shape[:2]).swapaxes(0, 1)
-    return flash_attn_with_kvcache(native, k_cache, v_cache, out=out, merge_with=(out, lse), **suffix)
+    if native.ndim == 4:
+        rows_out = rows_out.reshape(*native.shape[:3], -1)
+        lse = lse.reshape(lse.shape[0], *native.shape[:2]).swapaxes(0, 1)  # (batch, heads, seqlen_q)
+    if suffix.get("out") is None:
+        suffix["out"] = exporter(q)(rows_out)
+    return flash_attn_with_kvcache(q, k_cache, v_cache, merge_with=(rows_out, lse), **suffix)
+
+
+def _rows(name: str, array: Any) -> NativeArray:
+    """Return queries, or what has their shape, as (total_q, heads, dim)."""
+    native = import_array(name, array)
+    return native if native.ndim == 3 else native.reshape(-1, *native.shape[2:])

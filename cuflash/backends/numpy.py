@@ -12,6 +12,7 @@ cuts of a plan are of no use here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,14 +86,13 @@ class Numpy:
         parts = np.where(np.isposinf(lses), np.float32(-np.inf), lses)
         if mask is not None:
             parts = np.where(mask[:, :, None], parts, np.float32(-np.inf))
-        unit = np.float32(np.log(2) if base2 else 1)
-        merge(outs, parts, out, lse, unit)
+        merge(outs, parts, out, lse, math.log(2) if base2 else 1.0)
 
 
 BACKEND = Numpy()
 
 
-def merge(outs: Array, lses: Array, out: Array, lse: Array, unit: np.float32 = np.float32(1)) -> None:
+def merge(outs: Array, lses: Array, out: Array, lse: Array, unit: float = 1.0) -> None:
     """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is.
 
     Args:
