@@ -8,7 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-FEATURES: frozenset[str] = frozenset({"tree_mask", "csr", "negative pages", "merge_with", "cp"})
+FEATURES: frozenset[str] = frozenset(
+    {"rotary chunk", "unowned rows", "tree_mask", "csr", "negative pages", "merge_with", "cp"}
+)
 """Which of the newer features the library has: random cases use no others. All are in ALL_FEATURES."""
 
 ALL_FEATURES = frozenset({
