@@ -17,6 +17,7 @@
 #include "params.cuh"
 #include "ptx/barriers.cuh"
 #include "ptx/copies.cuh"
+#include "queries.cuh"
 #include "segment.cuh"
 #include "softmax.cuh"
 #include "stream.cuh"
@@ -28,35 +29,6 @@ using Math = MmaMath<Element>;
 #include "fma.cuh"
 using Math = FmaMath;
 #endif
-
-constexpr int kChunks = kQueryBytes / 16;  // pieces of 16 bytes of a query in shared memory
-
-// Starts the copy of an item's queries to shared memory: kRows rows of kQueryBytes, swizzled; what does not exist is zero. The
-// copies belong to the group that is committed next.
-__device__ __forceinline__ void load_queries(const DecodeParams& p, const Segment& s, u32 query) {
-    const int* const cu_seqlens = p.lengths.cu_seqlens_q;
-    const long long start = s.sequence * p.q_batch_stride + (cu_seqlens ? cu_seqlens[s.sequence] : 0) * p.q_row_stride;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        const int row = i / kChunks, chunk = i % kChunks;
-        const bool exists = row < s.valid_rows && chunk * 16 < kHeadDim * Element::kBytes;
-        const int packed = s.first_row + row, position = query_of(p, packed);
-        const int head = s.kv_head * p.group + packed - position * p.group;
-        const long long element = start + position * p.q_row_stride + head * p.q_head_stride;
-        const char* from = static_cast<const char*>(p.q) + (exists ? element * Element::kBytes + chunk * 16 : 0);
-        cp_async_16_or_zero(exists, query + Swizzle<kQueryBytes>::offset(row, chunk), from);
-    }
-}
-
-// Turns the signs of the queries that this thread has copied, for a negative softmax_scale, or makes them zero, for one of zero.
-__device__ __forceinline__ void flip_queries(u32 keep, u32 flip, unsigned char* query) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        uint4& elements = *reinterpret_cast<uint4*>(query + Swizzle<kQueryBytes>::offset(i / kChunks, i % kChunks));
-        elements.x = elements.x & keep ^ flip, elements.y = elements.y & keep ^ flip;
-        elements.z = elements.z & keep ^ flip, elements.w = elements.w & keep ^ flip;
-    }
-}
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
 struct BlockState {
@@ -132,7 +104,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     // What follows are the steps of an item; `buffer` is that of its queries and its segment.
     const auto fetch = [&](const Segment& segment, int buffer) {
         if (threadIdx.x == 0) block.segments[buffer] = segment;
-        load_queries(p, segment, shared_address(queries) + buffer * kBufferBytes);
+        load_queries<Swizzle<kQueryBytes>>(p, segment, shared_address(queries) + buffer * kBufferBytes);
     };
     // The first item's queries come first, since its tiles wait for the page table.
     const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
@@ -145,7 +117,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             to += 2 * kSlotBytes;
         }
     };
-    const auto flip = [&](int buffer) { flip_queries(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
+    const auto flip = [&](int buffer) { flip_queries<Swizzle<kQueryBytes>>(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
     const auto read = [&](int buffer, Reach reach) {
         math.begin_item(shared_address(queries) + buffer * kBufferBytes, lane);
         softmax.reset();

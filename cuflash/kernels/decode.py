@@ -25,7 +25,7 @@ from .fields import (
 )
 from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
-from .tiles import Tiling, tiling
+from .tiles import PADDED_HEADDIMS, Tiling, tiling
 
 NAME = "decode"
 SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
@@ -34,8 +34,10 @@ _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float
 _COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
 
 
-def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition:
-    """Return how the family cuts a problem for a device."""
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
+    """Return how the family cuts a problem for a device; None if it cannot."""
+    if max(problem.headdim, problem.headdim_v) > PADDED_HEADDIMS[-1]:
+        return None
     tiles = tiling(problem, device, max_seqlen_k)
     return Partition(NAME, tiles.rows, tiles.row_blocks, tiles.max_blocks(problem, device), tiles.cluster, tiles)
 
@@ -80,15 +82,24 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch and the scratch that it needs.
+    """Return the launch and the scratch that it needs; see :func:`attention_launch`."""
+    kernel = decode_variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return attention_launch(kernel, problem, operands, metadata, arrays)
+
+
+def attention_launch(
+    kernel: Variant, problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
 
     Args:
+        kernel: The kernel.
         problem: The problem.
         operands: Their shapes, strides and numbers count, not their addresses.
-        metadata: The plan.
+        metadata: The plan. Its partition's tiles say rows, row blocks, cluster, warps and shared memory of a block.
         arrays: The arrays of pointers that are not called as their arrays.
     """
-    tiles: Tiling = metadata.partition.tiles
+    tiles = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
     items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
     if problem.split_size:
@@ -141,8 +152,7 @@ def launch(
     if not scratch:
         pointers |= {"partials": ABSENT, "counters": ABSENT}
     grid, threads = metadata.num_blocks, 32 * tiles.warps
-    decode = decode_variant(problem, tiles, operands.tree_mask is not None)
-    return make_launch(decode, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
+    return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 
 
 def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:

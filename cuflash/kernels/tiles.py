@@ -15,7 +15,7 @@ from ..dtypes import numpy_dtype
 from ..problem import Problem
 
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
-_RESERVED_SHARED = 1024  # the system's share of every resident block
+RESERVED_SHARED = 1024  # the system's share of every resident block
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     if cluster > 1 and max_seqlen_k is not None:
         choices.insert(0, ((16, 8 if max_seqlen_k >= 256 * cluster else 4, 1), cluster))
     for (tile_keys, warps, blocks_per_sm), cluster in choices:
-        room = min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
+        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
         slot = tile_keys * row_bytes
         fixed = _block_state_bytes(warps, rows)
         if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums

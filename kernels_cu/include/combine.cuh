@@ -75,12 +75,16 @@ __device__ __forceinline__ Answer finish_row(const DecodeParams& p, const RowOut
     return merge_other(p, at, factor * reciprocal_approx(state.sum), lse);
 }
 
+// An element of merge_out.
+__device__ __forceinline__ float merge_element(const DecodeParams& p, const RowOutput& at, int column) {
+    return Element::to_float(static_cast<const Element::Bits*>(p.merge.merge_out)[at.merge_out(p.merge, column)]);
+}
+
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, Answer answer) {
     scale(o, answer.own);
     if (answer.other != 0.0f) {
-        const auto* const other = static_cast<const Element::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
-        const auto load = [&](int column) { return Element::to_float(other[column * p.merge.column_stride]); };
-        add_weighted(o, answer.other, make_float4(load(0), load(1), load(2), load(3)));
+        const auto element = [&](int i) { return merge_element(p, at, vector * 4 + i); };
+        add_weighted(o, answer.other, make_float4(element(0), element(1), element(2), element(3)));
     }
     store4<Element>(p.out, at.out + vector * 4, o);
 }

@@ -65,12 +65,11 @@ __device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment&
 __device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, int key) {
     key = min(key, s.keys.end - 1);  // as the loader repeats it
     if constexpr (kHasTree) {
-        bool is_hidden = true;
-        const int last_query = query_of(p, s.first_row + s.valid_rows - 1);
+        const int first_query = query_of(p, s.first_row), last_query = query_of(p, s.first_row + s.valid_rows - 1);
+        const int own_query = mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);  // mostly sees its key
+        bool is_hidden = tree_hides(p, s, max(first_query, min(own_query, last_query)), key);
 #pragma unroll 1
-        for (int query = query_of(p, s.first_row); query <= last_query; ++query) {
-            is_hidden = is_hidden && tree_hides(p, s, query, key);
-        }
+        for (int query = first_query; is_hidden && query <= last_query; ++query) is_hidden = tree_hides(p, s, query, key);
         if (is_hidden) return true;
     }
     if (!p.cache.page_table) return false;

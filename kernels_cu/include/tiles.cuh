@@ -1,6 +1,6 @@
 // decode.cu's tiles: how many keys a warp reads at a time, and how they lie in shared memory.
 #pragma once
-#include "config.cuh"
+#include "queries.cuh"
 #include "swizzle.cuh"
 
 constexpr int kTileKeys = TILE_KEYS;          // keys of one warp's tile: 16 or 32
@@ -10,7 +10,6 @@ constexpr int kQueryBuffers = QUERY_BUFFERS;  // 2: the next item's queries come
 constexpr int kStages = STAGES;               // half-stages of a warp's ring, odd
 
 // Rows in shared memory.
-constexpr int kQueryBytes = kPaddedHeadDim * Element::kBytes;
 constexpr int kKeyBytes = kPaddedHeadDim * CacheElement::kBytes;
 constexpr int kValueBytes = kPaddedHeadDimV * CacheElement::kBytes;
 

@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import wgmma_attention
 from conftest import HAS_GPU
-from wgmma import Product, layouts
+from wgmma import layouts
 
 from cuflash.kernels import source as sources
 
@@ -112,24 +113,27 @@ def test_on_a_gpu(element: str, integers: bool) -> None:
 PRODUCTS = layouts()
 
 
-def of_a_warpgroup(product: Product, folder: Path) -> np.ndarray:
-    """A product on the GPU, as accumulators; CuPy loads what NVRTC makes for sm_90a from a file."""
+def of_sm_90a(code: str, name: str, shared_bytes: int, folder: Path) -> Any:
+    """A kernel on the GPU; CuPy loads what NVRTC makes for sm_90a from a file."""
     import cupy
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(product.source, "product.cu", (), ())
+    program = nvrtc.createProgram(code, f"{name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, ("-arch=sm_90a", "-std=c++17"))
-        (folder / "product.cubin").write_bytes(nvrtc.getCUBIN(program))
+        (folder / f"{name}.cubin").write_bytes(nvrtc.getCUBIN(program))
     finally:
         nvrtc.destroyProgram(program)
-    kernel = cupy.RawModule(path=str(folder / "product.cubin")).get_function("product")
-    kernel.max_dynamic_shared_size_bytes = len(product.image)
-    out = cupy.asarray(product.spread(product.before))
-    inputs = cupy.asarray(product.image), cupy.asarray(product.fragments())
-    kernel((1,), (128,), product.arguments(out, *inputs), shared_mem=len(product.image))
-    found: np.ndarray = out.get()
-    return found
+    kernel = cupy.RawModule(path=str(folder / f"{name}.cubin")).get_function(name)
+    kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+def need_sm_90a() -> None:
+    import cupy
+
+    if cupy.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is sm_90a's alone")
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="no GPU")
@@ -141,6 +145,27 @@ def test_a_warpgroup_on_a_gpu(name: str, tmp_path: Path) -> None:
     """
     import cupy
 
-    if cupy.cuda.Device().compute_capability != "90":
-        pytest.skip("wgmma is sm_90a's alone")
-    np.testing.assert_array_equal(of_a_warpgroup(PRODUCTS[name], tmp_path), PRODUCTS[name].expected())
+    need_sm_90a()
+    product = PRODUCTS[name]
+    kernel = of_sm_90a(product.source, "product", len(product.image), tmp_path)
+    out = cupy.asarray(product.spread(product.before))
+    inputs = cupy.asarray(product.image), cupy.asarray(product.fragments())
+    kernel((1,), (128,), product.arguments(out, *inputs), shared_mem=len(product.image))
+    np.testing.assert_array_equal(out.get(), product.expected())
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.parametrize("headdim, keys, groups", [(64, 64, 1), (128, 64, 1), (128, 128, 2)])
+def test_attention_of_warpgroups_on_a_gpu(headdim: int, keys: int, groups: int, tmp_path: Path) -> None:
+    """The pipelined loop that simulator/test_wgmma_attention.py runs, with its fences, waits and registers."""
+    import cupy
+
+    need_sm_90a()
+    for tiles in (1, 2, 5, 40):
+        args, shared, wanted = wgmma_attention.arguments(headdim, keys, groups, tiles)
+        kernel = of_sm_90a(wgmma_attention.source(headdim, keys, groups), "attention", shared, tmp_path)
+        *arrays, out, number, scale = args
+        inputs = [cupy.asarray(x.view(np.uint16)) for x in arrays]
+        result = cupy.asarray(out)
+        kernel((1,), (128 + 128 * groups,), (*inputs, result, number, scale), shared_mem=shared)
+        np.testing.assert_allclose(result.get(), wanted, atol=2e-3)

@@ -1,6 +1,6 @@
 // Attention of 64 rows a warpgroup over tiles of KEYS keys, for tests: a warpgroup fills rings of K and V tiles by
 // cp.async; GROUPS others issue the scores of tile j + 1 ahead of the values of tile j, whose run the softmax overlaps.
-// test_wgmma_attention.py puts D, KEYS, GROUPS and two products ahead of it: qk(s, a, b, add) of m64nKEYSk16, both
+// wgmma_attention.py puts D, KEYS, GROUPS and two products ahead of it: qk(s, a, b, add) of m64nKEYSk16, both
 // operands K-major, and pv(o, p, b, add) of m64nDk16, P from registers and V MN-major.
 #define ASM(...) asm volatile(__VA_ARGS__ : "memory")
 #define FENCE ASM("wgmma.fence.sync.aligned;" ::)
