@@ -118,8 +118,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             cp_async_wait<0>();
         }
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
-        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows), reach_of_all(p, segment, 0, kRows);
-        const bool may_clear = may_see_nothing(p, segment);
+        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
+        Reach reach_of_all(p, segment, 0, kRows);
+        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
@@ -144,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             }
             advance();
 
-            if (may_clear && reach_of_all.needs_mask(begin)) {
+            if (reach_of_all.needs_mask(begin)) {
                 cp_async_wait<kStages - 2>();  // what this lane has copied is there; the others see zeros behind the barrier
                 loader.clear_values(slot, block.segment, key);
             }

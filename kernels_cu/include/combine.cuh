@@ -40,7 +40,8 @@ struct Answer {
     float own, other;
 };
 
-// Merges a row that is finished with the results over other keys, if there are some.
+// Merges a row that is finished, of which `factor` and `lse` are known, with the results over other keys, if there are some.
+// Where softmax_lse is merge_lse, no thread may write it before all threads of the row have been here.
 __device__ __forceinline__ Answer merge_other(const DecodeParams& p, const RowOutput& at, float factor, float& lse) {
     const float other = p.merge.merge_lse ? p.merge.merge_lse[at.merge_lse(p.merge)] : -infinity();
     if (other == -infinity()) return {factor, 0.0f};
@@ -51,10 +52,9 @@ __device__ __forceinline__ Answer merge_other(const DecodeParams& p, const RowOu
     return {factor * (own_weight * inverse), other_weight * inverse};
 }
 
-// What turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a value of zero;
-// it enters here, once, however the item was split. Where softmax_lse is merge_lse, no thread may write it before all threads
-// of the row have been here.
-__device__ __forceinline__ Answer finish_row(const DecodeParams& p, const RowOutput& at, RowState state, float& lse) {
+// The factor that turns a row's merged output into what it sees of these keys, and its LSE in natural units. A sink is one more
+// key with a value of zero; it enters here, once, however the item was split.
+__device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutput& at, RowState state, float& lse) {
     float factor = 1.0f, top = state.maximum * p.lse_scale;
     if (p.sinks) {
         const float sink = p.sinks[at.head];
@@ -69,22 +69,18 @@ __device__ __forceinline__ Answer finish_row(const DecodeParams& p, const RowOut
     }
     if (state.sum == 0.0f) {
         lse = -infinity();
-        return merge_other(p, at, 0.0f, lse);
+        return 0.0f;
     }
     lse = fmaf(log2_approx(state.sum), kLn2, top);
-    return merge_other(p, at, factor * reciprocal_approx(state.sum), lse);
-}
-
-// An element of merge_out.
-__device__ __forceinline__ float merge_element(const DecodeParams& p, const RowOutput& at, int column) {
-    return Element::to_float(static_cast<const Element::Bits*>(p.merge.merge_out)[at.merge_out(p.merge, column)]);
+    return factor * reciprocal_approx(state.sum);
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, Answer answer) {
     scale(o, answer.own);
     if (answer.other != 0.0f) {
-        const auto element = [&](int i) { return merge_element(p, at, vector * 4 + i); };
-        add_weighted(o, answer.other, make_float4(element(0), element(1), element(2), element(3)));
+        const auto* const other = static_cast<const Element::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
+        const auto load = [&](int column) { return Element::to_float(other[column * p.merge.column_stride]); };
+        add_weighted(o, answer.other, make_float4(load(0), load(1), load(2), load(3)));
     }
     store4<Element>(p.out, at.out + vector * 4, o);
 }
@@ -176,7 +172,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
                 }
             }
-            const Answer answer = finish_row(p, at, merged, lse);
+            const Answer answer = merge_other(p, at, finish_row(p, at, merged, lse), lse);
             if (exists) store_answer(p, at, vector, o, answer);
         }
         __syncwarp();
@@ -244,7 +240,8 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
             if (is_answer) {
                 const RowOutput at(p, segment, row);
                 float lse;
-                store_answer(p, at, vector, output, finish_row(p, at, state, lse));
+                const float factor = finish_row(p, at, state, lse);
+                store_answer(p, at, vector, output, merge_other(p, at, factor, lse));
                 if (vector == 0 && p.softmax_lse) {
                     // Others may not have read merge_lse yet, which may be the same array: the LSE waits in this block's slot.
                     if (p.merge.merge_lse) partial_states(p, slot)[row] = make_float2(lse, 0.0f);

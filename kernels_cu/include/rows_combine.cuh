@@ -52,23 +52,13 @@ public:
         for_rows([&](int t, int half, int row) {
             const RowOutput at(p_, segment_, row);
             float lse;
-            const Answer answer = finish_row(p_, at, states_[t][half], lse);
+            const float factor = finish_row(p_, at, states_[t][half], lse);
             unsigned short* const to = static_cast<unsigned short*>(p_.out) + at.out + column_;
             for_columns([&](int n) {
-                float2 o = get(t, half, n);
-                o.x *= answer.own, o.y *= answer.own;
-                if (answer.other != 0.0f) {
-                    o.x += answer.other * merge_element(p_, at, column_ + n * 8);
-                    o.y += answer.other * merge_element(p_, at, column_ + n * 8 + 1);
-                }
-                *reinterpret_cast<u32*>(to + n * 8) = Element::pack(o.x, o.y);
+                const float2 o = get(t, half, n);
+                *reinterpret_cast<u32*>(to + n * 8) = Element::pack(o.x * factor, o.y * factor);
             });
-            states_[t][half].maximum = lse;
-        });
-        if (!p_.softmax_lse) return;
-        if (p_.merge.merge_lse) worker_barrier();  // all have read merge_lse, which may be the same array
-        for_rows([&](int t, int half, int row) {
-            if (has_state_) p_.softmax_lse[RowOutput(p_, segment_, row).lse] = states_[t][half].maximum;
+            if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
         });
     }
 
@@ -140,7 +130,7 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
         if (is_answer) {
             const RowOutput at(p, segment, row);
             float lse;
-            const Answer answer = finish_row(p, at, state, lse);
+            const Answer answer = merge_other(p, at, finish_row(p, at, state, lse), lse);
             fold.steps[row][0] = make_float2(answer.own, answer.other);
             if (p.softmax_lse) p.softmax_lse[at.lse] = lse;
         } else {
@@ -178,10 +168,20 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
     }
 }
 
+// Writes the answer of an item that this block has read whole; results to be merged in pass through its slot.
+__device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results,
+                                             FoldState& fold) {
+    if (!p.merge.merge_lse) return results.answer();
+    const int slot = 2 * blockIdx.x + 1;
+    results.store(slot);
+    worker_barrier();
+    fold_slots(p, segment, fold, 1, true, [&](int) { return slot; });
+}
+
 // Hands a segment's results on: to the output, or to the other blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, FoldState& fold) {
-    if (segment.starts && segment.ends) return results.answer();
+    if (segment.starts && segment.ends) return finish_whole(p, segment, results, fold);
     const Cut cut = cut_item(share, segment);
     const int parts = cut.last_block - cut.first_block + 1;
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
@@ -215,7 +215,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     if (segment.starts) {
         const int slot = 2 * blockIdx.x + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
-        if (segment.last && segment.ends) return results.answer();
+        if (segment.last && segment.ends) return finish_whole(p, segment, results, fold);
         results.store(slot);
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
