@@ -17,6 +17,7 @@ struct RowOutput {
     long long lse;
     long long token;  // query position, of ragged queries among all
     int sequence, head;
+    float unit;  // what 1 in an output stands for
 
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
         const int packed = s.first_row + row, query = query_of(p, packed);
@@ -25,6 +26,11 @@ struct RowOutput {
         sequence = s.sequence, token = start + query;
         out = sequence * p.out_batch_stride + token * p.out_row_stride + head * p.out_head_stride;
         lse = sequence * p.lse_batch_stride + head * p.lse_head_stride + token;
+        unit = 1.0f;
+        if constexpr (kIsQuantised) {
+            unit = p.value_scale * (Element::kBytes == 4 ? 1.0f : unit_of<CacheElement>());
+            if (!kHasValueScales) unit *= descale_of(p.v_descale, p.v_descale_strides, s.sequence, s.kv_head);
+        }
     }
 
     __device__ __forceinline__ long long merge_out(const MergeWith& m, int column) const {
@@ -72,17 +78,17 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutp
         return 0.0f;
     }
     lse = fmaf(log2_approx(state.sum), kLn2, top);
-    return factor * reciprocal_approx(state.sum);
+    return factor * at.unit * reciprocal_approx(state.sum);
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, Answer answer) {
     scale(o, answer.own);
     if (answer.other != 0.0f) {
-        const auto* const other = static_cast<const Element::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
-        const auto load = [&](int column) { return Element::to_float(other[column * p.merge.column_stride]); };
+        const auto* const other = static_cast<const OutElement::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
+        const auto load = [&](int column) { return OutElement::to_float(other[column * p.merge.column_stride]); };
         add_weighted(o, answer.other, make_float4(load(0), load(1), load(2), load(3)));
     }
-    store4<Element>(p.out, at.out + vector * 4, o);
+    store4<OutElement>(p.out, at.out + vector * 4, o);
 }
 
 // Rows of ragged queries that belong to no sequence give 0 and LSE -inf; the blocks share them out.
@@ -97,7 +103,7 @@ __device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int be
 #pragma unroll 1
         for (int i = threadIdx.x; i < heads * kVectors; i += kThreads) {
             const int head = i / kVectors, vector = i % kVectors;
-            store4<Element>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
+            store4<OutElement>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
             if (vector == 0 && p.softmax_lse) p.softmax_lse[head * p.lse_head_stride + row] = -infinity();
         }
     }

@@ -7,6 +7,7 @@
 // that costs no test: all rows that see such a key have no meaning, and in tiles where some rows see what others do not, its
 // values become zeros (decode.cu), so that no other row gets any of it.
 #pragma once
+#include "descale.cuh"
 #include "fast_divisor.cuh"
 #include "ptx/memory.cuh"
 
@@ -62,10 +63,17 @@ public:
 
     // Where the slot's row of head 0 begins, in 16-byte units; in page 0 if it does not exist.
     __device__ __forceinline__ u32 units(CacheStrides strides) const {
-        return max(page_, 0) * strides.page + row_ * strides.row;
+        return page() * strides.page + row_ * strides.row;
+    }
+
+    // The element of the slot's scale of head 0, of scales per key and head.
+    __device__ __forceinline__ long long scale(DescaleStrides strides) const {
+        return page() * strides.outer + row_ * strides.row;
     }
 
 private:
+    __device__ __forceinline__ int page() const { return max(page_, 0); }
+
     const int* pages_;  // (pages per sequence,) of the sequence
     int page_ = 0;      // of the slot; at first the sequence's row
     u32 row_ = 0;       // in the page
