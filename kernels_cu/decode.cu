@@ -57,6 +57,7 @@ struct Reach {
         const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
         full_begin = mask_of(p).first_visible(s.lengths, last_query);
         full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
+        if constexpr (kHasTree) full_end = min(full_end, keys_before_tree(p, s.lengths) - kTileKeys);
         pin(full_begin), pin(full_end);
     }
 };
@@ -142,7 +143,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             __syncwarp();
             loader.load_keys(free_slot);
             math.scores(slot, scores);
-            const TileScales scales(p, slot, lane);
+            TileScales scales(p, slot, lane);
             advance();
 
             if constexpr (kIsQuantised) scale_scores(factors, scales, scores);
@@ -150,6 +151,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int first_key = reach.key;
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
+                if (may_see_nothing(p, block.segments[buffer])) {
+                    cp_async_wait<kStages - 2>();  // this lane's values are there
+                    loader.clear_values(slot, block.segments[buffer], first_key);
+                    scales.clear_values(p, block.segments[buffer], first_key, lane);
+                }
             }
             softmax.update(scores, scales, math, block.warps.row);
 
