@@ -11,6 +11,7 @@ from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages
 from .scheduling import compile, get_scheduler_metadata
+from .shared_prefix import shared_prefix_attention
 from .step import DecodeStep
 
 __version__ = "0.1.0"
@@ -25,4 +26,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attn_states",
+    "shared_prefix_attention",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 from cuflash.bench import report
 
@@ -63,7 +64,7 @@ def draw(path: Path) -> None:
 
     lines = {line["shape"]: line for line in results() if line["gpu"] == _GPU}
     # The same bytes whenever and wherever it is drawn, and text as text.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "cuflash", "font.family": "sans-serif", "font.size": 12}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "cuflash", "font.family": "sans-serif", "font.size": 12}
     with pyplot.rc_context(style):
         figure, ax = pyplot.subplots(figsize=(9, 7.4), layout="constrained")
         height = 0.8 / len(_BARS)
