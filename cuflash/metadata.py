@@ -87,7 +87,7 @@ class SchedulerMetadata:
                 f"max_seqlen_k={max_seqlen_k} exceeds {first}, for which this plan chose its tiles: it stays right, "
                 f"but a plan made for the longest keys to come may be much faster",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def work(self) -> NDArray[Any]:

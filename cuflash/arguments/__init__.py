@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
-from ..dtypes import dtype_name
+from ..dtypes import QUERY_DTYPES, dtype_name
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
     MAX_HEADDIM,
-    QUERY_DTYPES,
     Problem,
     boolean,
     check_headdims,
@@ -21,7 +20,7 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, new_keys
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given, import_codes
 from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
@@ -63,15 +62,16 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     """
     boolean("return_softmax_lse", given["return_softmax_lse"])
     q, codes = import_codes("q", given["q"], "float8_e4m3fn")
-    q_dtype = codes or dtype_name("q", q.dtype)
-    if q_dtype not in QUERY_DTYPES:
-        raise ValueError(f"q must be one of {', '.join(QUERY_DTYPES)}, got {q_dtype}")
+    q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0, got {softcap}")
-    check_heads("q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2])
+    check_heads(
+        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        other_layout(given["layout"], q.shape[-2], cache),
+    )  # fmt: skip
     check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
     problem = make_problem(
         batch_size,
@@ -158,5 +158,20 @@ def _planned(problem: Problem, plan: SchedulerMetadata, pack_gqa: bool | None) -
         difference = "pack_gqa", plan.pack_gqa, pack_gqa
     if difference is not None:
         field, plans, calls = difference
-        raise ValueError(f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}")
+        raise ValueError(
+            f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}"
+            f"{_likely_reason(field, plan, problem)}"
+        )
     return planned
+
+
+def _likely_reason(field: str, plan: SchedulerMetadata, call: Problem) -> str:
+    """Return what is often behind a difference between a plan and a call, for its error."""
+    planned = plan.problem
+    if field == "page_size" and call.page_size is None:
+        return ": page_table is missing"
+    if field == "max_seqlen_q" and plan.max_seqlen_k == call.max_seqlen_q:
+        return ": max_seqlen_q and max_seqlen_k of the plan look swapped"
+    if field == "num_heads_kv" and (planned.page_size, planned.num_heads_kv) == (call.num_heads_kv, call.page_size):
+        return ": is the layout of the caches the other one?"
+    return ""
