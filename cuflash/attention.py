@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import arguments, backends, memo
+from .arguments.common import output
 from .arrays import (
     NativeArray,
     address_of,
@@ -16,6 +17,8 @@ from .arrays import (
     exporter,
     import_array,
     is_on_device,
+    memory_of,
+    overlaps,
     refuse_in_capture,
     span_of,
 )
@@ -302,7 +305,7 @@ def _longest(lengths: Lengths, capacity: int, problem: Problem) -> int:
     return int(lengths.cache_seqlens.max()) + lengths.seqlen_k_new
 
 
-def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
+def merge_attn_states(outs: Any, lses: Any, *, out: Any = None, softmax_lse: Any = None) -> tuple[Any, Any]:
     """Merge partial results over disjoint keys into the result over all of them.
 
     ``lse = log(sum_i exp(lse_i))`` and ``out = sum_i exp(lse_i - lse) out_i`` (FlashInfer, "cascade inference"). A part
@@ -313,6 +316,8 @@ def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
             headdim).
         lses: Sequence or stacked array of n LSEs, each (batch, heads, seqlen_q) or (heads, total_q), float32, natural
             log.
+        out: Where to write the output: of the shape and dtype of one part.
+        softmax_lse: Where to write the LSE.
 
     Returns:
         (out, lse) of the shapes, kind and dtype of one part.
@@ -342,14 +347,19 @@ def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
         raise ValueError(f"lses must have shape {expected} for outs of shape {shape}, got {stacked_lses.shape}")
     if not shape[0]:
         raise ValueError("outs must hold at least one part, got 0")
-    if ragged:
-        stacked, stacked_lses = stacked[:, None], stacked_lses[:, None]
-    out, lse = empty(stacked.shape[1:], stacked.dtype, stacked), empty(stacked_lses.shape[1:], np.float32, stacked)
-    backends.select(stacked).merge(stacked, stacked_lses, out, lse)
-    if ragged:
-        out, lse = out[0], lse[0]
-    export = exporter(like)
-    return export(out), export(lse)
+    target = output("out", out, stacked, shape[1:], stacked.dtype)
+    target_lse = output("softmax_lse", softmax_lse, stacked, expected[1:], np.dtype(np.float32))
+    for name, written in (("out", target), ("softmax_lse", target_lse)):
+        if memory_of(written) != memory_of(stacked):
+            raise ValueError(f"{name} must be in {memory_of(stacked)} like outs, got one in {memory_of(written)}")
+        if overlaps(written, stacked) or overlaps(written, stacked_lses) or overlaps(target, target_lse):
+            raise ValueError(f"{name} must share no memory with outs, lses and other results")
+    batched = (slice(None), None) if ragged else ()
+    backends.select(stacked).merge(
+        stacked[batched], stacked_lses[batched], target[batched[1:]], target_lse[batched[1:]]
+    )
+    given = {"q": like, "out": out, "softmax_lse": softmax_lse}
+    return _in_kind(given, "out", target), _in_kind(given, "softmax_lse", target_lse)
 
 
 def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:
