@@ -63,11 +63,7 @@ def check_call(problem: Problem, operands: Operands) -> None:
     rows_of_keys = cache.k.shape[1] if operands.k is None else operands.k.shape[0]
     for name, array, rows in (
         ("cu_seqlens_q", lengths.cu_seqlens_q, operands.q.shape[0]),
-        (
-            "cu_seqlens_k_new",
-            lengths.cu_seqlens_k_new,
-            (cache.k if operands.k is None else operands.k).shape[cache.is_packed],
-        ),
+        ("cu_seqlens_k_new", lengths.cu_seqlens_k_new, rows_of_keys),
     ):
         if array is not None:
             starts = to_host(array).astype(np.int64)
