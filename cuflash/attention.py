@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import arguments, backends, memo
+from .arguments.hints import hints
+from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
@@ -22,26 +24,84 @@ from .problem import Problem
 from .scheduling import Refill, make_metadata
 
 
+# What is returned follows from return_softmax_lse; a test compares these with the function itself.
+# fmt: off
+@overload
 def flash_attn_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any = None,
-    v: Any = None,
-    qv: Any = None,
-    rotary_cos: Any = None,
-    rotary_sin: Any = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Any = None,
-    cache_leftpad: Any = None,
-    page_table: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: Literal[False] = False,
+    *, sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, *, return_softmax_lse: Literal[True],
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: bool = False, *,
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+# fmt: on
+@hints
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    qv: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
     max_seqlen_q: int | None = None,
-    rotary_seqlens: Any = None,
-    q_descale: Any = None,
-    k_descale: Any = None,
-    v_descale: Any = None,
+    rotary_seqlens: Array | None = None,
+    q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None,
+    v_descale: Array | float | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] | None = (-1, -1),
@@ -54,14 +114,14 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
     *,
-    sinks: Any = None,
+    sinks: Array | None = None,
     split_size: int | None = None,
     kv_dtype: Any = None,
-    layout: str = "NHD",
-    out: Any = None,
-    softmax_lse: Any = None,
-    tree_mask: Any = None,
-    merge_with: tuple[Any, Any] | None = None,
+    layout: Literal["NHD", "HND"] = "NHD",
+    out: Array | None = None,
+    softmax_lse: Array | None = None,
+    tree_mask: Array | None = None,
+    merge_with: tuple[Array, Array] | None = None,
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_interleave: int = 1,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import backends
 from .arguments.common import expect_shape, output
+from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
@@ -22,13 +24,19 @@ from .arrays import (
     refuse_in_capture,
     strides_of,
 )
-from .dtypes import dtype_name
+from .dtypes import FLOAT_DTYPES, dtype_name
 from .problem import boolean
 
 
 def merge_attn_states(
-    outs: Any, lses: Any, *, mask: Any = None, base2: bool = False, out: Any = None, lse: Any = None
-) -> tuple[Any, Any]:
+    outs: ArrayT | Sequence[ArrayT],
+    lses: Array | Sequence[Array],
+    *,
+    mask: Array | None = None,
+    base2: bool = False,
+    out: Array | None = None,
+    lse: Array | None = None,
+) -> tuple[ArrayT, ArrayT]:
     """Merge partial results over disjoint keys into the result over all of them.
 
     ``lse = log(sum_i exp(lse_i))`` and ``out = sum_i exp(lse_i - lse) out_i`` (FlashInfer, "cascade inference"). A part
@@ -62,7 +70,7 @@ def merge_attn_states(
     """
     stacked, like = _stack("outs", outs)
     stacked_lses, _ = _stack("lses", lses)
-    dtype_name("outs", stacked.dtype)
+    dtype_name("outs", stacked.dtype, FLOAT_DTYPES)
     if stacked_lses.dtype != np.float32:
         raise TypeError(f"lses must be float32, got {stacked_lses.dtype}")
     if stacked.ndim not in (4, 5):
@@ -85,8 +93,11 @@ def merge_attn_states(
     if ragged:
         arrays = [array if array is None else array[:, None] for array in arrays[:3]] + [merged[None], merged_lse[None]]
     backends.select(stacked).merge(*arrays, bool(base2))
-    exported = exporter(like if out is None else out)(merged), exporter(like if lse is None else lse)(merged_lse)
-    return exported[0] if out is None else out, exported[1] if lse is None else lse
+    results: list[Any] = []
+    for given, native in ((out, merged), (lse, merged_lse)):
+        exported = exporter(like if given is None else given)(native)
+        results.append(exported if given is None else given)
+    return results[0], results[1]
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> NativeArray | None:

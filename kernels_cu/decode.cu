@@ -42,7 +42,6 @@ struct BlockState {
     u64 fetched[kQueryBuffers];  // mbarriers: the queries in a buffer and their segment are there
     Segment segments[kQueryBuffers];
     WarpStates warps;
-    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 constexpr int kFactorBytes = kIsQuantised ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
 static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
@@ -79,22 +78,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     float* const row_factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);  // of the item that is read
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto load_rows = [&] {  // the last two threads, beside those that load the share
-        const int end = threadIdx.x + 2 - kThreads;
-        if (p.total_q && end >= 0) (&block.rows_begin)[end] = p.lengths.cu_seqlens_q[end * p.batch_size];
-    };
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
-        if (p.total_q) {
-            load_rows();
-            __syncthreads();
-        }
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
-        load_rows();
         __syncthreads();
     }
     // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
@@ -186,7 +176,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
 
-    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
     Walker walker(block.share);
     if constexpr (kQueryBuffers == 2) {
         bool more = true;
@@ -234,4 +223,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         launch_next();
         if (cluster_rank() == 0) merge_cluster(p, block.segments[0], parts);
     }
+    // In the end, so that small problems do not wait for it.
+    if (p.total_q) clear_rows_of_none(p, p.lengths.cu_seqlens_q[0], p.lengths.cu_seqlens_q[p.batch_size]);
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from cases import FEATURES, Case
+from conftest import BACKENDS, backend_of, on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import make_inputs
@@ -28,18 +29,14 @@ def by_definition(inputs: dict[str, Any]) -> Results:
     return answer.out, answer.lse
 
 
-@pytest.fixture(params=["reference", "numpy", "sim", "cuda"])
+@pytest.fixture(params=["reference", *(on(name) for name in BACKENDS)])
 def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Solver]:
     """The reference, or the library on a backend; called with the features that a test needs."""
     if request.param == "reference":
         return lambda *_: by_definition
-    from conftest import HAS_GPU, HAS_SIMULATOR, _backend
-
-    if (request.param == "sim" and not HAS_SIMULATOR) or (request.param == "cuda" and not HAS_GPU):
-        pytest.skip(f"no {request.param}")
     monkeypatch.setenv("CUFLASH_BACKEND", request.param)
     monkeypatch.setenv("CUFLASH_NUM_SM", "8")
-    backend: Backend = _backend(request.param)
+    backend: Backend = backend_of(request.param)
 
     def solve(inputs: dict[str, Any]) -> Results:
         given = transfer({name: x for name, x in inputs.items() if x is not None}, backend)
