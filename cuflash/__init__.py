@@ -13,6 +13,7 @@ from .pages import OutOfPages
 from .scheduling import compile, get_scheduler_metadata
 from .shared_prefix import shared_prefix_attention
 from .step import DecodeStep
+from .varlen import flash_attn_varlen_func
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "SchedulerMetadata",
     "__version__",
     "compile",
+    "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attn_states",

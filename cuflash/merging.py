@@ -93,10 +93,11 @@ def merge_attn_states(
     if ragged:
         arrays = [array if array is None else array[:, None] for array in arrays[:3]] + [merged[None], merged_lse[None]]
     backends.select(stacked).merge(*arrays, bool(base2))
-    exported: Any = exporter(like if out is None else out)(merged)
-    exported_lse: Any = exporter(like if lse is None else lse)(merged_lse)
-    given: Any = out, lse  # whose kind may be another one than that of the parts
-    return exported if out is None else given[0], exported_lse if lse is None else given[1]
+    results: list[Any] = []
+    for given, native in ((out, merged), (lse, merged_lse)):
+        exported = exporter(like if given is None else given)(native)
+        results.append(exported if given is None else given)
+    return results[0], results[1]
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> NativeArray | None:

@@ -67,6 +67,7 @@ def test_public_names():
         "SchedulerMetadata",
         "__version__",
         "compile",
+        "flash_attn_varlen_func",
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attn_states",

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
 from ..dtypes import QUERY_DTYPES, dtype_name
+from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
@@ -28,7 +29,7 @@ from .rotary import rotary as rotary_of
 from .rows import check_memory, merged, outputs, query_values, sinks_of, tree_mask
 from .values import check_call
 
-__all__ = ["attention", "lengths", "plan_of"]
+__all__ = ["attention", "lengths", "plan_of", "problem_of"]
 
 _LEFT_TO_THE_PLAN = ("num_splits", "split_size", "sm_margin")  # a call may be silent about them
 
@@ -59,6 +60,53 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     Raises:
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value; naming the argument, the rule and what came.
+    """
+    problem, q, cache, softcap = problem_of(given)
+    if plan is not None:
+        problem = _planned(problem, plan, given["pack_gqa"])
+
+    check_caches(problem, q, cache)
+    check_rows(problem, cache)
+    k, v = new_keys(problem, q, cache, given)
+    q = q if k is None else apart("q", q, cache)
+    joint = cache.joint and problem.headdim > problem.headdim_v
+    if problem.headdim > MAX_HEADDIM and not joint:
+        raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
+    q_scales = query_scales(problem, given)
+    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
+    cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
+    rotary = rotary_of(problem, q, k, joint, given)
+    qv = query_values(problem, q, given)
+    step_lengths = call_lengths(problem, q, cache, k, plan, given)
+    scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
+    if given["softmax_scale"] is not None:
+        scale = real("softmax_scale", given["softmax_scale"])
+        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
+            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
+    sinks = sinks_of(problem, given["sinks"])
+    out, lse = outputs(problem, q, given)
+    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
+    operands = Operands(
+        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
+    )
+    check_memory(operands, plan)
+    if checks_values(is_on_device(q)):
+        check_call(problem, operands)
+    return problem, operands
+
+
+def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
+    """Return the problem of a call, which its shapes, dtypes and numbers say, with what it was read from.
+
+    Args:
+        given: The arguments of ``flash_attn_with_kvcache`` by name.
+
+    Returns:
+        The problem, the queries, the cache and the softcap.
+
+    Raises:
+        TypeError: For an argument of a wrong kind.
+        ValueError: For a wrong value.
     """
     boolean("return_softmax_lse", given["return_softmax_lse"])
     q, codes = import_codes("q", given["q"], "float8_e4m3fn")
@@ -96,37 +144,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         cp_rank=given["cp_rank"],
         cp_interleave=given["cp_interleave"],
     )
-    if plan is not None:
-        problem = _planned(problem, plan, given["pack_gqa"])
-
-    check_caches(problem, q, cache)
-    check_rows(problem, cache)
-    k, v = new_keys(problem, q, cache, given)
-    q = q if k is None else apart("q", q, cache)
-    joint = cache.joint and problem.headdim > problem.headdim_v
-    if problem.headdim > MAX_HEADDIM and not joint:
-        raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
-    q_scales = query_scales(problem, given)
-    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
-    cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
-    rotary = rotary_of(problem, q, k, joint, given)
-    qv = query_values(problem, q, given)
-    step_lengths = call_lengths(problem, q, cache, k, plan, given)
-    scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
-    if given["softmax_scale"] is not None:
-        scale = real("softmax_scale", given["softmax_scale"])
-        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
-            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
-    sinks = sinks_of(problem, given["sinks"])
-    out, lse = outputs(problem, q, given)
-    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
-    operands = Operands(
-        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
-    )
-    check_memory(operands, plan)
-    if checks_values(is_on_device(q)):
-        check_call(problem, operands)
-    return problem, operands
+    return problem, q, cache, softcap
 
 
 def _query_shape(q: NativeArray, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[int, int]:

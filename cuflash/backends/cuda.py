@@ -16,7 +16,7 @@ from ..arrays import NativeArray
 from ..device import Device
 from ..kernels.launch import Launch, Scratch
 from ..kernels.source import Variant, source
-from .driver import launch
+from .driver import launch, relaxed_capture
 from .machine import KernelBackend, Machine
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
@@ -66,7 +66,8 @@ def _function(variant: Variant, number: int) -> Any:
     """Compile and load a variant on the current device, ``number``; CuPy keeps the binary in its disk cache."""
     module = cupy.RawModule(code=source(variant.file), options=variant.options)
     try:
-        kernel = module.get_function(variant.kernel)
+        with relaxed_capture():
+            kernel = module.get_function(variant.kernel)
     except cupy.cuda.compiler.CompileException as error:
         lines = str(error).splitlines()
         reasons = [line for line in lines if "error" in line] or lines
@@ -104,7 +105,7 @@ class _Workspaces:
             array = self._arrays.get(key)
             if array is None or array.size < size:
                 # On a stream of its own, so that a capture in progress does not record the zeroing instead of doing it.
-                with cupy.cuda.Stream(non_blocking=True) as own:
+                with relaxed_capture(), cupy.cuda.Stream(non_blocking=True) as own:
                     new = cupy.empty(1 << (size - 1).bit_length(), np.uint8)
                     if zero:
                         new.data.memset_async(0, new.nbytes)
