@@ -15,6 +15,7 @@ import cuflash
 PAGE = Path(__file__).parents[1] / "notebooks" / "api.md"
 _TITLES = {
     "Planning and attention": ("get_scheduler_metadata", "flash_attn_with_kvcache", "SchedulerMetadata", "compile"),
+    "Prompts": ("flash_attn_varlen_func",),
     "Merging": ("merge_attn_states", "shared_prefix_attention"),
     "Serving": ("PagedKVCache", "DecodeStep", "OutOfPages"),
 }
