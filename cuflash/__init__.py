@@ -2,10 +2,11 @@
 
 A scheduler plans one decode step once (:func:`get_scheduler_metadata`); every layer of the model then runs one kernel
 on that plan (:func:`flash_attn_with_kvcache`). :class:`PagedKVCache` and :class:`DecodeStep` keep a server's pages,
-lengths and plans for them.
+lengths and plans for them. :class:`ContextParallel` spreads sequences over several GPUs or hosts.
 """
 
 from .attention import flash_attn_with_kvcache, merge_attn_states
+from .context_parallel import ContextParallel, ContextParallelError
 from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages
@@ -15,6 +16,8 @@ from .step import DecodeStep
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallel",
+    "ContextParallelError",
     "DecodeStep",
     "OutOfPages",
     "PagedKVCache",
