@@ -7,9 +7,11 @@ using Bits = ELEMENT::Bits;
 
 struct MergeParams {
     const void* outs;   // (states, batch, queries, heads, headdim)
-    const float* lses;  // (states, batch, heads, queries)
+    const float* lses;  // (states, batch, heads, queries), each state contiguous
     void* out;          // (batch, queries, heads, headdim)
     float* lse;         // (batch, heads, queries)
+    long long outs_stride;  // elements from one state to the next: states of several ranks come packed with their LSE
+    long long lses_stride;
     int states;
     int batch_size;
     int queries;
@@ -29,10 +31,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
     const float* lses = p.lses + (batch * p.heads + head) * p.queries + query;
 
     float maximum = kNone;
-    for (int i = 0; i < p.states; ++i) maximum = fmaxf(maximum, lses[i * rows]);
+    for (int i = 0; i < p.states; ++i) maximum = fmaxf(maximum, lses[i * p.lses_stride]);
     float sum = 0.0f;
     if (maximum != kNone) {
-        for (int i = 0; i < p.states; ++i) sum += expf(lses[i * rows] - maximum);
+        for (int i = 0; i < p.states; ++i) sum += expf(lses[i * p.lses_stride] - maximum);
     }
     const float lse = sum == 0.0f ? kNone : maximum + logf(sum);
 
@@ -40,8 +42,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
     for (int column = threadIdx.x % 32; column < p.headdim; column += 32) {
         float value = 0.0f;
         for (int i = 0; i < p.states; ++i) {
-            const float part = lses[i * rows];
-            if (part != kNone) value += expf(part - lse) * ELEMENT::to_float(outs[i * rows * p.headdim + column]);
+            const float part = lses[i * p.lses_stride];
+            if (part != kNone) value += expf(part - lse) * ELEMENT::to_float(outs[i * p.outs_stride + column]);
         }
         static_cast<Bits*>(p.out)[row * p.headdim + column] = ELEMENT::from_float(value);
     }

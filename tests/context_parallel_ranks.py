@@ -22,7 +22,7 @@ import cuflash
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
 LAST = SIZE - 1
-TIMEOUT = 1.5
+TIMEOUT = 1.0
 HEADS = (12, 2)  # shares for 1, 2, 3 and 4 ranks
 
 CASES = [
@@ -115,7 +115,9 @@ def results() -> None:
     shares = {i: cuflash.ContextParallel(WORLD, interleave=i, timeout=60) for i in (1, 16, 64)}
     everything = cuflash.ContextParallel(WORLD, interleave=16, heads="all", queries="share", timeout=60)
     for number, case in enumerate(CASES):
-        answer = WORLD.bcast(reference.attention(**whole_inputs(case)) if number % SIZE == RANK else None, number % SIZE)
+        answer = WORLD.bcast(
+            reference.attention(**whole_inputs(case)) if number % SIZE == RANK else None, number % SIZE
+        )
         for interleave, group in shares.items():
             what = f"{case}, interleave {interleave}"
             inputs = own_inputs(case, interleave)
@@ -133,7 +135,9 @@ def results() -> None:
                 inputs |= {name: inputs[name][..., mine, :] for name in ("q", "qv") if name in inputs}
                 assert same(everything.attend(**inputs, return_softmax_lse=True), gathered(*first)), what
         if not number:
-            nothing = {name: x[:0] for name, x in inputs.items() if name in ("q", "k_cache", "v_cache", "cache_seqlens")}
+            nothing = {
+                name: x[:0] for name, x in inputs.items() if name in ("q", "k_cache", "v_cache", "cache_seqlens")
+            }
             assert group.attend(**nothing).shape == (0, 1, HEADS[0] // SIZE, 64)
     split_size(shares[16])
     lossy_wire()
@@ -220,7 +224,9 @@ def disagreements() -> None:
         (attend, {"cache_seqlens": 70}, "cache_seqlens"),
         (attend, {"softcap": 2.0}, "has_softcap"),
         (attend, {"softmax_scale": 0.5}, "softmax_scale"),
-        (attend, {"q": q[:, :, :4]}, "num_heads_q") if 4 % SIZE == 0 else (attend, {"window_size": (3, 0)}, "window_size"),
+        (attend, {"q": q[:, :, :4]}, "num_heads_q")
+        if 4 % SIZE == 0
+        else (attend, {"window_size": (3, 0)}, "window_size"),
         (attend, {"sinks": q[0, 0, :, 0]}, "sinks"),
     ]:
         group = make_group()

@@ -75,7 +75,7 @@ class KernelBackend:
         """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
         if out.size:
             with self.machine(outs) as machine:
-                run(machine, Step((merge_launch(outs),)), {"outs": outs, "lses": lses, "out": out, "lse": lse})
+                run(machine, Step((merge_launch(outs, lses),)), {"outs": outs, "lses": lses, "out": out, "lse": lse})
 
 
 def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> None:

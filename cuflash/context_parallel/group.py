@@ -285,7 +285,7 @@ class ContextParallel:
                 self._transport.all_gather(blocks[0], received)
             else:
                 self._transport.all_to_all(blocks, received)
-            _merge(packing.outs(received), packing.lses(received), out, lse)
+            merge_blocks(packing.outs(received), packing.lses(received), out, lse)
         results = [
             mine if (mine := given[name]) is not None else exporter(like)(array)
             for name, array in (("out", out), ("softmax_lse", lse))
@@ -346,7 +346,7 @@ class ContextParallel:
         return array
 
 
-def _merge(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
+def merge_blocks(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
     """Merge what the ranks have sent, in their order."""
     if outs.dtype != out.dtype:
         outs = outs.astype(out.dtype)

@@ -1,0 +1,120 @@
+"""Sequences whose keys lie on several ranks: 1 to 4 processes over MPI give what one call gives, or a clear error.
+
+What a rank does stands in context_parallel_ranks.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from problems import DTYPES, Backend
+
+import cuflash
+from cuflash.context_parallel.agreement import difference
+from cuflash.context_parallel.group import merge_blocks
+from cuflash.context_parallel.packing import Packing
+
+HERE = Path(__file__).parent
+RANKS = HERE / "context_parallel_ranks.py"
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+needs_mpi = pytest.mark.skipif(
+    MPIEXEC is None or importlib.util.find_spec("mpi4py") is None, reason="no MPI: pip install mpi4py mpich"
+)
+
+
+def mpiexec(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on some ranks of this machine; they may share its cores."""
+    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    # Without a network: ranks of one host meet in shared memory.
+    more = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "CUFLASH_BACKEND": "numpy"}
+    command = [str(MPIEXEC), "-n", str(ranks), sys.executable, *arguments]
+    return subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=120, check=False)
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_give_what_one_call_gives(ranks: int) -> None:
+    done = mpiexec(ranks, "-m", "mpi4py", str(RANKS), "results")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_disagree(ranks: int) -> None:
+    done = mpiexec(ranks, "-m", "mpi4py", str(RANKS), "disagreements")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == ranks
+
+
+@needs_mpi
+@pytest.mark.parametrize("what", ["raises", "never calls"])
+def test_a_rank_is_missing(what: str) -> None:
+    """Both others say so within the timeout, and all end."""
+    done = mpiexec(3, str(RANKS), what)
+    assert done.returncode != 0
+    times = re.findall(r"^([\d.]+) s: .*rank 2 did not answer within 1 s$", done.stdout, re.MULTILINE)
+    assert len(times) == 2, done.stdout + done.stderr
+    assert all(float(seconds) < 2 for seconds in times)
+
+
+@needs_mpi
+def test_a_rank_is_killed() -> None:
+    assert mpiexec(3, str(RANKS), "is killed").returncode != 0
+
+
+@needs_mpi
+def test_demo() -> None:
+    done = mpiexec(3, "-m", "cuflash", "--context-parallel", "--batch", "3", "--seqlen", "200", "--heads", "6/2")
+    assert done.returncode == 0, done.stderr
+    assert "3 ranks" in done.stdout and "within float32's rounding" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ one process
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(2, 3), (5,)], ids=["dense", "ragged"])
+def test_packed_results_are_merged_where_they_lie(rows: tuple[int, ...], dtype: str, backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    ranks, heads, dim = 3, 4, 40
+    packing = Packing(rows, heads, dim, DTYPES[dtype])
+    assert packing.nbytes % 16 == 0
+    outs = rng.standard_normal((ranks, *packing.out_shape), np.float32).astype(DTYPES[dtype])
+    lses = rng.standard_normal((ranks, *packing.lse_shape), np.float32)
+    lses[1, ..., 0] = -np.inf
+    blocks = np.full((ranks, packing.nbytes), 255, np.uint8)  # NaN where nothing is packed
+    for rank in range(ranks):
+        packing.fill(blocks[rank : rank + 1], outs[rank], lses[rank])
+    wanted = cuflash.merge_attn_states(*(backend.to_native(x) for x in (outs, lses)))
+    native = backend.to_native(blocks)
+    found = [backend.to_native(np.zeros_like(backend.to_numpy(x))) for x in wanted]
+    merge_blocks(packing.outs(native), packing.lses(native), *found)
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(x), backend.to_numpy(y))
+
+
+def test_shares_of_heads_are_packed_for_their_ranks() -> None:
+    out, lse = np.arange(2 * 3 * 6 * 8.0, dtype=np.float32).reshape(2, 3, 6, 8), np.ones((2, 6, 3), np.float32)
+    packing = Packing((2, 3), 2, 8, np.dtype(np.float16))
+    blocks = np.zeros((3, packing.nbytes), np.uint8)
+    packing.fill(blocks, out, lse)
+    np.testing.assert_array_equal(np.concatenate(list(packing.outs(blocks)), 2), out)
+    np.testing.assert_array_equal(np.concatenate(list(packing.lses(blocks)), 1), lse)
+
+
+def test_differences_name_the_ranks() -> None:
+    same = {"call": "plan", "headdim": 64}
+    text = difference([same, same | {"headdim": 96}, same, same])
+    assert text == "ranks must agree about headdim: rank 1 has 96, ranks 0, 2 and 3 have 64"
+    assert "about new" in difference([same, same | {"new": 1}])
+
+
+def test_what_is_no_communicator() -> None:
+    with pytest.raises(TypeError, match="comm must be a communicator of mpi4py or nccl4py, got int"):
+        cuflash.ContextParallel(0)
