@@ -5,13 +5,17 @@ on that plan (:func:`flash_attn_with_kvcache`). :class:`PagedKVCache` and :class
 lengths and plans for them. :class:`ContextParallel` spreads sequences over several GPUs or hosts.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .attention import flash_attn_with_kvcache, merge_attn_states
-from .context_parallel import ContextParallel, ContextParallelError
 from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages
 from .scheduling import compile, get_scheduler_metadata
 from .step import DecodeStep
+
+if TYPE_CHECKING:
+    from .context_parallel import ContextParallel, ContextParallelError
 
 __version__ = "0.1.0"
 
@@ -28,3 +32,12 @@ __all__ = [
     "get_scheduler_metadata",
     "merge_attn_states",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few programs need when it is asked for."""
+    if name in ("ContextParallel", "ContextParallelError"):
+        from . import context_parallel
+
+        return getattr(context_parallel, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

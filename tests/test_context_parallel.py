@@ -6,11 +6,13 @@ What a rank does stands in context_parallel_ranks.py.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from problems import DTYPES, Backend
 import cuflash
 from cuflash.context_parallel.agreement import difference
 from cuflash.context_parallel.group import merge_blocks
+from cuflash.context_parallel.nccl import NcclTransport
 from cuflash.context_parallel.packing import Packing
 
 HERE = Path(__file__).parent
@@ -113,6 +116,51 @@ def test_differences_name_the_ranks() -> None:
     text = difference([same, same | {"headdim": 96}, same, same])
     assert text == "ranks must agree about headdim: rank 1 has 96, ranks 0, 2 and 3 have 64"
     assert "about new" in difference([same, same | {"new": 1}])
+
+
+class FakeNccl:
+    """An nccl4py communicator whose collectives never end, or break."""
+
+    rank, nranks, is_valid = 1, 4, True
+
+    def __init__(self, state: int = 0) -> None:
+        self.state, self.calls = state, list[str]()
+
+    def allgather(self, send: np.ndarray, received: np.ndarray, *, stream: int) -> None:
+        assert received.shape == (4, send.size) and stream == 7
+        self.calls.append("allgather")
+
+    def get_async_error(self) -> int:
+        return self.state
+
+    def get_last_error(self) -> str:
+        return "the network is gone"
+
+    def abort(self) -> None:
+        self.is_valid = False
+        self.calls.append("abort")
+
+
+@pytest.mark.parametrize("state, text", [(0, "waited 0.05 s"), (7, "waited 0.05 s"), (6, "the network is gone")])
+def test_nccl_that_does_not_end(state: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GPUs: the communicator is aborted at the deadline, and whoever fails aborts his own once."""
+    event = types.SimpleNamespace(record=lambda stream: None, done=False)
+    cuda = types.SimpleNamespace(Event=lambda **_: event, get_current_stream=lambda: types.SimpleNamespace(ptr=7))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, empty=np.empty, asarray=np.asarray))
+    comm = FakeNccl(state)
+    transport = NcclTransport(comm, None, 0.05)
+    with pytest.raises(cuflash.ContextParallelError, match=text):
+        transport.gather(b"12345678")
+    transport.tell("again")
+    assert comm.calls == ["allgather", "abort"]
+
+
+def test_nccl_is_called_as_it_wants() -> None:
+    nccl = pytest.importorskip("nccl.core", reason="pip install nccl4py", exc_type=ImportError)
+    for name in ("alltoall", "allgather"):
+        inspect.signature(getattr(nccl.Communicator, name)).bind(None, "send", "received", stream=0)
+    for name in ("abort", "destroy", "get_async_error", "get_last_error", "rank", "nranks", "is_valid", "init"):
+        assert hasattr(nccl.Communicator, name)
 
 
 def test_what_is_no_communicator() -> None:
