@@ -33,51 +33,60 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
-def mpiexec(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on some ranks of this machine; they may share its cores."""
+def start(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    """Start Python on some ranks of this machine; they may share its cores."""
     paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-    # Without a network: ranks of one host meet in shared memory.
     more = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "CUFLASH_BACKEND": "numpy"}
     command = [str(MPIEXEC), "-n", str(ranks), sys.executable, *arguments]
-    return subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.Popen(command, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return exit code, output and errors; nothing may hang."""
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def run(ranks: int, *arguments: str) -> str:
+    """Run Python on some ranks; return what they print."""
+    code, out, err = finish(start(ranks, *arguments))
+    assert code == 0, err
+    return out
 
 
 @needs_mpi
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_give_what_one_call_gives(ranks: int) -> None:
-    done = mpiexec(ranks, "-m", "mpi4py", str(RANKS), "results")
-    assert done.returncode == 0, done.stderr
+    run(ranks, "-m", "mpi4py", str(RANKS), "results")
 
 
 @needs_mpi
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_disagree(ranks: int) -> None:
-    done = mpiexec(ranks, "-m", "mpi4py", str(RANKS), "disagreements")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done") == ranks
+    assert run(ranks, "-m", "mpi4py", str(RANKS), "disagreements").count("done") == ranks
 
 
 @needs_mpi
-@pytest.mark.parametrize("what", ["raises", "never calls"])
-def test_a_rank_is_missing(what: str) -> None:
-    """Both others say so within the timeout, and all end."""
-    done = mpiexec(3, str(RANKS), what)
-    assert done.returncode != 0
-    times = re.findall(r"^([\d.]+) s: .*rank 2 did not answer within 1 s$", done.stdout, re.MULTILINE)
-    assert len(times) == 2, done.stdout + done.stderr
-    assert all(float(seconds) < 2 for seconds in times)
-
-
-@needs_mpi
-def test_a_rank_is_killed() -> None:
-    assert mpiexec(3, str(RANKS), "is killed").returncode != 0
+def test_a_rank_is_missing() -> None:
+    """Both others say so within the timeout, and all end; so they do, sooner or later, if one is killed."""
+    processes = {what: start(3, str(RANKS), what) for what in ("raises", "never calls", "is killed")}
+    for what, process in processes.items():
+        code, out, err = finish(process)
+        assert code != 0, what
+        if what != "is killed":  # then the launcher ends the others before they can say anything
+            times = re.findall(r"^([\d.]+) s: .*rank 2 did not answer within 2 s$", out, re.MULTILINE)
+            assert len(times) == 2, out + err
+            assert all(float(seconds) < 4 for seconds in times)
 
 
 @needs_mpi
 def test_demo() -> None:
-    done = mpiexec(3, "-m", "cuflash", "--context-parallel", "--batch", "3", "--seqlen", "200", "--heads", "6/2")
-    assert done.returncode == 0, done.stderr
-    assert "3 ranks" in done.stdout and "within float32's rounding" in done.stdout
+    out = run(3, "-m", "cuflash", "--context-parallel", "--batch", "3", "--seqlen", "200", "--heads", "6/2")
+    assert "3 ranks" in out and "within float32's rounding" in out
 
 
 # ------------------------------------------------------------------------------------------------ one process
