@@ -352,7 +352,7 @@ def merge_blocks(outs: NativeArray, lses: NativeArray, out: NativeArray, lse: Na
         outs = outs.astype(out.dtype)
     if out.ndim == 3:  # the merge knows batches only
         outs, lses, out, lse = outs[:, None], lses[:, None], out[None], lse[None]
-    backends.select(out).merge(outs, lses, out, lse)
+    backends.select(out).merge(outs, lses, None, out, lse, False)
 
 
 def _transport(comm: Any, control: Any, timeout: float) -> Any:
