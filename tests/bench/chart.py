@@ -66,7 +66,7 @@ def draw(path: Path) -> None:
     # The same bytes whenever and wherever it is drawn, and text as text.
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "cuflash", "font.family": "sans-serif", "font.size": 12}
     with pyplot.rc_context(style):
-        figure, ax = pyplot.subplots(figsize=(9, 7.4), layout="constrained")
+        figure, ax = pyplot.subplots(figsize=(9, 6), layout="constrained")
         height = 0.8 / len(_BARS)
         for row, (shape, _) in enumerate(_SHAPES.items()):
             read = float(lines[shape]["read"])
@@ -74,10 +74,10 @@ def draw(path: Path) -> None:
                 y = row + (i - (len(_BARS) - 1) / 2) * height
                 text = lines[shape][name]
                 if not text:
-                    ax.text(1.02, y, f"{name}: equal lengths only", va="center", fontsize=10, color="0.35")
+                    ax.text(1.02, y, f"{name}: equal lengths only", va="center", fontsize=9.5, color="0.35")
                     continue
                 ax.barh(y, float(text) / read, height, color=colour, label=label if not row else None)
-                ax.text(float(text) / read + 0.02, y, f"{text} µs", va="center", fontsize=10)
+                ax.text(float(text) / read + 0.02, y, f"{text} µs", va="center", fontsize=9.5)
         ax.axvline(1, color="0.2", linewidth=1, linestyle="--")
         ax.set_yticks(range(len(_SHAPES)), list(_SHAPES.values()))
         ax.set_ylim(len(_SHAPES) - 0.5, -0.5)
