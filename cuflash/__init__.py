@@ -7,12 +7,15 @@ lengths and plans for them. :class:`ContextParallel` spreads sequences over seve
 
 from typing import TYPE_CHECKING, Any
 
-from .attention import flash_attn_with_kvcache, merge_attn_states
+from .attention import flash_attn_with_kvcache
+from .merging import merge_attn_states
 from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages
 from .scheduling import compile, get_scheduler_metadata
+from .shared_prefix import shared_prefix_attention
 from .step import DecodeStep
+from .varlen import flash_attn_varlen_func
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel, ContextParallelError
@@ -28,9 +31,11 @@ __all__ = [
     "SchedulerMetadata",
     "__version__",
     "compile",
+    "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attn_states",
+    "shared_prefix_attention",
 ]
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
-from ..dtypes import dtype_name
+from ..dtypes import QUERY_DTYPES, dtype_name
+from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
@@ -20,14 +21,15 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, new_keys
-from .common import Given
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
+from .common import Given, import_codes
+from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
 from .rotary import rotary as rotary_of
 from .rows import check_memory, merged, outputs, query_values, sinks_of, tree_mask
 from .values import check_call
 
-__all__ = ["attention", "lengths", "plan_of"]
+__all__ = ["attention", "lengths", "plan_of", "problem_of"]
 
 _LEFT_TO_THE_PLAN = ("num_splits", "split_size", "sm_margin")  # a call may be silent about them
 
@@ -59,18 +61,65 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value; naming the argument, the rule and what came.
     """
-    for name in ("q_descale", "k_descale", "v_descale"):
-        if given[name] is not None:
-            raise NotImplementedError(f"{name} is not implemented yet")
+    problem, q, cache, softcap = problem_of(given)
+    if plan is not None:
+        problem = _planned(problem, plan, given["pack_gqa"])
+
+    check_caches(problem, q, cache)
+    check_rows(problem, cache)
+    k, v = new_keys(problem, q, cache, given)
+    q = q if k is None else apart("q", q, cache)
+    joint = cache.joint and problem.headdim > problem.headdim_v
+    if problem.headdim > MAX_HEADDIM and not joint:
+        raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
+    q_scales = query_scales(problem, given)
+    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
+    cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
+    rotary = rotary_of(problem, q, k, joint, given)
+    qv = query_values(problem, q, given)
+    step_lengths = call_lengths(problem, q, cache, k, plan, given)
+    scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
+    if given["softmax_scale"] is not None:
+        scale = real("softmax_scale", given["softmax_scale"])
+        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
+            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
+    sinks = sinks_of(problem, given["sinks"])
+    out, lse = outputs(problem, q, given)
+    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
+    operands = Operands(
+        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
+    )
+    check_memory(operands, plan)
+    if checks_values(is_on_device(q)):
+        check_call(problem, operands)
+    return problem, operands
+
+
+def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
+    """Return the problem of a call, which its shapes, dtypes and numbers say, with what it was read from.
+
+    Args:
+        given: The arguments of ``flash_attn_with_kvcache`` by name.
+
+    Returns:
+        The problem, the queries, the cache and the softcap.
+
+    Raises:
+        TypeError: For an argument of a wrong kind.
+        ValueError: For a wrong value.
+    """
     boolean("return_softmax_lse", given["return_softmax_lse"])
-    q = import_array("q", given["q"])
-    dtype_name("q", q.dtype)
+    q, codes = import_codes("q", given["q"], "float8_e4m3fn")
+    q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0, got {softcap}")
-    check_heads("q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2])
+    check_heads(
+        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        other_layout(given["layout"], q.shape[-2], cache),
+    )  # fmt: skip
     check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
     problem = make_problem(
         batch_size,
@@ -78,8 +127,8 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         q.shape[-2],
         cache.k.shape[2],
         q.shape[-1],
-        qkv_dtype=q.dtype,
-        kv_dtype=given["kv_dtype"],
+        qkv_dtype=q_dtype,
+        kv_dtype=cache.dtype if given["kv_dtype"] is None else given["kv_dtype"],
         headdim_v=cache.v.shape[-1],
         cu_seqlens_q=given["cu_seqlens_q"] is not None,
         page_size=cache.page_size if cache.is_paged else None,
@@ -95,34 +144,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         cp_rank=given["cp_rank"],
         cp_interleave=given["cp_interleave"],
     )
-    if plan is not None:
-        problem = _planned(problem, plan, given["pack_gqa"])
-
-    check_caches(problem, q, cache)
-    check_rows(problem, cache)
-    k, v = new_keys(problem, q, cache, given)
-    q = q if k is None else apart("q", q, cache)
-    joint = cache.joint and problem.headdim > problem.headdim_v
-    if problem.headdim > MAX_HEADDIM and not joint:
-        raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
-    rotary = rotary_of(problem, q, k, joint, given)
-    qv = query_values(problem, q, given)
-    step_lengths = call_lengths(problem, q, cache, k, plan, given)
-    scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
-    if given["softmax_scale"] is not None:
-        scale = real("softmax_scale", given["softmax_scale"])
-        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
-            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
-    sinks = sinks_of(problem, given["sinks"])
-    out, lse = outputs(problem, q, given)
-    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
-    operands = Operands(
-        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse
-    )
-    check_memory(operands, plan)
-    if checks_values(is_on_device(q)):
-        check_call(problem, operands)
-    return problem, operands
+    return problem, q, cache, softcap
 
 
 def _query_shape(q: NativeArray, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[int, int]:
@@ -154,5 +176,20 @@ def _planned(problem: Problem, plan: SchedulerMetadata, pack_gqa: bool | None) -
         difference = "pack_gqa", plan.pack_gqa, pack_gqa
     if difference is not None:
         field, plans, calls = difference
-        raise ValueError(f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}")
+        raise ValueError(
+            f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}"
+            f"{_likely_reason(field, plan, problem)}"
+        )
     return planned
+
+
+def _likely_reason(field: str, plan: SchedulerMetadata, call: Problem) -> str:
+    """Return what is often behind a difference between a plan and a call, for its error."""
+    planned = plan.problem
+    if field == "page_size" and call.page_size is None:
+        return ": page_table is missing"
+    if field == "max_seqlen_q" and plan.max_seqlen_k == call.max_seqlen_q:
+        return ": max_seqlen_q and max_seqlen_k of the plan look swapped"
+    if field == "num_heads_kv" and (planned.page_size, planned.num_heads_kv) == (call.num_heads_kv, call.page_size):
+        return ": is the layout of the caches the other one?"
+    return ""

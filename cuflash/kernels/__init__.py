@@ -13,31 +13,52 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..device import Device
+from ..dtypes import numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from . import decode
+from . import decode, extend
 from .append import append_launch, append_variant
 from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
 from .plan import plan_launch
 from .source import Variant
 
-FAMILIES: tuple[ModuleType, ...] = (decode,)
+FAMILIES: tuple[ModuleType, ...] = (decode, extend)
+_OPERATIONS_PER_BYTE = 128  # of tensor cores beside what memory reads: some 120 on sm_90 with mma.sync, 160 on sm_80
 
 
 def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) -> Partition:
-    """Choose the kernel family of a problem, and how it cuts it: the first that fits.
+    """Choose the kernel family of a problem, and how it cuts it: the one that costs least of those that fit.
 
     Raises:
         ValueError: If none fits.
     """
-    for family in FAMILIES:
-        partition: Partition | None = family.partition(problem, device, max_seqlen_k)
-        if partition is not None:
-            return partition
-    raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
+    if max_seqlen_k is not None:
+        max_seqlen_k = -(-max_seqlen_k // problem.cp_world_size)  # of the rank, give or take an interleave
+    choices = [family.partition(problem, device, max_seqlen_k) for family in FAMILIES]
+    fitting: list[Partition] = [partition for partition in choices if partition is not None]
+    if not fitting:
+        dims = problem.headdim if problem.headdim == problem.headdim_v else (problem.headdim, problem.headdim_v)
+        raise ValueError(
+            f"headdim must be one that a kernel has, got {dims} with {problem.qkv_dtype} on sm_{device.arch}"
+        )
+    return min(fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
+
+
+def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:
+    """Return what one (sequence, KV head) costs, in units of the time in which an element is read.
+
+    Every row block reads the keys that it sees, or multiplies for longer than that takes; its queries and outputs come
+    on top. Of two families that cost the same the first one in ``FAMILIES`` is chosen: it has the smaller row blocks.
+    With ``split_size`` a sequence's family may not depend on its batch: one query position decides.
+    """
+    rows = problem.rows if problem.split_size is None else problem.group
+    keys = max(1, max_seqlen_k if problem.split_size is None else problem.split_size)
+    elements = problem.headdim + problem.headdim_v
+    row_blocks = -(-max(1, rows) // partition.rows)
+    return row_blocks * elements * (keys * max(_OPERATIONS_PER_BYTE, partition.rows) + 2 * partition.rows)
 
 
 def family(partition: Partition) -> ModuleType:
@@ -57,7 +78,7 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
     if append is not None:
         launches.append(append)
     if operands.rotary is not None:
-        scratch["q_rotated"] = Scratch(operands.q.shape, operands.q.dtype, passed_on=True)
+        scratch["q_rotated"] = Scratch(operands.q.shape, numpy_dtype(problem.out_dtype), passed_on=True)
         arrays["q"] = "q_rotated"
     if operands.out.size:
         launch, more = family(metadata.partition).launch(problem, operands, metadata, arrays)
@@ -68,8 +89,9 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
-    append = (append_variant(problem.qkv_dtype, problem.kv_dtype),) if appends else ()
-    return PLAN_VARIANT, *append, family(partition).variant(problem, partition)
+    append = (append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),) if appends else ()
+    others = decode.other_variants(problem, partition, appends) if partition.family == decode.NAME else ()
+    return PLAN_VARIANT, *append, family(partition).variant(problem, partition), *others
 
 
 __all__ = ["FAMILIES", "attention_step", "choose", "family", "plan_launch", "variants"]

@@ -1,4 +1,4 @@
-// Barriers in shared memory (mbarrier), at which threads and copies arrive.
+// Barriers in shared memory (mbarrier), at which threads and copies arrive, and named ones of some warps.
 #pragma once
 #include "ptx/registers.cuh"
 
@@ -26,4 +26,9 @@ __device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
                      : "r"(shared_address(&barrier)), "r"(parity)
                      : "memory");
     } while (!is_over);
+}
+
+// A barrier of `threads` threads, whole warps, beside __syncthreads, which is number 0.
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -26,6 +26,15 @@ __device__ __forceinline__ float4 load_cg_if(bool exists, const float4* from) {
     return v;
 }
 
+__device__ __forceinline__ float2 load_cg_if(bool exists, const float2* from) {
+    float2 v = {0.0f, 0.0f};
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.cg.v2.f32 {%0, %1}, [%2]; }"
+                 : "+f"(v.x), "+f"(v.y)
+                 : "l"(from), "r"(static_cast<u32>(exists))
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float2 load_cg(const float2* from) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
@@ -35,6 +44,10 @@ __device__ __forceinline__ float2 load_cg(const float2* from) {
 // Plain stores of vectors may compile to scalar ones, which ask for each sector several times.
 __device__ __forceinline__ void store_global(uint2* to, uint2 v) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global(float2* to, float2 v) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
 }
 
 __device__ __forceinline__ void store_global(float4* to, float4 v) {
@@ -49,6 +62,26 @@ __device__ __forceinline__ float4 load_shared(u32 address) {
                  : "r"(address)
                  : "memory");
     return v;
+}
+
+__device__ __forceinline__ u32 load_shared_u32(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_u32x2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(u32 address, float value) {

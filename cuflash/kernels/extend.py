@@ -1,0 +1,166 @@
+"""The family of many rows, ``extend.cu``: packed query rows are the rows of the matrix product, keys its columns.
+
+A tile is 32 or 64 keys, which all warps of a block read together; they divide the rows of a row block, and the value
+columns where registers do not hold all of them. A ring of ``stages`` half-stages, K and V of the tiles in turn, lies in
+shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..dtypes import numpy_dtype
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..partition import Partition
+from ..problem import Problem
+from .decode import attention_launch
+from .fields import mask_defines
+from .launch import Launch, Scratch
+from .source import Variant, element_defines
+from .tiles import RESERVED_SHARED
+
+NAME = "extend"
+PADDED_HEADDIMS = (64, 96, 128, 192, 256, 384, 512)
+MOST_STAGES = 8
+_SHARE_BYTES = 128  # struct BlockState in extend.cu
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of a problem on a device.
+
+    Attributes:
+        headdim: Padded head dim of queries and keys.
+        headdim_v: Padded head dim of values.
+        rows: Packed query rows of a row block.
+        row_blocks: Row blocks of one (sequence, KV head).
+        row_warps: Warps that divide the rows.
+        column_warps: Warps that share their rows and divide the value columns.
+        tile_keys: Keys of a tile.
+        stages: Half-stages of the ring, at least 2.
+        blocks_per_sm: Blocks meant to be resident on one multiprocessor.
+        shared_bytes: Dynamic shared memory of a block.
+        loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
+        cluster: 1: blocks merge through global memory.
+    """
+
+    headdim: int
+    headdim_v: int
+    rows: int
+    row_blocks: int
+    row_warps: int
+    column_warps: int
+    tile_keys: int
+    stages: int
+    blocks_per_sm: int
+    shared_bytes: int
+    loader_warps: int = 0
+    cluster: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.math_warps + self.loader_warps
+
+    @property
+    def math_warps(self) -> int:
+        """Warps of a block that multiply."""
+        return self.row_warps * self.column_warps
+
+    @property
+    def block_state_bytes(self) -> int:
+        """Shared memory for what a block's threads have in common."""
+        barriers = 16 * self.stages if self.loader_warps else 0
+        return state_bytes(self.rows, self.math_warps, self.column_warps, self.tile_keys) + barriers
+
+
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
+    """Return how the family cuts a problem for a device; None if it cannot."""
+    tiles = tiling(problem, device)
+    if tiles is None:
+        return None
+    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
+    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device) -> Tiles | None:
+    """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
+    itemsize = numpy_dtype(problem.qkv_dtype).itemsize
+    widest = max(problem.headdim, problem.headdim_v)
+    if itemsize != 2 or problem.kv_dtype != problem.qkv_dtype or widest > PADDED_HEADDIMS[-1]:
+        return None
+    d, dv = (next(size for size in PADDED_HEADDIMS if size >= n) for n in (problem.headdim, problem.headdim_v))
+    # A warp's outputs are 16 rows x 256 columns at most, or 32 x 128: 128 registers of a lane.
+    column_warps = 1 if dv <= 256 else 2
+    # (rows, row warps, keys of a tile, blocks per multiprocessor), the best first. Warps of 32 rows read a tile from
+    # shared memory once for twice the products; of two blocks one multiplies while the other waits.
+    shapes = [(64, 4, 64, 2), (64, 4, 32, 2), (64, 4, 64, 1), (64, 4, 32, 1), (32, 2, 32, 1)]
+    if problem.rows > 64 and problem.split_size is None:  # with split_size, rows may not depend on the longest query
+        shapes = [(128, 4, 32, 2), (128, 8, 64, 1), (128, 8, 32, 1), *shapes]
+    for rows, row_warps, tile_keys, blocks_per_sm in shapes:
+        if rows // row_warps > 16 and (dv > 128 or d > 192):
+            continue
+        warps = row_warps * column_warps
+        slot = tile_keys * max(d, dv) * itemsize
+        if tile_keys // warps < (4 if max(d, dv) % 64 == 0 and min(d, dv) % 64 == 0 else 8):
+            continue  # a warp copies whole passes of rows
+        fixed = rows * d * itemsize + state_bytes(rows, warps, column_warps, tile_keys)
+        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+        stages = min(MOST_STAGES, (room - fixed) // slot)
+        if stages >= (3 if blocks_per_sm > 1 or rows > 64 else 2):
+            row_blocks = max(1, -(-problem.rows // rows))
+            shared = fixed + stages * slot
+            return Tiles(d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared)
+    return None
+
+
+def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
+    """Return room for a share and a segment, and for a struct Meeting or FoldState, of extend.cu."""
+    if column_warps == 1:
+        return _SHARE_BYTES + 36 * rows + 16
+    return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
+
+
+def defines(problem: Problem, tiles: Tiles, has_tree: bool) -> tuple[tuple[str, str | int], ...]:
+    """Return the macros of a kernel of this family: everything not named here is a run-time value."""
+    return (
+        *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+        ("KEY_SCALES", 0),
+        ("HEAD_DIM", problem.headdim),
+        ("HEAD_DIM_V", problem.headdim_v),
+        ("PADDED_HEAD_DIM", tiles.headdim),
+        ("PADDED_HEAD_DIM_V", tiles.headdim_v),
+        ("ROWS", tiles.rows),
+        ("TILE_KEYS", tiles.tile_keys),
+        ("WARPS", tiles.math_warps),
+        ("COLUMN_WARPS", tiles.column_warps),
+        ("STAGES", tiles.stages),
+        ("BLOCKS_PER_SM", tiles.blocks_per_sm),
+        ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
+        ("CLUSTER", tiles.cluster),
+        ("HAS_SOFTCAP", int(problem.has_softcap)),
+        *mask_defines(problem, has_tree),
+        ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+    return Variant(NAME, defines(problem, tiles, has_tree))
+
+
+def variant(problem: Problem, partition: Partition) -> Variant:
+    """Return the kernel of a partition."""
+    return _variant(problem, partition.tiles)
+
+
+def launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -1,0 +1,146 @@
+// Attention of many query rows per KV head: several queries, prefill, large groups. One launch for a layer, on a plan made
+// once for the step.
+//
+// Packed query rows are the rows of the MMA, keys its columns. A block reads its share of all keys (plan.cu), segment after
+// segment; a segment is what it reads of one item. The keys of a segment are tiles of kTileKeys, which all warps copy
+// (rows_loader.cuh) and read together: they divide the rows of the item, and the value columns where registers do not hold all
+// of them (rows_partners.cuh). Each warp scores its rows (rows_mma.cuh) and keeps their maxima and sums (rows_softmax.cuh). An
+// item that lies in several blocks is merged by those of them that arrive last (rows_combine.cuh).
+//
+// The ring has kStages slots. Half-stage h is the keys (h even) or the values (h odd) of tile h / 2. While half-stage h is read,
+// half-stage h + kStages - 1 is copied to the slot of half-stage h - 1, which all warps have read: a block barrier says so.
+#define USES_WGMMA 0
+#include "params.cuh"
+#include "ptx/copies.cuh"
+#include "queries.cuh"
+#include "rows_combine.cuh"
+#include "rows_loader.cuh"
+#include "rows_mma.cuh"
+#include "rows_partners.cuh"
+#include "rows_reach.cuh"
+#include "rows_softmax.cuh"
+#include "rows_tiles.cuh"
+#include "segment.cuh"
+#include "stream.cuh"
+using Math = RowsMath<Element>;
+
+// What the threads of a block have in common beside the tiles. Registers are for the main loop.
+struct BlockState {
+    Share share;
+    Segment segment;
+    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
+};
+// Warps that divide the columns meet while keys are read, the block folds after that: in the same place.
+constexpr int kSharedStateBytes = (kColumnWarps > 1 ? sizeof(Meeting) : sizeof(FoldState)) / 16 * 16 + 16;
+static_assert(sizeof(BlockState) + kSharedStateBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+static_assert(kColumnWarps == 1 || sizeof(FoldState) <= sizeof(Meeting::weights), "sums are read when some warps fold");
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
+    unsigned char* const state = queries + kRows * kQueryBytes;
+    Meeting& meeting = *reinterpret_cast<Meeting*>(state);
+    FoldState& fold = *reinterpret_cast<FoldState*>(state);
+    BlockState& block = *reinterpret_cast<BlockState*>(state + kSharedStateBytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
+    wait_for_turn();
+    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    const int rows_edge = threadIdx.x + 2 - kThreads;  // the last two threads, beside those that load the share
+    if (p.total_q && rows_edge >= 0) (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];
+    __syncthreads();
+    // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
+    // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
+    const u32 ring = shared_address(shared) + zero_of_each_lane();
+    u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
+    const auto advance = [&] {
+        free_slot = slot;
+        slot += kSlotBytes;
+        if (slot == ring + kRingBytes) slot = ring;
+    };
+
+    Loader loader(p, block.share, warp, lane);
+    Math math(column_warp, lane);
+    Softmax softmax(p);
+    Partners partners(meeting, warp, lane);
+    const auto load = [&](bool keys, u32 to) {
+        if (keys) {
+            loader.load_keys(to);
+        } else {
+            loader.load_values(to);
+        }
+        cp_async_commit();
+    };
+    // Waits for the half-stage in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
+    const auto begin_half_stage = [&](bool keys) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        load(keys == (kStages % 2 == 1), free_slot);
+    };
+
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
+    Walker walker(block.share);
+    bool is_first = true;
+    [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
+    for (Segment segment; walker.next(p, block.share, segment);) {
+        if (threadIdx.x == 0) block.segment = segment;
+        load_queries<QueryRows>(p, segment, shared_address(queries));
+        cp_async_commit();
+        if (is_first) {  // after the queries, since tiles wait for the page table
+            is_first = false;
+            loader.start(walker, segment);
+#pragma unroll 1
+            for (u32 h = 0; h < kStages - 1; ++h) load(h % 2 == 0, ring + h * kSlotBytes);
+            cp_async_wait<kStages - 1>();  // all but the groups of the ring
+        } else {
+            cp_async_wait<0>();
+        }
+        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
+        Reach reach_of_all(p, segment, 0, kRows);
+        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
+        __syncthreads();
+
+        math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
+        softmax.reset();
+        // Key numbers are unsigned: behind the last tile they may pass 2^31.
+        for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
+            const int begin = key;
+            const bool is_seen = begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin);
+            Weights weights;
+            begin_half_stage(true);
+            if (is_seen) {
+                Scores scores;
+                math.scores(slot, scores);
+                if constexpr (kHasSoftcap) cap_scores(p, scores);
+                if (reach.needs_mask(begin)) {
+                    const int first_row = block.segment.first_row + row_warp * kWarpRows;
+                    mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
+                }
+                softmax.update(scores, math, partners);
+                pack_weights(scores, weights);
+                partners.tell(weights);
+            }
+            advance();
+
+            if (reach_of_all.needs_mask(begin)) {
+                cp_async_wait<kStages - 2>();  // what this lane has copied is there; the others see zeros behind the barrier
+                loader.clear_values(slot, block.segment, key);
+            }
+            begin_half_stage(false);
+            if (is_seen) math.accumulate(slot, partners, weights);
+            advance();
+        }
+
+        launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
+        RowStates states;
+        softmax.finish(math, partners, states);
+        RowResults results(p, block.segment, math.output(), states, warp, lane);
+        if constexpr (kHasSplitSize) {
+            hand_on_split(p, block.share, block.segment, results, folded, fold);
+        } else {
+            hand_on(p, block.share, block.segment, results, fold);
+        }
+        __syncthreads();  // all have read the queries and the segment, which now change
+    }
+}

@@ -1,0 +1,173 @@
+// The loader of a block: it fills the block's ring with the tiles of the whole share, segment after segment, so that the next
+// item's keys are in flight while an item ends.
+//
+// Warp w copies rows w * kPartKeys and the next ones of every tile: each lane looks one of them up and hands its place to the
+// lanes that copy it.
+#pragma once
+#include "paging.cuh"
+#include "ptx/copies.cuh"
+#include "rows_tiles.cuh"
+#include "segment.cuh"
+
+class Loader {
+    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
+
+    // How the rows of a part are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
+    template <typename Rows>
+    struct Copy {
+        static constexpr int kLanes = Rows::kLanes;
+        static constexpr int kRowsAtOnce = 32 / kLanes;
+        static_assert(kPartKeys % kRowsAtOnce == 0, "a warp copies whole passes of rows");
+
+        static __device__ __forceinline__ u32 lane_offset(int first_row, int lane) {
+            return Rows::offset(first_row + lane / kLanes, lane % kLanes);
+        }
+
+        // Four rows on, the exclusive or of 8 chunks changes in one bit; eight rows on it is the same.
+        static __device__ __forceinline__ u32 row_address(u32 lane_address, int i) {
+            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ 64 : lane_address) + i * kRowsAtOnce * Rows::kRowStride;
+        }
+    };
+
+public:
+    __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
+        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), lane_(lane), part_(warp * kPartKeys) {
+        using Keys = Copy<KeyRows>;
+        using Values = Copy<ValueRows>;
+        keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
+        values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
+        keys_to_ = Keys::lane_offset(part_, lane);
+        values_to_ = Values::lane_offset(part_, lane);
+        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
+        key_ = end_ = 0;
+        key_head_ = value_head_ = 0;
+    }
+
+    // Starts at a segment that `walker` has already found.
+    __device__ __forceinline__ void start(const Walker& walker, const Segment& segment) {
+        walker_ = walker;
+        enter(segment);
+        find_tile();
+    }
+
+    // Whether there is another tile.
+    __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
+
+    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
+    __device__ __forceinline__ void load_keys(u32 slot) {
+        // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
+        const u32 units = place_.units(p_.cache.k) + key_head_;
+        value_units_ = place_.units(p_.cache.v) + value_head_;
+        rows_ = has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;
+        copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, KeyRows>(keys_from_, units, keys_to_ + slot);
+        if (rows_ == kNoTile) return;
+        key_ += kTileKeys;
+        find_tile();
+    }
+
+    // Starts the copy of the values that belong to the keys loaded last.
+    __device__ __forceinline__ void load_values(u32 slot) {
+        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike
+        copy_part<kHeadDimV, kColumnPairs * kColumnWarps * 2, ValueRows>(values_from_, value_units_, to + slot);
+    }
+
+    // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
+    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
+        using C = Copy<ValueRows>;
+        constexpr int kChunks = kColumnPairs * kColumnWarps * 2;
+        const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
+#pragma unroll 1
+        for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
+            if (!sees_nothing(p_, segment, first_key + part_ + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
+#pragma unroll 1
+            for (int c = 0; c < kChunks && lane_ % C::kLanes + c < kChunks; c += C::kLanes) {
+                const u32 chunk = C::row_address(to, i) + c / C::kLanes * ValueRows::kLaneStride;
+                store_shared(chunk, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            }
+        }
+    }
+
+private:
+    __device__ __forceinline__ void enter(const Segment& segment) {
+        const u32 first_slot = segment.lengths.leftpad;
+        key_ = first_slot + segment.keys.begin;
+        end_ = first_slot + segment.keys.end;
+        key_head_ = segment.kv_head * p_.cache.k.head;
+        value_head_ = segment.kv_head * p_.cache.v.head;
+        place_.enter(p_.cache, segment.sequence);
+    }
+
+    // Moves to the tile at key_, or to the first one of the next segments, and starts its page lookup. At the end of the share
+    // key_ >= end_ stays true.
+    __device__ __forceinline__ void find_tile() {
+        while (key_ >= end_) {
+            Segment segment;
+            if (!walker_.next(p_, share_, segment)) return;
+            enter(segment);
+        }
+        place_.seek(p_.cache, min(key_ + part_ + lane_ % kPartKeys, end_ - 1));
+    }
+
+    // Copies kDim elements of each row that exists; what does not is zeros, as are further chunks up to kFilled, which steps of
+    // an MMA reach. Nothing that no row sees is read.
+    template <int kDim, int kFilled, typename Rows>
+    __device__ __forceinline__ void copy_part(const char* lane_from, u32 units, u32 lane_to) {
+        using C = Copy<Rows>;
+        constexpr int kDimChunks = kDim * CacheElement::kBytes / 16;
+        constexpr int kPasses = kPartKeys / C::kRowsAtOnce;
+        const int chunk = lane_ % C::kLanes;
+        // Where this lane's chunk of a pass comes from, and goes to.
+        const auto from_of = [&](int i) {
+            return offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
+        };
+        // For each run of chunks of a row that lanes copy together: copy(offsets of its first chunk in the row from where it
+        // comes and where it goes, whether this lane has one, whether that is of the row and not beyond it).
+        const auto for_runs = [&](auto copy) {
+#pragma unroll
+            for (int c = 0; c < kFilled; c += C::kLanes) {
+                copy(c * 16, c / C::kLanes * Rows::kLaneStride, c + C::kLanes <= kFilled || chunk + c < kFilled,
+                     c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks));
+            }
+        };
+        const bool all = rows_ == kPartKeys;
+        const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
+        for_each<kPasses>([&](int i) { from[i] = from_of(i); });
+        for_each<kPasses>([&](int i) {
+            const u32 to = C::row_address(lane_to, i);
+            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                if (of_row) {
+                    cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
+                } else {
+                    cp_async_zero_if(all && wanted, to + in_slot, lane_from);
+                }
+            });
+        });
+        if (all || rows_ == kNoTile) return;  // the same in all lanes
+#pragma unroll 1
+        for (int i = 0; i < kPasses; ++i) {
+            const char* const from = from_of(i);
+            const u32 to = C::row_address(lane_to, i);
+            const bool row_exists = lane_ / C::kLanes + i * C::kRowsAtOnce < rows_;
+            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                cp_async_16_if(row_exists && of_row && wanted, to + in_slot, from + in_row, policy_);
+                cp_async_zero_if(!(row_exists && of_row) && wanted, to + in_slot, lane_from);
+            });
+        }
+    }
+
+    static constexpr int kNoTile = -1;
+
+    const DecodeParams& p_;
+    const Share& share_;
+    Walker walker_;
+    u64 policy_;
+    const char* keys_from_;    // first byte of this lane's chunks in the cache's first row
+    const char* values_from_;
+    PageCursor place_;         // of the row of the next tile that this lane looks up
+    u32 keys_to_, values_to_;  // the same in a slot
+    int lane_;
+    int part_;       // first row of a tile that this warp copies
+    u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
+    u32 key_head_, value_head_, value_units_;
+    int rows_ = kNoTile;  // of this warp's in the tile loaded last
+};

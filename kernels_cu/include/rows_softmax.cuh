@@ -1,0 +1,138 @@
+// Online softmax where packed query rows are the rows of the score fragment, keys its columns.
+//
+// Scores of row tile t and key tile n, S[16 rows x 8 keys]: lane l holds in
+//   s[t][n][0], s[t][n][1]: row l / 4,     keys 2 (l % 4) and 2 (l % 4) + 1
+//   s[t][n][2], s[t][n][3]: row l / 4 + 8, the same keys
+// so the four lanes with equal l / 4 share two rows of a row tile.
+//
+// Weights are exp2(score * scale - m * scale), as in softmax.cuh: a product m * scale up to kHugeOffset is rounded to a float, by
+// which all weights of a row differ alike, and what they are off by is made up for when a segment ends; of a larger one the
+// maximum is subtracted from the scores instead.
+#pragma once
+#include "rows_partners.cuh"
+#include "softcap.cuh"
+#include "states.cuh"
+
+using RowStates = RowState[kRowTiles][2];  // of a lane's rows; the four lanes of a row know the same
+
+// Hides from each row the keys that it does not see; for the tiles in which that differs from row to row. The scores begin at
+// `first_key`, and at packed row `first_row`.
+__device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
+                                            int lane, Scores& s) {
+    for_each<kRowTiles, 2>([&](int t, int half) {
+        const int row = first_row + t * 16 + half * 8 + lane / 4, query = query_of(p, row);
+        const bool exists = row < segment.first_row + segment.valid_rows;  // has a row of the tree mask
+        // Relative to the first key, which may be near 2^31.
+        const int begin = mask_of(p).first_visible(segment.lengths, query) - first_key;
+        const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - first_key;
+        for_each<kKeyTiles, 2>([&](int n, int column) {
+            const int key = n * 8 + lane % 4 * 2 + column;
+            bool is_hidden = key < begin || key >= end;
+            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, first_key + key);
+            if (is_hidden) s[t][n][half * 2 + column] = -infinity();
+        });
+    });
+}
+
+// Rounds weights to elements: two C fragments side by side are an A fragment.
+__device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
+    for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
+        weights[t][n / 2][n % 2 * 2] = Element::pack(s[t][n][0], s[t][n][1]);
+        weights[t][n / 2][n % 2 * 2 + 1] = Element::pack(s[t][n][2], s[t][n][3]);
+    });
+}
+
+// Running maximum and sum of two rows per row tile. The maximum is lazy: it moves only when a score exceeds it by more than a
+// factor of 2^8 in weight, so that most tiles need no reduction. Weights then reach 256 instead of 1, which is safe.
+class Softmax {
+public:
+    __device__ __forceinline__ explicit Softmax(const DecodeParams& p) : scale_(p.score_scale), slack_(p.score_slack) {}
+
+    __device__ __forceinline__ void reset() {
+        fill(maximum_, -infinity());
+        fill(offset_, kLowest);
+        fill(sum_, 0.0f);
+        some_huge_ = false;
+    }
+
+    // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
+    template <typename Math>
+    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners) {
+        bool exceeds = some_huge_;
+        float top[kRowTiles][2];
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            top[t][half] = lane_maximum(s, t, half);
+            exceeds |= top[t][half] > maximum_[t][half] + slack_;
+        });
+        if (partners.any(exceeds, top)) {
+            float alpha[kRowTiles][2];
+            bool some_huge = false;
+            // Per row: the bits of a row must not depend on the rows beside it.
+            for_each<kRowTiles, 2>([&](int t, int half) {
+                alpha[t][half] = move(t, half, partners.maximum(t, half, top[t][half]));
+                sum_[t][half] *= alpha[t][half];
+                some_huge |= is_huge(t, half);
+            });
+            math.rescale(alpha);
+            some_huge_ = __any_sync(kFullWarp, some_huge);
+            if (some_huge_) {
+                for_each<kRowTiles, 2>([&](int t, int half) {
+                    const float base = is_huge(t, half) ? maximum_[t][half] : 0.0f;
+                    for_each<kKeyTiles, 2>([&](int n, int column) { s[t][n][half * 2 + column] -= base; });
+                });
+            }
+        }
+        for_each<kRowTiles, kKeyTiles, 4>([&](int t, int n, int i) {
+            s[t][n][i] = exp2_approx(fmaf(s[t][n][i], scale_, -offset_[t][i / 2]));
+            sum_[t][i / 2] += s[t][n][i];
+        });
+    }
+
+    // Ends a segment: writes what is known of the rows, and makes up for the rounding of their offsets. All lanes and partners
+    // call it.
+    template <typename Math>
+    __device__ __forceinline__ void finish(Math& math, Partners& partners, RowStates& states) const {
+        float factor[kRowTiles][2];
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            factor[t][half] = exp2_approx(rounded_up(maximum_[t][half], scale_));
+            const float sum = partners.total(t, half, lanes_sum<4>(sum_[t][half]));
+            states[t][half] = {fmaxf(maximum_[t][half], kLowest), sum * factor[t][half]};
+        });
+        math.rescale(factor);
+    }
+
+private:
+    // Whether a row's maximum is subtracted from its scores.
+    __device__ __forceinline__ bool is_huge(int t, int half) const {
+        return offset_[t][half] == 0.0f && maximum_[t][half] != 0.0f;
+    }
+
+    // Lets a row's maximum follow the largest score of a tile; returns the factor of what was summed up before.
+    __device__ __forceinline__ float move(int t, int half, float top) {
+        const float old = maximum_[t][half], old_offset = offset_[t][half];
+        const bool was_huge = is_huge(t, half);
+        if (!(top > (was_huge ? old : old + slack_))) return 1.0f;
+        const float offset = __fmul_rn(top, scale_);
+        const bool huge = !(fabsf(offset) < kHugeOffset);
+        maximum_[t][half] = top;
+        offset_[t][half] = huge ? 0.0f : offset;
+        float change;
+        if (was_huge) change = huge ? (old - top) * scale_ : fmaf(old, scale_, -offset);
+        else change = huge ? -fmaf(top, scale_, -old_offset) : old_offset - offset;
+        return exp2_approx(fminf(change, 0.0f));
+    }
+
+    // The largest score of a row among this lane's keys.
+    static __device__ __forceinline__ float lane_maximum(const Scores& s, int t, int half) {
+        float top = fmaxf(s[t][0][half * 2], s[t][0][half * 2 + 1]);
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(s[t][n][half * 2], s[t][n][half * 2 + 1]));
+        return top;
+    }
+
+    float scale_, slack_;
+    float maximum_[kRowTiles][2];  // -inf before any key
+    float offset_[kRowTiles][2];   // maximum * scale; 0 for a huge one, kLowest before any key
+    float sum_[kRowTiles][2];      // of this lane's keys
+    bool some_huge_;
+};

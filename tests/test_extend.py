@@ -1,0 +1,311 @@
+"""The kernel families of many query rows, and how the host chooses between families.
+
+Every problem here runs in one of them, also those with few rows: on the simulator with every check, in random order,
+with copies that land early, late or at random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import Backend, Case, all_pairs, check, make_inputs, run
+from test_attention import APPENDS, CACHES, MASKS, SPLITS
+from test_extremes import _check, _patterns, _problem
+
+import cuflash
+from cuflash import kernels, simulator
+from cuflash.device import Device
+from cuflash.kernels import decode, extend, extend_wgmma
+from cuflash.problem import Problem, make_problem
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
+
+COPIES = ("random", "early", "late")
+
+
+BOTH = pytest.mark.parametrize("arch", ["90", "90a"])  # by mma.sync, by wgmma
+
+
+@pytest.fixture
+def arch() -> str:
+    """The architecture: "90a" is the family of sm_90a."""
+    return "90"
+
+
+@pytest.fixture
+def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A small simulated GPU, on which all problems run in a family of many rows."""
+    monkeypatch.setattr(kernels, "FAMILIES", (extend_wgmma if arch == "90a" else extend,))
+    monkeypatch.setenv("CUFLASH_ARCH", arch.rstrip("a"))
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    monkeypatch.setenv("CUFLASH_NUM_SM", "4")
+    return Backend("sim", lambda array: array, np.asarray)
+
+
+@contextlib.contextmanager
+def launched(case: Case, number: int = 0) -> Iterator[Any]:
+    """Record launches, and see that the kernel was among them."""
+    with simulator.record(seed=case.seed, cp_async=COPIES[number % 3]) as launches:
+        yield launches
+    assert attention(launches).kernel in ("extend", "extend_wgmma")
+
+
+def attention(launches: list[Any]) -> Any:
+    """Return the launch that attends."""
+    return next(launch for launch in launches if launch.kernel not in ("plan", "append"))
+
+
+# ------------------------------------------------------------------------------------------------------- all features
+HEADDIMS = [(64, 64), (128, 128), (256, 256), (512, 512), (96, 40), (192, 128), (72, 200), (264, 320)]
+QUERIES: dict[str, dict[str, Any]] = {
+    "one": {"seqlens_q": 1},
+    "33 rows": {"seqlens_q": 33, "heads": (2, 2)},
+    "group of 7": {"seqlens_q": 9, "heads": (7, 1)},
+    "60 rows": {"seqlens_q": 20, "heads": (6, 2)},
+    "large group": {"seqlens_q": 2, "heads": (40, 1)},
+    "ragged": {"seqlens_q": (0, 1, 41), "heads": (4, 2)},
+    "ragged, long": {"seqlens_q": (130, 17, 64), "heads": (2, 1)},
+}
+FEATURES: dict[str, list[Any]] = {
+    "dtype": ["float16", "bfloat16"],
+    "headdim": HEADDIMS,
+    "queries": list(QUERIES),
+    "seqlens": [(77, 1, 130), (0, 64, 15), (16, 199, 63)],
+    "mask": list(MASKS),
+    "cache": [*CACHES, "pages of 128"],
+    "append": list(APPENDS),
+    "splits": list(SPLITS),
+    "plan": ["none", "given", "stale", "reused"],
+    "layout": ["NHD", "HND"],
+    "leftpad": [False, True],
+    "softcap": [0.0, 3.0],
+    "sinks": [False, True],
+    "scale": [None, -0.2, 0.0],
+    "arch": ["80", "90", "120", "90a"],
+}
+
+
+def _is_valid(choice: dict[str, Any]) -> bool:
+    return choice["arch"] != "90a" or max(choice["headdim"]) <= 256
+
+
+def _cases() -> list[tuple[Case, str]]:
+    named = {"mask": MASKS, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
+    named["cache"] = CACHES | {"pages of 128": {"page_size": 128}}
+    cases = []
+    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
+        arch = choice.pop("arch")
+        options: dict[str, Any] = {"seed": seed}
+        for name, value in choice.items():
+            options |= named[name][value] if name in named else {name: value}
+        cases.append((Case(**options), arch))
+    return cases
+
+
+# The first ones hold most pairs: every one meets as many new pairs as it can.
+PAIRS = [
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
+    for number, (case, arch) in enumerate(_cases())
+]
+
+
+@pytest.mark.parametrize(("case", "arch"), PAIRS)
+def test_pairs(case: Case, sim: Backend) -> None:
+    """Every two features together at least once."""
+    with launched(case, case.seed):
+        check(case, make_inputs(case), sim)
+
+
+@pytest.mark.parametrize(
+    ("arch", "headdim"),
+    [("90", (128, 128)), ("90a", (128, 128))]
+    + [pytest.param(arch, (256, 256), marks=pytest.mark.slow) for arch in ("90", "90a")],
+)
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend) -> None:
+    """33 to 256 rows; a step of 17 meets every residue modulo 16."""
+    rows = tuple(range(33, 257, step))
+    lengths = tuple(5 + 37 * row % 300 for row in rows)
+    for causal in (False, True):
+        case = Case(
+            dtype="bfloat16",
+            heads=(1, 1),
+            headdim=headdim,
+            seqlens=lengths,
+            seqlens_q=rows,
+            page_size=16,
+            causal=causal,
+        )
+        with launched(case, causal):
+            check(case, make_inputs(case), sim)
+
+
+@BOTH
+@pytest.mark.parametrize("page_size", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (None, 1))])
+def test_every_length(page_size: int | None, sim: Backend) -> None:
+    """Lengths 0 to 129: every residue modulo a tile, together in one batch."""
+    case = Case(
+        dtype="float16", heads=(40, 1), headdim=(64, 64), seqlens=tuple(range(130)), page_size=page_size, seed=1
+    )
+    with launched(case):
+        check(case, make_inputs(case), sim)
+
+
+@pytest.mark.parametrize(
+    ("arch", "headdim"), [("90", (64, 64)), ("90a", (64, 64)), pytest.param("90", (512, 512), marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("split_size", [None, 128])
+def test_items_in_many_blocks(split_size: int | None, headdim: tuple[int, int], sim: Backend, monkeypatch: Any) -> None:
+    """A tree of three levels, or a fold of 24 splits: right, and the same bits in whichever order blocks arrive."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "24")
+    case = Case(
+        dtype="bfloat16", heads=(17, 1), headdim=headdim, seqlens=(3000,), seqlens_q=3, causal=True, sinks=True,
+        page_size=64, split_size=split_size,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    results = []
+    for seed in range(3):
+        with simulator.record(seed=seed, cp_async=COPIES[seed]) as launches:
+            results.append(run(case, inputs, sim)[:2])
+        assert attention(launches).counters.atomics > 16  # blocks that met
+    check(case, inputs, sim)
+    for out, lse in results[1:]:
+        assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
+
+
+@BOTH
+def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
+    """A sequence alone, in a batch, on few blocks and on many: folded by one block or by several."""
+    case = Case(
+        dtype="bfloat16", heads=(20, 1), seqlens=(700, 90, 300), seqlens_q=(4, 1, 2), split_size=64, causal=True
+    )
+    inputs = make_inputs(dataclasses.replace(case, poison=False))
+    starts = inputs["cu_seqlens_q"]
+    for number, num_sm in enumerate((1, 4, 20)):
+        monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
+        out, lse = run(case, inputs, sim)[:2]
+        together = [(out[a:b].tobytes(), lse[:, a:b].tobytes()) for a, b in zip(starts, starts[1:])]
+        if number == 0:
+            alone = []
+            for b, (begin, end) in enumerate(zip(starts, starts[1:])):
+                one = {name: inputs[name][b : b + 1] for name in ("k_cache", "v_cache", "cache_seqlens")}
+                one["q"] = inputs["q"][None, begin:end]
+                out, lse = cuflash.flash_attn_with_kvcache(
+                    **one, causal=True, split_size=64, return_softmax_lse=True
+                )  # fmt: skip
+                alone.append((out[0].tobytes(), lse[0].tobytes()))
+        assert together == alone
+
+
+@BOTH
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31 - 70])
+def test_lengths_up_to_2_31(length: int, sim: Backend) -> None:
+    """A sequence as long as an int32 says, in a table that names one page again and again: no key number overflows."""
+    rng = np.random.default_rng(0)
+    window, page_size = 100, 1024
+    q = rng.standard_normal((1, 1, 40, 64), np.float32).astype(np.float16)
+    k, v = rng.standard_normal((2, 1, page_size, 1, 64), np.float32).astype(np.float16)
+    out = cuflash.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=np.array([length], np.int32), window_size=(window, 0),
+        page_table=np.zeros((1, 2**31 // page_size), np.int32),
+    )  # fmt: skip
+    seen = np.arange(length - window - 1, length) % page_size
+    scores = q[0, 0].astype(np.float64) @ k[0, seen, 0].astype(np.float64).T / 8
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ v[0, seen, 0]
+    np.testing.assert_allclose(out[0, 0], wanted, atol=2e-3)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "size", [4e7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1.0, 3e5, 1e13, 2e38))]
+)
+def test_scores_of_any_size(size: float, sim: Backend) -> None:
+    for scores in _patterns(size).values():
+        _check(_problem("bfloat16", scores), sim, "bfloat16", softmax_scale=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+@pytest.mark.parametrize(
+    ("headdim", "rows", "arch"),
+    [(128, 64, "90"), (128, 128, "90"), (128, 128, "90a")]
+    + [
+        pytest.param(d, rows, arch, marks=pytest.mark.slow)
+        for d in (64, 128, 192, 256, 512) for rows in (40, 64, 128) for arch in ("80", "90", "120", "90a")
+        if d <= 256 or (rows == 64 and arch != "90a")
+    ],
+)  # fmt: skip
+def test_counts(headdim: int, rows: int, arch: str, sim: Backend) -> None:
+    """Keys and values are asked for once, in whole sectors, and no two lanes meet in a bank."""
+    if arch == "120" and (rows > 64 and headdim > 128 or headdim > 256):
+        pytest.skip("row blocks are smaller where shared memory is")
+    lengths = (1800, 1003, 777, 1311)
+    case = Case(
+        dtype="bfloat16", heads=(rows // 4, 1), headdim=(headdim, headdim), seqlens=lengths, seqlens_q=4, page_size=16
+    )
+    with simulator.record(simulator.Checks.cheap()) as launches:
+        run(case, make_inputs(dataclasses.replace(case, poison=False)), sim)
+    counters = attention(launches).counters
+    visible = sum(lengths) * headdim * 2
+    for name in ("k_cache", "v_cache"):
+        assert counters.arrays[name].read_bytes <= 1.02 * visible
+        assert counters.arrays[name].read_sectors == counters.arrays[name].read_ideal
+    ideal, real = counters.wavefronts("cp.async", "ldmatrix")
+    assert real == ideal
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+H200 = Device(132, 90)
+
+
+def _rows(rows: int, headdim: int | tuple[int, int] = 128, **options: Any) -> Problem:
+    d, dv = headdim if isinstance(headdim, tuple) else (headdim, headdim)
+    return make_problem(4, rows // 4, 32, 8, d, headdim_v=dv, **options)
+
+
+def test_few_rows_decode_and_many_extend() -> None:
+    """Keys are read once per row block: the family with fewer of them, and the smaller one where they are alike."""
+    for rows, family in ((4, decode), (16, decode), (32, decode), (36, extend), (64, extend), (512, extend)):
+        for arch in (80, 86, 90, 120):
+            assert kernels.choose(_rows(rows), Device(132, arch), 4096).family == family.NAME
+    assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
+    assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend"  # decode has 16 rows at most
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_wide_heads_extend(arch: int) -> None:
+    for headdim in (264, 320, 512, (512, 64), (64, 512)):
+        assert kernels.choose(_rows(4, headdim), Device(132, arch), 4096).family == "extend"
+
+
+def test_what_extend_does_not_have() -> None:
+    assert kernels.choose(_rows(512, qkv_dtype="float32"), H200, 4096).family == "decode"
+    with pytest.raises(ValueError, match="headdim"):
+        kernels.choose(_rows(4, 512, qkv_dtype="float32"), H200, 4096)
+
+
+def test_with_split_size_the_batch_does_not_choose() -> None:
+    """Family and row blocks follow from one query position."""
+    for heads in (8, 32, 512):
+        kinds = {
+            (choice.family, choice.rows)
+            for batch in (1, 64) for seqlen_q in (1, 7, 2048) for seqlen_k in (100, 100_000)
+            for choice in [
+                kernels.choose(make_problem(batch, seqlen_q, heads, 8, 128, split_size=256), H200, seqlen_k)
+            ]
+        }  # fmt: skip
+        assert len(kinds) == 1
+
+
+def test_a_refilled_plan_keeps_its_family() -> None:
+    lengths = np.array([100, 200], np.int32)
+    meta = cuflash.get_scheduler_metadata(2, 16, 4000, 32, 8, 128, lengths, causal=True)
+    assert meta.partition.family == "extend" and "extend, row blocks of 64 rows" in str(meta)
+    again = cuflash.get_scheduler_metadata(2, 16, 10, 32, 8, 128, lengths, causal=True, out=meta)
+    assert again.partition is meta.partition
