@@ -5,8 +5,10 @@ What a rank does stands in context_parallel_ranks.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import os
 import re
 import shutil
@@ -170,6 +172,16 @@ def test_nccl_is_called_as_it_wants() -> None:
         inspect.signature(getattr(nccl.Communicator, name)).bind(None, "send", "received", stream=0)
     for name in ("abort", "destroy", "get_async_error", "get_last_error", "rank", "nranks", "is_valid", "init"):
         assert hasattr(nccl.Communicator, name)
+
+
+def test_the_example_of_the_page() -> None:
+    page = (Path(cuflash.__file__).parent / "context_parallel" / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(block, "README.md", "exec"), {})
+    assert printed.getvalue().count("32768 keys") == 4
+    assert float(printed.getvalue().split()[-1]) < 1e-6
 
 
 def test_what_is_no_communicator() -> None:

@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.backend == "cuda" and not on_gpus:
         raise RuntimeError(f"every rank needs a GPU and NCCL: {reason}; {packages.install(packages.NCCL)}")
     with environment(CUFLASH_BACKEND="cuda" if on_gpus else "numpy"):
-        comm, control = (_nccl_communicator(world), world) if on_gpus else (world, None)
+        comm: Any = _nccl_communicator(world) if on_gpus else world
         num_heads = arguments.heads or (32, 8)
         heads = "all" if num_heads[0] % world.size else "share"
         with ContextParallel(
-            comm, control=control, interleave=arguments.interleave, heads=heads, timeout=_TIMEOUT
+            comm, control=world if on_gpus else None, interleave=arguments.interleave, heads=heads, timeout=_TIMEOUT
         ) as group:
             wrong = _Demo(arguments, group, num_heads, heads, on_gpus).run(world)
         if on_gpus:
