@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         ) as group:
             wrong = _Demo(arguments, group, num_heads, heads, on_gpus).run(world)
         if on_gpus:
-            comm.destroy()
+            comm.destroy()  # type: ignore[union-attr,unused-ignore]
     return 1 if wrong else 0
 
 
