@@ -14,10 +14,16 @@ import cuflash
 
 PAGE = Path(__file__).parents[1] / "notebooks" / "api.md"
 _TITLES = {
-    "Planning and attention": ("get_scheduler_metadata", "flash_attn_with_kvcache", "SchedulerMetadata", "compile"),
-    "Prompts": ("flash_attn_varlen_func",),
+    "Planning and attention": (
+        "get_scheduler_metadata",
+        "flash_attn_with_kvcache",
+        "flash_attn_varlen_func",
+        "SchedulerMetadata",
+        "compile",
+    ),
     "Merging": ("merge_attn_states", "shared_prefix_attention"),
     "Serving": ("PagedKVCache", "DecodeStep", "OutOfPages"),
+    "Several GPUs": ("ContextParallel", "ContextParallelError"),
 }
 _LISTS = ("Args:", "Attributes:", "Raises:")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Examples):$")

@@ -132,6 +132,27 @@ def test_nothing_follows_from_the_longest_keys(
     np.testing.assert_array_equal(backend.to_numpy(buffer[: metadata.size]), backend.to_numpy(metadata))
 
 
+def test_jax() -> None:
+    """Arrays that never change: the buffer is another one after every copy."""
+    jax = pytest.importorskip("jax")
+    lengths = np.array([300, 5, 120], np.int32)
+    rng = np.random.default_rng(0)
+    q, cache = rng.standard_normal((3, 2, HEADS, DIM), np.float32), rng.standard_normal((3, 320, 2, DIM), np.float32)
+    seqlens = jax.numpy.array(lengths)
+    metadata = fa3.get_scheduler_metadata(3, 2, 320, HEADS, 2, DIM, seqlens, qkv_dtype="float32")
+    assert isinstance(metadata, jax.Array)
+    buffer = jax.numpy.zeros(scheduler_metadata_size(8), "int32").at[: metadata.size].set(metadata)
+    q_jax, cache_jax = jax.numpy.array(q), jax.numpy.array(cache)
+    out, lse, *_ = fa3.flash_attn_with_kvcache(
+        q_jax, cache_jax, cache_jax, cache_seqlens=seqlens, scheduler_metadata=buffer[: metadata.size],
+        return_softmax_lse=True,
+    )  # fmt: skip
+    assert isinstance(out, jax.Array) and isinstance(lse, jax.Array)
+    answer = reference.attention(q, cache, cache, cache_seqlens=lengths)
+    np.testing.assert_allclose(out, answer.out, atol=2e-5)
+    np.testing.assert_allclose(lse, answer.lse, atol=2e-5)
+
+
 def test_a_copied_plan_is_that_of_the_library(backend: Backend) -> None:
     """And it is used: shares of another plan give other bits, if not other numbers."""
     if backend.name == "numpy":
@@ -157,6 +178,7 @@ WRONG = {
     "strided": (lambda x: np.repeat(x, 2)[::2], "contiguous"),
     "not filled": (lambda x: np.zeros_like(x), "no plan"),
     "garbage": (lambda x: np.full_like(x, -1), "no plan"),
+    "begins late": (lambda x: np.where(np.arange(len(x)) == 8, 1, x), "no plan"),
     "large garbage": (lambda x: np.full_like(x, 2**30), "no plan"),
 }
 

@@ -85,11 +85,9 @@ def make_plan(problem: Problem, lengths: Given, max_seqlen_k: int = _LONGEST) ->
     like = lengths["cache_seqlens"]
     native = import_array("cache_seqlens", like)
     words = plan_words(problem.batch_size, backends.select(native).device(native))
-    if torch_tensors.is_tensor(like):
-        array = torch_tensors.new((words,), "int32", like)
-    else:
-        array = exporter(like)(empty((words,), np.int32, native))
-    plan = _around(import_array("scheduler_metadata", array), problem)
+    array = torch_tensors.new((words,), "int32", like) if torch_tensors.is_tensor(like) else None
+    own = empty((words,), np.int32, native) if array is None else import_array("scheduler_metadata", array)
+    plan = _around(own, problem)
     get_scheduler_metadata(
         problem.batch_size,
         problem.max_seqlen_q,
@@ -109,7 +107,7 @@ def make_plan(problem: Problem, lengths: Given, max_seqlen_k: int = _LONGEST) ->
         out=plan,
         **lengths,
     )
-    return array, plan
+    return exporter(like)(own) if array is None else array, plan
 
 
 def plan_around(array: Any, given: Given) -> SchedulerMetadata:
