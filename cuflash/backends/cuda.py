@@ -11,7 +11,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda.nvrtc import NVRTCError
+from cupy.cuda import nvrtc
 
 from ..arrays import NativeArray
 from ..device import Device
@@ -74,7 +74,7 @@ def _function(variant: Variant, number: int) -> Any:
             else:
                 module = cupy.RawModule(code=source(variant.file), options=variant.options)
             kernel = module.get_function(variant.kernel)
-    except (cupy.cuda.compiler.CompileException, NVRTCError) as error:
+    except (cupy.cuda.compiler.CompileException, nvrtc.NVRTCError) as error:
         lines = str(error).splitlines()
         reasons = [line for line in lines if "error" in line] or lines
         raise CompileError(f"{variant} does not compile for {arch}:\n" + "\n".join(reasons[:8])) from error
