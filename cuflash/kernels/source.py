@@ -136,6 +136,9 @@ class Variant:
     def __hash__(self) -> int:
         return self._hash  # of many small things, looked up at every launch
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # of this process alone
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.kernel, self.defines, self.arch_suffix))
