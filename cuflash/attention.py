@@ -2,55 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import arguments, backends, memo
-from .arguments.common import output
+from .arguments.hints import hints
+from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
-    aligned,
-    copy_into,
     empty,
     exporter,
-    import_array,
     is_on_device,
-    memory_of,
-    overlaps,
     refuse_in_capture,
     span_of,
 )
-from .dtypes import dtype_name
 from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
 from .scheduling import Refill, make_metadata
 
-_UNIT = 16  # bytes that the merge reads at once
 
-
+# What is returned follows from return_softmax_lse; a test compares these with the function itself.
+# fmt: off
+@overload
 def flash_attn_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any = None,
-    v: Any = None,
-    qv: Any = None,
-    rotary_cos: Any = None,
-    rotary_sin: Any = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Any = None,
-    cache_leftpad: Any = None,
-    page_table: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: Literal[False] = False,
+    *, sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, *, return_softmax_lse: Literal[True],
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: bool = False, *,
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+# fmt: on
+@hints
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    qv: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
     max_seqlen_q: int | None = None,
-    rotary_seqlens: Any = None,
-    q_descale: Any = None,
-    k_descale: Any = None,
-    v_descale: Any = None,
+    rotary_seqlens: Array | None = None,
+    q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None,
+    v_descale: Array | float | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] | None = (-1, -1),
@@ -63,14 +114,14 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
     *,
-    sinks: Any = None,
+    sinks: Array | None = None,
     split_size: int | None = None,
     kv_dtype: Any = None,
-    layout: str = "NHD",
-    out: Any = None,
-    softmax_lse: Any = None,
-    tree_mask: Any = None,
-    merge_with: tuple[Any, Any] | None = None,
+    layout: Literal["NHD", "HND"] = "NHD",
+    out: Array | None = None,
+    softmax_lse: Array | None = None,
+    tree_mask: Array | None = None,
+    merge_with: tuple[Array, Array] | None = None,
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_interleave: int = 1,
@@ -88,9 +139,11 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, heads_q, headdim), or (total_q, heads_q, headdim) with ``cu_seqlens_q``; float16, bfloat16
-            or float32.
+            or float32; with a quantised cache also float8_e4m3fn (or uint8, which means it): then the output, and
+            ``k`` and ``v``, are bfloat16.
         k_cache: (rows, capacity, heads_kv, headdim), or (pages, page_size, heads_kv, headdim) with ``page_table``;
-            q's dtype. Its rows must be whole 16-byte units: a cache is never copied.
+            q's dtype, or quantised: float8_e4m3fn, float8_e5m2, int8, or uint8 with ``kv_dtype``. Its rows must be
+            whole 16-byte units: a cache is never copied.
         v_cache: The same with headdim_v; may be the first columns of ``k_cache``'s own rows (MLA), whose headdim then
             reaches 576.
         k: (batch, seqlen_new, heads_kv, headdim) or (total_new, heads_kv, headdim) new keys, written in place at
@@ -109,9 +162,11 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new: (batch + 1,) int32 first new key of each sequence.
         max_seqlen_q: Longest query length, with ``cu_seqlens_q``.
         rotary_seqlens: (batch,) int32 rotary position of the first new key; default ``cache_seqlens``.
-        q_descale: Not implemented yet.
-        k_descale: Not implemented yet.
-        v_descale: Not implemented yet.
+        q_descale: Scales of float8_e4m3fn queries: a number, one float32, or (batch, heads_kv) float32; default 1.
+        k_descale: Scales of quantised keys, likewise; or one per key and head, in the shape of the cache without its
+            last axis, any strides. Values are codes times scales. Scales per key and head are written by an append,
+            which finds them; by other ones it quantises.
+        v_descale: Scales of quantised values, likewise.
         softmax_scale: Factor of the scores; default ``headdim ** -0.5``.
         causal: Bottom-right aligned causal mask.
         window_size: (left, right) keys around a row's position, -1 for all.
@@ -125,7 +180,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: Whether to return the LSE too.
         sinks: (heads_q,) learnable logits that take part in the softmax with a value of zero.
         split_size: As in ``get_scheduler_metadata``: results independent of the batch.
-        kv_dtype: Element type of a quantised cache; not implemented yet.
+        kv_dtype: What the bits of a cache of uint8 are: float8_e4m3fn, float8_e5m2 or int8.
         layout: "NHD", or "HND" for caches (pages, heads_kv, page_size, dim) or (rows, heads_kv, capacity, dim).
         out: Where to write the output, as q with headdim_v.
         softmax_lse: Where to write the LSE, (batch, heads_q, seqlen_q) or (heads_q, total_q) float32.
@@ -150,7 +205,6 @@ def flash_attn_with_kvcache(
         ValueError: For a wrong value, or a plan made for another problem, naming the first field that differs. Values
             of index arrays are checked on the host, and on a GPU under ``CUFLASH_VALIDATE=1``. Nothing has been
             written then.
-        NotImplementedError: For ``qv``, descales and quantised caches.
 
     Example:
         >>> import cuflash, numpy as np
@@ -178,11 +232,27 @@ _SIGNATURE = memo.Signature(
     (
         "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx",
         "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens", "sinks", "out",
-        "softmax_lse", "qv", "tree_mask",
+        "softmax_lse", "qv", "tree_mask", "q_descale", "k_descale", "v_descale",
     ),
     "scheduler_metadata",
     {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")},
 )  # fmt: skip
+
+
+def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
+    """Check everything, plan, attend, and remember nothing.
+
+    Args:
+        given: The arguments of ``flash_attn_with_kvcache`` by name; beside them ``cu_seqlens_k`` for packed keys.
+        max_seqlen_k: Upper bound of the key lengths.
+    """
+    problem, operands = arguments.attention(given, None)
+    backend, plan = backends.select(operands.q), None
+    if backend.uses_plan:
+        _refuse_planning_in_capture(operands.q)
+        plan, _ = make_metadata(problem, operands.lengths, max_seqlen_k, given["pack_gqa"])
+    backend.attend(problem, operands, plan)
+    return _results(given, operands.out, operands.softmax_lse)
 
 
 def _first_call(
@@ -222,7 +292,7 @@ class _Call:
         self._made = {
             name: array
             for name, array in operands.arrays.items()
-            if array is not arrays[name] and name not in ("k_cache", "v_cache", "out", "softmax_lse")
+            if array is not arrays[name] and not _is_view_or_result(name, arrays[name])
         }
         caches = ("k_cache", "v_cache")
         written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
@@ -283,14 +353,20 @@ def _in_kind(given: dict[str, Any], name: str, native: NativeArray) -> Any:
 
 def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
     """Whether no argument had to be copied: a repeated call hands them on as they are."""
-    # Caches are views of what was given, and never copied; outputs and lengths were made if they were not given. What
-    # has no partner is ignored.
-    made = ("k_cache", "v_cache", "out", "softmax_lse")
+    # Lengths were made if they were not given. What has no partner is ignored.
     return bool(arrays) and all(
         array is None or array is arrays[name] or (name == "cache_seqlens" and not hasattr(arrays[name], "shape"))
         for name, array in operands.arrays.items()
-        if name not in made
+        if name not in _VIEWS + _RESULTS
     )
+
+
+_VIEWS = ("k_cache", "v_cache", "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
+_RESULTS = ("out", "softmax_lse")  # made if they were not given
+
+
+def _is_view_or_result(name: str, given: Any) -> bool:
+    return name in _RESULTS or (name in _VIEWS and hasattr(given, "shape"))
 
 
 def _refuse_planning_in_capture(array: NativeArray) -> None:
@@ -303,85 +379,3 @@ def _longest(lengths: Lengths, capacity: int, problem: Problem) -> int:
     if is_on_device(lengths.cache_seqlens) or lengths.cu_seqlens_k_new is not None or not problem.batch_size:
         return min(capacity, 2**31 - 1)
     return int(lengths.cache_seqlens.max()) + lengths.seqlen_k_new
-
-
-def merge_attn_states(outs: Any, lses: Any, *, out: Any = None, softmax_lse: Any = None) -> tuple[Any, Any]:
-    """Merge partial results over disjoint keys into the result over all of them.
-
-    ``lse = log(sum_i exp(lse_i))`` and ``out = sum_i exp(lse_i - lse) out_i`` (FlashInfer, "cascade inference"). A part
-    that saw no key (LSE -inf) changes nothing.
-
-    Args:
-        outs: Sequence or stacked array of n outputs, each (batch, seqlen_q, heads, headdim) or (total_q, heads,
-            headdim).
-        lses: Sequence or stacked array of n LSEs, each (batch, heads, seqlen_q) or (heads, total_q), float32, natural
-            log.
-        out: Where to write the output: of the shape and dtype of one part.
-        softmax_lse: Where to write the LSE.
-
-    Returns:
-        (out, lse) of the shapes, kind and dtype of one part.
-
-    Raises:
-        TypeError: If an argument is not an array or a sequence of arrays.
-        ValueError: If shapes or dtypes do not fit together.
-
-    Example:
-        >>> import cuflash, numpy as np
-        >>> out, lse = np.ones((1, 1, 2, 64), np.float32), np.zeros((1, 2, 1), np.float32)
-        >>> merged, total = cuflash.merge_attn_states([out, 3 * out], [lse, lse])
-        >>> float(merged[0, 0, 0, 0]), round(float(total[0, 0, 0]), 4)
-        (2.0, 0.6931)
-    """
-    stacked, like = _stack("outs", outs)
-    stacked_lses, _ = _stack("lses", lses)
-    dtype_name("outs", stacked.dtype)
-    if stacked_lses.dtype != np.float32:
-        raise TypeError(f"lses must be float32, got {stacked_lses.dtype}")
-    if stacked.ndim not in (4, 5):
-        raise ValueError(f"outs must be n arrays with 3 or 4 dimensions each, got shape {stacked.shape}")
-    ragged = stacked.ndim == 4
-    shape = stacked.shape
-    expected = (shape[0], shape[2], shape[1]) if ragged else (shape[0], shape[1], shape[3], shape[2])
-    if stacked_lses.shape != expected:
-        raise ValueError(f"lses must have shape {expected} for outs of shape {shape}, got {stacked_lses.shape}")
-    if not shape[0]:
-        raise ValueError("outs must hold at least one part, got 0")
-    target = output("out", out, stacked, shape[1:], stacked.dtype)
-    target_lse = output("softmax_lse", softmax_lse, stacked, expected[1:], np.dtype(np.float32))
-    for name, written in (("out", target), ("softmax_lse", target_lse)):
-        if memory_of(written) != memory_of(stacked):
-            raise ValueError(f"{name} must be in {memory_of(stacked)} like outs, got one in {memory_of(written)}")
-        if overlaps(written, stacked) or overlaps(written, stacked_lses) or overlaps(target, target_lse):
-            raise ValueError(f"{name} must share no memory with outs, lses and other results")
-    batched = (slice(None), None) if ragged else ()
-    backends.select(stacked).merge(
-        stacked[batched], stacked_lses[batched], target[batched[1:]], target_lse[batched[1:]]
-    )
-    given = {"q": like, "out": out, "softmax_lse": softmax_lse}
-    return _in_kind(given, "out", target), _in_kind(given, "softmax_lse", target_lse)
-
-
-def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:
-    """Return n arrays as one contiguous native array (n, ...), and one of the caller's arrays."""
-    if not isinstance(arrays, (list, tuple)):
-        array = import_array(name, arrays)
-        if is_on_device(array) and not array.flags.c_contiguous:
-            refuse_in_capture(name, "be contiguous")
-        return aligned(name, array if array.flags.c_contiguous else array.copy(), _UNIT), arrays
-    if not arrays:
-        raise ValueError(f"{name} must hold at least one part, got 0")
-    parts = [import_array(f"{name}[{i}]", array) for i, array in enumerate(arrays)]
-    for i, part in enumerate(parts):
-        if part.dtype != parts[0].dtype or is_on_device(part) != is_on_device(parts[0]):
-            raise ValueError(
-                f"{name}[{i}] must have the dtype and memory of {name}[0] ({parts[0].dtype}), got {part.dtype}"
-            )
-        if part.shape != parts[0].shape:
-            raise ValueError(f"{name}[{i}] must have shape {parts[0].shape}, got {part.shape}")
-    if is_on_device(parts[0]):
-        refuse_in_capture(name, "be one array")
-    stacked = empty((len(parts), *parts[0].shape), parts[0].dtype, parts[0])
-    for i, part in enumerate(parts):
-        copy_into(f"{name}[{i}]", stacked[i], part)
-    return stacked, arrays[0]

@@ -1,9 +1,9 @@
 """Calls as sglang's FlashAttention backend makes them, on torch tensors, and what they must give.
 
 Written from what that backend does, not from its code (sgl-project/sglang, ``flashattention_backend.py`` of its
-attention layers): a pool of token slots, of which a request has pages; slot 0 belongs to nobody, and padding reads it.
-Every call is held against one that lists the slots that each query sees, so that masks, cascades and virtual batches
-have nothing in common with their answer.
+attention layers): a pool of token slots, of which a request has pages; slot 0 belongs to nobody, and padding reads
+it. Every call is held against one that lists the slots that each query sees, so that masks, cascades and virtual
+batches have nothing in common with their answer.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
-from ..dtypes import dtype_name
+from ..dtypes import QUERY_DTYPES, dtype_name
 from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
@@ -21,8 +21,9 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, new_keys
-from .common import Given
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
+from .common import Given, import_codes
+from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
 from .rotary import rotary as rotary_of
 from .rows import check_memory, merged, outputs, query_values, sinks_of, tree_mask
@@ -71,6 +72,9 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     joint = cache.joint and problem.headdim > problem.headdim_v
     if problem.headdim > MAX_HEADDIM and not joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
+    q_scales = query_scales(problem, given)
+    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
+    cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
     rotary = rotary_of(problem, q, k, joint, given)
     qv = query_values(problem, q, given)
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
@@ -83,7 +87,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     out, lse = outputs(problem, q, given)
     tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
     operands = Operands(
-        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse
+        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
     )
     check_memory(operands, plan)
     if checks_values(is_on_device(q)):
@@ -104,18 +108,18 @@ def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value.
     """
-    for name in ("q_descale", "k_descale", "v_descale"):
-        if given[name] is not None:
-            raise NotImplementedError(f"{name} is not implemented yet")
     boolean("return_softmax_lse", given["return_softmax_lse"])
-    q = import_array("q", given["q"])
-    dtype_name("q", q.dtype)
+    q, codes = import_codes("q", given["q"], "float8_e4m3fn")
+    q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0, got {softcap}")
-    check_heads("q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2])
+    check_heads(
+        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        other_layout(given["layout"], q.shape[-2], cache),
+    )  # fmt: skip
     check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
     problem = make_problem(
         batch_size,
@@ -123,8 +127,8 @@ def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
         q.shape[-2],
         cache.k.shape[2],
         q.shape[-1],
-        qkv_dtype=q.dtype,
-        kv_dtype=given["kv_dtype"],
+        qkv_dtype=q_dtype,
+        kv_dtype=cache.dtype if given["kv_dtype"] is None else given["kv_dtype"],
         headdim_v=cache.v.shape[-1],
         cu_seqlens_q=given["cu_seqlens_q"] is not None,
         page_size=cache.page_size if cache.is_paged else None,
@@ -172,5 +176,20 @@ def _planned(problem: Problem, plan: SchedulerMetadata, pack_gqa: bool | None) -
         difference = "pack_gqa", plan.pack_gqa, pack_gqa
     if difference is not None:
         field, plans, calls = difference
-        raise ValueError(f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}")
+        raise ValueError(
+            f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}"
+            f"{_likely_reason(field, plan, problem)}"
+        )
     return planned
+
+
+def _likely_reason(field: str, plan: SchedulerMetadata, call: Problem) -> str:
+    """Return what is often behind a difference between a plan and a call, for its error."""
+    planned = plan.problem
+    if field == "page_size" and call.page_size is None:
+        return ": page_table is missing"
+    if field == "max_seqlen_q" and plan.max_seqlen_k == call.max_seqlen_q:
+        return ": max_seqlen_q and max_seqlen_k of the plan look swapped"
+    if field == "num_heads_kv" and (planned.page_size, planned.num_heads_kv) == (call.num_heads_kv, call.page_size):
+        return ": is the layout of the caches the other one?"
+    return ""

@@ -17,7 +17,7 @@ from ..arrays import (
     refuse_in_capture,
     strides_of,
 )
-from ..dtypes import dtype_name
+from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import Problem, window_bounds
@@ -30,7 +30,7 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
         return None
     array = import_array("sinks", sinks)
     expect_shape("sinks", array, (problem.num_heads_q,))
-    dtype_name("sinks", array.dtype)
+    dtype_name("sinks", array.dtype, FLOAT_DTYPES)
     array = aligned("sinks", array, array.itemsize)
     if array.dtype == np.float32 and array.flags.c_contiguous:
         return array
@@ -42,7 +42,7 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
 def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
     """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
     ragged, shape = problem.cu_seqlens_q, q.shape
-    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), q.dtype)
+    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype))
     if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
         return out, None
     lse_shape = (shape[1], shape[0]) if ragged else (shape[0], shape[2], shape[1])
@@ -53,6 +53,8 @@ def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray 
     """Import qv, what of a query meets the values."""
     if given["qv"] is None:
         return None
+    if problem.out_dtype != problem.qkv_dtype:
+        raise ValueError(f"qv must be None with queries of {problem.qkv_dtype}")
     qv = import_array("qv", given["qv"])
     expect_shape("qv", qv, (*q.shape[:-1], problem.headdim_v))
     if qv.dtype != q.dtype:
@@ -65,11 +67,14 @@ def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | N
     if given["tree_mask"] is None:
         return None
     mask = import_array("tree_mask", given["tree_mask"])
-    for name in ("causal", "window_size", "attention_chunk", "rotary_cos"):
-        value = given[name]
-        if name == "window_size":
-            value = window_bounds(value) != (-1, -1)
-        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+    others = {
+        "causal": bool(given["causal"]),
+        "window_size": window_bounds(given["window_size"]) != (-1, -1),
+        "attention_chunk": problem.attention_chunk > 0,
+        "rotary_cos": given["rotary_cos"] is not None,
+    }
+    for name, is_given in others.items():
+        if is_given:
             raise ValueError(f"tree_mask must be alone: {name} must not be given with it, got {given[name]!r}")
     if mask.dtype not in (np.bool_, np.uint32):
         raise TypeError(f"tree_mask must be bool, or packed as uint32, got {mask.dtype}")

@@ -1,9 +1,23 @@
 // What decode.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
+#include "descale.cuh"
 #include "fast_divisor.cuh"
 #include "lengths.cuh"
 #include "mask.cuh"
 #include "paging.cuh"
+
+// Results of the same rows over other keys, to be merged in: merge_with.
+struct MergeWith {
+    const void* merge_out;       // as out, or null
+    const float* merge_lse;      // as softmax_lse, or null
+    long long batch_stride;      // elements, as all strides
+    long long row_stride;
+    long long head_stride;
+    long long column_stride;
+    long long lse_batch_stride;
+    long long lse_head_stride;
+    long long lse_row_stride;
+};
 
 struct DecodeParams {
     const void* q;             // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
@@ -12,11 +26,16 @@ struct DecodeParams {
     void* out;                 // (batch, seqlen_q, heads_q, headdim_v) or (total_q, heads_q, headdim_v)
     float* softmax_lse;        // (batch, heads_q, seqlen_q) or (heads_q, total_q), or null: nobody asks
     const float* sinks;        // (heads_q,) or null
+    const float* q_descale;    // (batch, heads_kv), or one number, or null: 1
+    const float* k_descale;    // the same, or with KEY_SCALES (pages, page_size, heads_kv)
+    const float* v_descale;    // likewise
     const int* plan;           // schedule.cuh
     float* partials;           // (slots, ROWS, HEAD_DIM_V) unnormalised outputs, then (slots, ROWS, 2) maxima and sums
     unsigned int* counters;    // (blocks,) zero before and after every launch
     Lengths lengths;
     KVCache cache;
+    Tree tree;
+    MergeWith merge;
     long long q_batch_stride;  // elements, as all strides of q and out
     long long q_row_stride;
     long long q_head_stride;
@@ -25,6 +44,9 @@ struct DecodeParams {
     long long out_head_stride;
     long long lse_batch_stride;
     long long lse_head_stride;
+    DescaleStrides q_descale_strides;
+    DescaleStrides k_descale_strides;
+    DescaleStrides v_descale_strides;
     Mask mask;
     int batch_size;
     int total_q;               // rows of ragged queries, else 0
@@ -47,5 +69,6 @@ struct DecodeParams {
     float score_cap;           // softcap
     float cap_scale;           // softmax_scale
     float cap_inverse;         // 2^64 / softcap
+    float value_scale;         // with a quantised cache: factor of the output
     int cap_exactly;           // the cap is so large, or the scale so small, that the short way is too coarse
 };

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ... import attention
+from ... import merging
 from .. import torch_tensors
 
 __all__ = ["merge_state", "merge_state_v2"]
@@ -40,7 +40,7 @@ def merge_state_v2(
             lse = torch_tensors.new(tuple(lses.shape[1:]), "float32", v_a)
             if out is None:
                 out = torch.empty_like(v_a, memory_format=torch.contiguous_format)
-        merged, total = attention.merge_attn_states(outs, lses, out=out, softmax_lse=lse)
+        merged, total = merging.merge_attn_states(outs, lses, out=out, lse=lse)
         if s_merged is None:
             return merged, total.T
         s_merged[...] = total.T
