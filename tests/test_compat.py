@@ -75,6 +75,14 @@ def test_graph_buffers_with_padding(server: Server, batch: int) -> None:
         buffers.check()
 
 
+def test_quantised_pool(torch: Any) -> None:
+    """Queries are cast to the pool's dtype, and give bfloat16."""
+    server = Server(torch, "cpu", "float8_e4m3fn", page_size=16)
+    server.decode(planned=True)
+    server.decode(window=10)
+    server.extend(EXTENDED)
+
+
 # ------------------------------------------------------------------------------------------------ MLA
 @pytest.mark.parametrize("only_qv", [False, True])
 def test_mla(torch: Any, only_qv: bool) -> None:

@@ -61,6 +61,14 @@ def test_keys_one_behind_the_other(server: Server) -> None:
     server.prefix_chunks((30, 1, 36, 64))
 
 
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+def test_quantised_pool(in_graph: bool) -> None:
+    server = Server(torch, "cuda", "float8_e4m3fn", page_size=16, in_graph=in_graph)
+    server.decode(planned=True)
+    server.decode(window=10)
+    server.extend(EXTENDED)
+
+
 @pytest.mark.parametrize("warm", ["same stream", "side stream", "cold"])
 def test_graphs_of_two_batch_sizes(warm: str) -> None:
     """A graph per batch size in one pool of torch's; metadata is copied into what they read, between replays."""
