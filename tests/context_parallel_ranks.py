@@ -34,6 +34,17 @@ CASES = [
     Case(seqlens=(33, 9, 20), seqlens_q=4, tree="words", page_size=3, csr=True, dtype="float16", merge=True),
     Case(seqlens=(50, 5), seqlens_q=(2, 3), causal=True, window=(16, 0), headdim=(96, 64), mla="joint", heads=(12, 1)),
     Case(seqlens=(50, 5), seqlens_q=2, causal=True, headdim=(64, 256), mla="qv", heads=(12, 1), batch_idx=True),
+    Case(
+        seqlens=(60, 9, 33),
+        seqlens_q=2,
+        causal=True,
+        new=2,
+        dtype="float8_e4m3fn",
+        kv_dtype="float8_e4m3fn",
+        scales=("heads", "keys", "one"),
+        page_size=16,
+    ),
+    Case(seqlens=(20, 77), new=1, dtype="float16", kv_dtype="int8", scales=("none", "heads", "keys"), layout="HND"),
     Case(seqlens=(0, 0), seqlens_q=1),
 ]
 
@@ -62,8 +73,12 @@ def own_inputs(case: Case, interleave: int) -> dict[str, Any]:
     longest = max((sum(map(here, range(s.seqlen + len(s.new_rows)))) for s in sequences), default=0)
     capacity = -(-(longest + 1) // page_size) * page_size
     own: dict[str, Any] = {}
-    for name in ("k_cache",) if case.mla == "joint" else ("k_cache", "v_cache"):
-        cache = np.full((len(sequences), capacity, num_heads, whole[name].shape[-1]), np.nan, whole[name].dtype)
+    names = ["k_cache"] if case.mla == "joint" else ["k_cache", "v_cache"]
+    names += [name for name in ("k_descale", "v_descale") if np.ndim(whole.get(name)) == 3]
+    for name in names:
+        garbage = 99 if whole[name].dtype == np.int8 else np.nan
+        shape = (len(sequences), capacity, num_heads, *whole[name].shape[3:])
+        cache = np.full(shape, garbage, whole[name].dtype)
         for sequence in sequences:
             held = filter(here, range(sequence.seqlen))
             for n, position in enumerate(held):
@@ -84,8 +99,8 @@ def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any]
     given = {name: inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k_new") if name in inputs}
     return group.plan(
         len(lengths), inputs.get("max_seqlen_q", q.shape[1]), 200, q.shape[-2], case.heads[1], case.headdim[0], lengths,
-        qkv_dtype=case.dtype, headdim_v=case.headdim[1], page_size=case.page_size, causal=case.causal,
-        window_size=case.window, attention_chunk=case.chunk, has_softcap=case.softcap > 0,
+        qkv_dtype=case.dtype, kv_dtype=case.kv_dtype, headdim_v=case.headdim[1], page_size=case.page_size,
+        causal=case.causal, window_size=case.window, attention_chunk=case.chunk, has_softcap=case.softcap > 0,
         max_seqlen_k_new=max(case.appended, default=0), **given, **options,
     )  # fmt: skip
 
@@ -99,10 +114,10 @@ def gathered(out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check(case: Case, found: tuple[np.ndarray, np.ndarray], answer: reference.Answer, what: str) -> None:
     """Compare with the definition: each part may be rounded once, and their sum once more."""
     out, lse = found
-    u = UNIT_ROUNDOFF[case.dtype]
+    u = UNIT_ROUNDOFF[case.out_dtype]
     with np.errstate(invalid="ignore"):
         error = np.abs(out.astype(np.float64) - answer.out)
-    assert out.shape == answer.out.shape and out.dtype == DTYPES[case.dtype], what
+    assert out.shape == answer.out.shape and out.dtype == DTYPES[case.out_dtype], what
     assert (error <= (3 * u + 1e-5) * answer.magnitude).all(), f"{what}: {error.max()}"
     np.testing.assert_allclose(lse, answer.lse, rtol=1e-6, atol=1e-2 if case.rotary or case.softcap else 2e-5)
 
