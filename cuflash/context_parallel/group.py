@@ -51,7 +51,8 @@ class ContextParallel:
     ``merge_with`` count once: what rank 0 gives.
 
     A call packs each rank's outputs and LSE into one block per peer, makes one exchange, and merges what has come. The
-    parts are merged in the order of the ranks, so that repeated runs are bitwise the same.
+    parts are merged in the order of the ranks, so that repeated runs are bitwise the same. On a GPU calls of a group
+    follow each other on one stream.
 
     Ranks that disagree, fail or are missing end in a :class:`ContextParallelError` on every other rank, within
     ``timeout`` and by name; then the group refuses further calls. Plans are compared once, calls on host arrays always,
@@ -337,12 +338,13 @@ class ContextParallel:
         return self._wire
 
     def _kept(self, name: str, shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
-        """Return memory that this group keeps for calls of these shapes: captured graphs may use it."""
+        """Return memory for a call; on a GPU the group keeps it for calls of these shapes, since graphs may use it."""
+        if not is_on_device(like):
+            return empty(shape, dtype, like)
         key = (name, shape, np.dtype(dtype).name, memory_of(like))
         array = self._memory.get(key)
         if array is None:
-            if is_on_device(like):
-                refuse_in_capture("the group", "have made a call of these shapes")
+            refuse_in_capture("the group", "have made a call of these shapes")
             array = self._memory[key] = empty(shape, dtype, like)
         return array
 
