@@ -7,7 +7,6 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import arguments, backends, memo
-from .arguments.hints import hints
 from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
@@ -21,6 +20,7 @@ from .arrays import (
 from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
+from .public import public
 from .scheduling import Refill, make_metadata
 
 
@@ -81,7 +81,7 @@ def flash_attn_with_kvcache(
     cp_rank: int = 0, cp_interleave: int = 1,
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 # fmt: on
-@hints
+@public
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,

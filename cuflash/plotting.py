@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 # Of Okabe and Ito's palette, told apart with every kind of colour vision, those that have a lighter shade of their own.
 # https://jfly.uni-koeln.de/color/
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_HATCHES = ("", "////", "....", "xxxx")  # a further five sequences each
 _CUT_COLOUR = "black"
+_HATCH_COLOUR = (1, 1, 1, 0.75)
 _LABELLED_BLOCKS = 40  # more bars than that are too slim for text
 _BRACKETED_BLOCKS = 320
 
@@ -23,9 +25,9 @@ def plot_work(
 ) -> Axes:
     """Draw a list of work as :meth:`SchedulerMetadata.work` gives it, of whatever schedule.
 
-    A bar per block, coloured by sequence, a black mark where an item is cut. The shares of a block stand one behind the
-    other. KV heads of a sequence alternate in shade. Blocks whose partial results are merged are joined by a bracket
-    on the right.
+    A bar per block, coloured by sequence and hatched beyond five of them, a black mark where an item is cut. The shares
+    of a block stand one behind the other. KV heads of a sequence alternate in shade. Blocks whose partial results are
+    merged are joined by a bracket on the right.
 
     Args:
         work: Lines with the fields of ``WORK``, sorted by block.
@@ -45,6 +47,7 @@ def plot_work(
         from matplotlib import pyplot
         from matplotlib.collections import LineCollection, PolyCollection
         from matplotlib.colors import to_rgb
+        from matplotlib.legend_handler import HandlerTuple
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
@@ -70,7 +73,15 @@ def plot_work(
     shades = np.stack([full, 0.62 * full + 0.38], 1)
     colours = shades[sequence % len(_COLOURS), (work["kv_head"] + work["row_block"]) % 2]
     corners = np.stack([begin, low, end, low, end, high, begin, high], -1).reshape(-1, 4, 2)
-    ax.add_collection(PolyCollection(list(corners), facecolors=list(colours), linewidths=0, antialiased=False))
+    cycle = sequence // len(_COLOURS) % len(_HATCHES)
+    for number_of_cycle, hatch in enumerate(_HATCHES):
+        mine = np.flatnonzero(cycle == number_of_cycle)
+        ax.add_collection(
+            PolyCollection(
+                list(corners[mine]), facecolors=list(colours[mine]), linewidths=0, antialiased=False,
+                hatch=hatch or None, edgecolors=_HATCH_COLOUR,
+            )
+        )  # fmt: skip
 
     # An item is cut where it goes on in another line and another block.
     item = np.stack([sequence, work["kv_head"], work["row_block"]], -1)
@@ -90,25 +101,33 @@ def plot_work(
     if labels:
         for line in np.flatnonzero(keys > 0.05 * longest):
             ax.text((begin[line] + end[line]) / 2, block[line], f"{sequence[line]}:{work['kv_head'][line]}",
-                    ha="center", va="center", fontsize="x-small" if num_blocks <= 20 else "xx-small", clip_on=True,
-                    color="white" if colours[line].mean() < 0.4 else "black")  # fmt: skip
+                    ha="center", va="center", fontsize="small" if num_blocks <= 20 else "x-small", clip_on=True,
+                    color="white" if colours[line].mean() < 0.4 else "black",
+                    bbox={"facecolor": colours[line], "linewidth": 0, "pad": 0.8} if cycle[line] else None)  # fmt: skip
 
     handles: list[Any] = []
     if labels:
         handles.append(
             Line2D([], [], linewidth=0, marker="$2\\!:\\!1$", markersize=12, color="0.2", label="sequence : KV head")
         )
-    some = int(sequence.max(initial=-1)) < len(_COLOURS)
+    some = int(sequence.max(initial=-1)) < len(_COLOURS) * len(_HATCHES)
     if some:
-        handles += [Patch(color=_COLOURS[s], label=f"sequence {s}") for s in np.unique(sequence)]
+        handles += [
+            Patch(facecolor=_COLOURS[s % len(_COLOURS)], hatch=_HATCHES[s // len(_COLOURS)] or None,
+                  edgecolor=_HATCH_COLOUR, linewidth=0, label=f"sequence {s}")
+            for s in np.unique(sequence)
+        ]  # fmt: skip
+    alternating = "KV heads in turn" if not work["row_block"].any() else "KV heads and row blocks in turn"
     if (work["kv_head"] + work["row_block"]).any():
-        handles.append(Patch(color="0.8", label="light: every other KV head"))
+        first_colour = shades[int(sequence[0]) % len(_COLOURS)]
+        handles.append(tuple(Patch(facecolor=shade) for shade in first_colour))
     handles.append(Line2D([], [], color=_CUT_COLOUR, linewidth=0, marker="|", markersize=9, label="item cut"))
     spans = _merged_spans(number[here[cut]], block[here[cut]], block[there[cut]])
     if spans and num_blocks <= _BRACKETED_BLOCKS:
         for k, (top, bottom) in enumerate(spans):
             x = 1.012 + 0.014 * (k % 2)  # neighbours may share a block
-            ax.plot([x, x], [top - 0.25, bottom + 0.25], color=_CUT_COLOUR, linewidth=1.2, clip_on=False,
+            ends = np.repeat([top - 0.25, bottom + 0.25], 2)
+            ax.plot([x - 0.006, x, x, x - 0.006], ends, color=_CUT_COLOUR, linewidth=1.2, clip_on=False,
                     solid_capstyle="butt", transform=ax.get_yaxis_transform())  # fmt: skip
         handles.append(Line2D([], [], color=_CUT_COLOUR, linewidth=0, marker="$]$", markersize=9, label="parts merged"))
 
@@ -123,8 +142,10 @@ def plot_work(
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("keys read by the block")
     ax.set_ylabel("thread block")
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.04, 1), frameon=False, fontsize="small",
-              title=None if some else "colours: sequences", title_fontsize="small")  # fmt: skip
+    labelled = [alternating if isinstance(handle, tuple) else handle.get_label() for handle in handles]
+    ax.legend(handles=handles, labels=labelled, loc="upper left", bbox_to_anchor=(1.04, 1), frameon=False,
+              fontsize="small", title=None if some else "colours: sequences", title_fontsize="small",
+              handler_map={tuple: HandlerTuple(ndivide=None)})  # fmt: skip
     if title is not None:
         ax.set_title(title, loc="left", fontsize="medium", pad=16)
     return ax

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from . import arguments, backends, kernels, memo
-from .arguments.hints import hints
 from .array_types import Array
 from .arrays import NativeArray, empty, is_on_device, memory_of
 from .metadata import SchedulerMetadata
 from .operands import Lengths
 from .planner import plan_words
 from .problem import Problem, boolean, first_difference, integer, make_problem
+from .public import public
 
 _MAX_ITEMS = 2**30  # and rows of a KV head: int32 numbers them with room for sums
 
 
-@hints
+@public
 def get_scheduler_metadata(
     batch_size: int,
     max_seqlen_q: int,

@@ -383,3 +383,21 @@ def _lengths(seqlens: list[int]) -> Any:
     from cuflash.operands import Lengths
 
     return Lengths(np.array(seqlens, np.int32))
+
+
+@pytest.mark.parametrize("sequences", [3, 12, 21])
+def test_legends_match_the_marks(sequences):
+    """Each of up to twenty sequences has a colour and hatch of its own, and a line of the legend."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    lengths = np.full(sequences, 600, np.int32)
+    meta = cuflash.get_scheduler_metadata(sequences, 1, 600, 8, 2, 64, lengths)
+    ax = meta.plot()
+    lines = dict(zip((text.get_text() for text in ax.get_legend().get_texts()), ax.get_legend().legend_handles))
+    named = {
+        label: (patch.get_facecolor(), patch.get_hatch()) for label, patch in lines.items() if "sequence " in label
+    }
+    named = {label: look for label, look in named.items() if label[-1].isdigit()}
+    assert len(named) == len(set(named.values())) == (sequences if sequences <= 20 else 0)
+    assert "KV heads in turn" in lines
+    matplotlib.pyplot.close("all")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
+from .. import journal
 from ..arrays import NativeArray, address_of, copy_into, strides_of
 from ..device import Device
 from ..kernels import attention_step, plan_launch
@@ -98,6 +100,8 @@ def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> 
     for name, memory in step.scratch:
         arrays[name] = machine.scratch(name, memory)
     arrays[ABSENT] = None
+    if journal.launches:
+        journal.launches.get(threading.get_ident(), []).extend(step.launches)
     address = machine.address
     for launch in step.launches:
         mine = [arrays[name] for name in launch.pointers]

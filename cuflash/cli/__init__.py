@@ -1,4 +1,4 @@
-"""``cuflash [demo | info | schedule | bench | cache]``: one module per command.
+"""``cuflash [demo | info | schedule | bench | cache | replay]``: one module per command.
 
 A command's module has two functions: ``add_parser`` describes its arguments, ``run`` does the work and returns the exit
 code. Wrong arguments raise ValueError or TypeError anywhere in ``run``, and end as the parser's own errors do.
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, cache, demo, info, schedule
+from . import bench, cache, demo, info, replay, schedule
 from .parser import Parser, program
 from .text import survive_any_encoding, wrapped
 
-__all__ = ["bench", "cache", "demo", "info", "main", "schedule"]
+__all__ = ["bench", "cache", "demo", "info", "main", "replay", "schedule"]
 
-_COMMANDS = (demo, info, schedule, bench, cache)
+_COMMANDS = (demo, info, schedule, bench, cache, replay)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

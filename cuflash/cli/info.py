@@ -30,6 +30,7 @@ _VARIABLES = {
     "CUFLASH_ARCH": "90",
     "CUFLASH_VALIDATE": "0",
     "CUFLASH_CACHE_DIR": "",
+    "CUFLASH_LOG": "",
 }
 _BACKENDS = ("auto", "cuda", "numpy", "sim")
 _MIN_CUPY = (14, 2)
@@ -306,6 +307,9 @@ def _wrong(name: str, value: str) -> str:
         return "" if value in _BACKENDS else f"one of {', '.join(_BACKENDS)}"
     if name == "CUFLASH_VALIDATE":
         return "" if value in ("0", "1") else "0 or 1"
+    if name == "CUFLASH_LOG":
+        can_be = value in ("1", "stderr") or os.access(Path(value).absolute().parent, os.W_OK)
+        return "" if can_be else "1, stderr or a file that can be written"
     if name == "CUFLASH_CACHE_DIR":
         path = Path(value)
         parents = [parent for parent in (path, *path.absolute().parents) if parent.exists()]

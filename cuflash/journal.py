@@ -1,0 +1,132 @@
+"""``CUFLASH_LOG``: a line of JSON for each call, with which ``cuflash replay`` runs it again, for a bug report.
+
+A line says the arguments (of arrays the layout, of index arrays what they hold, too), the kernels that ran with their
+variants and launches, and how the call ended. What floating-point arrays hold is not kept: it is made up again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .arrays import NativeArray, import_array, is_on_device, memory_of, to_host
+from .metadata import SchedulerMetadata
+
+VARIABLE = "CUFLASH_LOG"
+_MOST_VALUES = 2**20  # of an index array
+
+launches: dict[int, list[Any]] = {}
+"""Launches of the calls that are being written down, by thread; the backends add them."""
+
+
+def write(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a function and write a line about the call, whether it returns or raises.
+
+    Args:
+        function: The function.
+        arguments: All its arguments by name.
+
+    Returns:
+        What it returns.
+    """
+    line: dict[str, Any] = {"call": function.__name__, "arguments": {k: _described(x) for k, x in arguments.items()}}
+    ran = launches[threading.get_ident()] = []
+    begin = time.perf_counter()
+    try:
+        return function(**arguments)
+    except Exception as error:
+        line["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        del launches[threading.get_ident()]
+        line["host_us"] = round(1e6 * (time.perf_counter() - begin), 1)
+        line["launches"] = [
+            f"{launch.variant} <<<{launch.grid}, {launch.threads}, {launch.shared_bytes}>>>" for launch in ran
+        ]
+        _append(json.dumps(line) + "\n")
+
+
+def _append(text: str) -> None:
+    where = os.environ.get(VARIABLE, "")
+    if where in ("1", "stderr"):
+        sys.stderr.write(text)
+    elif where:
+        with open(where, "a") as file:  # opened anew, so that processes can share it
+            file.write(text)
+
+
+def _described(x: Any) -> Any:
+    """Return an argument as what JSON can say."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    if isinstance(x, SchedulerMetadata):
+        return {"plan": asdict(x.problem), "max_seqlen_k": x.max_seqlen_k, "num_blocks": x.num_blocks}
+    if isinstance(x, (tuple, list)):
+        return [_described(item) for item in x]
+    try:
+        array = import_array("argument", x)
+    except (TypeError, ValueError):
+        return {"other": str(x)}
+    kind = {"array": array.dtype.name, "shape": list(array.shape), "strides": list(array.strides)}
+    if array.dtype.kind in "iub" and array.dtype.itemsize > 1 and array.size <= _MOST_VALUES and not _captures(array):
+        kind["values"] = to_host(array).tolist()
+    return {**kind, "memory": memory_of(array), "of": type(x).__module__.partition(".")[0]}
+
+
+def _captures(array: NativeArray) -> bool:
+    """Whether looking at an array would break a capture."""
+    return is_on_device(array) and bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
+
+
+# ---------------------------------------------------------------------------------------------------- running it again
+def rebuilt(described: Any, xp: Any, rng: np.random.Generator) -> Any:
+    """Return an argument made of what a line says about it.
+
+    Args:
+        described: From a line.
+        xp: ``numpy`` or ``cupy``.
+        rng: Where values come from that were not kept.
+
+    Raises:
+        ValueError: For an index array whose values were not kept, or what is no argument.
+    """
+    if isinstance(described, list):
+        return tuple(rebuilt(item, xp, rng) for item in described)
+    if not isinstance(described, dict):
+        return described
+    if "other" in described:
+        return described["other"]
+    name, shape, strides = described["array"], tuple(described["shape"]), described["strides"]
+    from .dtypes import numpy_dtype
+
+    dtype = numpy_dtype(name)
+    if "values" in described:
+        return xp.asarray(np.array(described["values"], dtype).reshape(shape))
+    if dtype.kind in "iu" and dtype.itemsize > 1:
+        raise ValueError("an index array's values are not in the line: it was written while a graph was captured")
+    # An array whose axes lie in memory as those of the original did, with its gaps.
+    steps = [abs(step) // dtype.itemsize for step in strides]
+    elements = 1 + sum((size - 1) * step for size, step in zip(shape, steps)) if 0 not in shape else 0
+    memory = np.empty(elements, dtype)
+    memory[:] = rng.integers(0, 2, elements) if dtype.kind == "b" else _numbers(rng, elements, dtype)
+    view = np.lib.stride_tricks.as_strided(memory, shape, [step * dtype.itemsize for step in steps])
+    if xp is np:
+        return view
+    on_device = xp.asarray(memory)
+    return xp.lib.stride_tricks.as_strided(on_device, shape, [step * dtype.itemsize for step in steps])
+
+
+def _numbers(rng: np.random.Generator, size: int, dtype: np.dtype[Any]) -> Any:
+    if dtype == np.uint8:
+        return rng.integers(0, 0x60, size)  # float8 of moderate size
+    if dtype == np.int8:
+        return rng.integers(-127, 128, size)
+    return rng.standard_normal(size, np.float32).astype(dtype)
