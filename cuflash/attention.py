@@ -215,9 +215,12 @@ class _Call:
         lse = operands.softmax_lse
         self._backend, self._step, self._refill = backend, step, refill
         self._out, self._lse = (operands.out.shape, operands.out.dtype), None if lse is None else lse.shape
-        # A number or nothing that stood for lengths is an array now.
-        seqlens = operands.lengths.cache_seqlens
-        self._made = {} if arrays["cache_seqlens"] is seqlens else {"cache_seqlens": seqlens}
+        # What came as a number or not at all and is an array now, and what was given and ignored.
+        self._made = {
+            name: array
+            for name, array in operands.arrays.items()
+            if array is not arrays[name] and name not in ("k_cache", "v_cache", "out", "softmax_lse")
+        }
         caches = ("k_cache", "v_cache")
         written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
         written += [("out", caches)] if arrays["out"] is not None else []

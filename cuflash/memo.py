@@ -18,6 +18,9 @@ from typing import Any
 from .arrays import NativeArray, import_device_array, is_device_type
 
 _MOST = 64  # calls that a plan remembers
+# os.environ as it lies beneath: two look-ups through it take 2 us, a tenth of a call.
+_environment: Any = os.environ._data  # type: ignore[attr-defined]
+_VALIDATE, _BACKEND = (os.environ.encodekey(name) for name in ("CUFLASH_VALIDATE", "CUFLASH_BACKEND"))
 
 Calls = dict[Hashable, Any]
 Arrays = dict[str, NativeArray | None]
@@ -50,7 +53,6 @@ class Signature:
         """
         parameters = inspect.signature(function).parameters
         self._parts = dict(pairs or {})
-        self._absent = {part: None for parts in self._parts.values() for part in parts}
         arrays += tuple(name for name in self._parts if name not in arrays)
         unknown = [name for name in (*arrays, accounted_for) if name not in parameters]
         if unknown:
@@ -59,6 +61,8 @@ class Signature:
         self.options = tuple(name for name in parameters if name not in arrays and name != accounted_for)
         self._pairs = [i for i, name in enumerate(self.options) if isinstance(parameters[name].default, tuple)]
         self._arrays_of, self._options_of = itemgetter(*arrays), itemgetter(*self.options)
+        absent = tuple(part for parts in self._parts.values() for part in parts)
+        self._names, self._absent = arrays + absent, (None,) * len(absent)
 
     def find(self, calls: Calls, given: dict[str, Any], *more: Hashable) -> tuple[Hashable | None, Any, Arrays]:
         """Find what is remembered of a call.
@@ -73,17 +77,13 @@ class Signature:
             key for a call that must be checked anew whatever came before: arrays whose values are checked (on the
             host, or under ``CUFLASH_VALIDATE``), options that cannot be compared.
         """
-        environment = os.environ
-        if "CUFLASH_VALIDATE" in environment:
+        if _VALIDATE in _environment:
             return None, None, {}
-        names, arrays = self.arrays, self._arrays_of(given)
+        arrays = self._arrays_of(given) + self._absent
+        for name in self._parts:
+            if type(given[name]) is tuple:
+                arrays = self._taken_apart(name, arrays)
         layouts: list[Hashable] = []
-        for name, parts in self._parts.items():
-            pair = given[name]
-            if type(pair) is tuple and len(pair) == 2:
-                place = names.index(name)
-                names, arrays = names + parts, (*arrays[:place], None, *arrays[place + 1 :], *pair)
-                layouts.append(name)
         native = None  # the type of the array before
         for index, x in enumerate(arrays):
             if x is None:
@@ -95,7 +95,7 @@ class Signature:
                 continue
             if kind is not native:
                 if not is_device_type(kind):
-                    x = import_device_array(names[index], x)
+                    x = import_device_array(self._names[index], x)
                     if x is None:
                         return None, None, {}
                     arrays = (*arrays[:index], x, *arrays[index + 1 :])
@@ -109,11 +109,22 @@ class Signature:
         for index in self._pairs:
             if kinds[index] is tuple:
                 kinds += tuple(map(type, options[index]))
-        key = tuple(layouts), options, kinds, environment.get("CUFLASH_BACKEND"), more
+        key = tuple(layouts), options, kinds, _environment.get(_BACKEND), more
         try:
-            return key, calls.get(key), {**self._absent, **dict(zip(names, arrays))}
+            return key, calls.get(key), dict(zip(self._names, arrays))
         except TypeError:
             return None, None, {}
+
+    def _taken_apart(self, name: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arrays with the two of a pair in their own places; one that is no pair stays, for an error."""
+        places, parts = self._names.index, self._parts[name]
+        taken = list(arrays)
+        pair = taken[places(name)]
+        if len(pair) == len(parts):
+            taken[places(name)] = None
+            for part, array in zip(parts, pair):
+                taken[places(part)] = array
+        return tuple(taken)
 
 
 def remember(calls: Calls, key: Hashable | None, call: Any) -> None:

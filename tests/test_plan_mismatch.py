@@ -55,6 +55,9 @@ OTHERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "num_splits": (3, {"num_splits": 3}),
     "split_size": (64, {"split_size": 64}),
     "sm_margin": (4, {"sm_margin": 4}),
+    "cp_world_size": (2, {"cp_world_size": 2}),
+    "cp_rank": (1, {"cp_world_size": 2, "cp_rank": 1}),
+    "cp_interleave": (16, {"cp_interleave": 16}),
 }
 OF_THE_PLAN = {"num_splits": 1, "split_size": 128, "sm_margin": 2}  # the call may be silent about them
 
@@ -74,7 +77,8 @@ def test_field(field):
     before = metadata.array.copy()
     out, lse = np.full((3, 2, 4, 64), 7, np.float32), np.full((3, 4, 2), 7, np.float32)
     # num_heads_q differs with num_heads_kv alone, and so on: the named field is the first that does.
-    with pytest.raises(ValueError, match=rf"scheduler_metadata was made for {field}="):
+    named = "cp_world_size" if field == "cp_rank" else field  # a rank needs a world, which differs first
+    with pytest.raises(ValueError, match=rf"scheduler_metadata was made for {named}="):
         attend(metadata, out=out, softmax_lse=lse, **called)
     assert_array_equal(out, 7)
     assert_array_equal(lse, 7)
@@ -99,7 +103,8 @@ def test_refilled_plan(field):
         pytest.skip("no plan can be made for quantised caches yet")
     metadata = plan()
     before = metadata.array.copy()
-    with pytest.raises(ValueError, match=rf"out was made for another problem: {field} was"):
+    named = "cp_world_size" if field == "cp_rank" else field
+    with pytest.raises(ValueError, match=rf"out was made for another problem: {named} was"):
         plan(**options, out=metadata)
     assert_array_equal(metadata.array, before)
 

@@ -95,7 +95,20 @@ def with_everything_else(seed: int) -> Arguments:
     }
 
 
-KINDS = [paged, contiguous, head_major, appending, with_everything_else]
+def with_what_is_ignored(seed: int) -> Arguments:
+    """Arguments without a partner, which say nothing."""
+    return paged(seed) | {
+        "rotary_seqlens": np.full(BATCH, 5, np.int32),
+        "cu_seqlens_k_new": np.arange(0, 3 * BATCH + 1, 3, dtype=np.int32),
+        "max_seqlen_q": 7,
+    }
+
+
+def with_one_length(seed: int) -> Arguments:
+    return paged(seed) | {"cache_seqlens": 70}
+
+
+KINDS = [paged, contiguous, head_major, appending, with_everything_else, with_what_is_ignored, with_one_length]
 
 
 def on_device(arguments: Arguments) -> Arguments:
@@ -113,8 +126,11 @@ def plan(arguments: Arguments, out: Any = None, **changes: Any) -> cuflash.Sched
         "max_seqlen_k_new": int("k" in arguments),
         "qkv_dtype": "float32",
     }
+    seqlens = arguments["cache_seqlens"]
+    if isinstance(seqlens, int):
+        seqlens = DeviceArray(np.full(BATCH, seqlens, np.int32))
     return cuflash.get_scheduler_metadata(
-        BATCH, 1, PAGE * PAGES, HEADS_Q, HEADS_KV, DIM, arguments["cache_seqlens"], out=out, **options | changes
+        BATCH, 1, PAGE * PAGES, HEADS_Q, HEADS_KV, DIM, seqlens, out=out, **options | changes
     )
 
 

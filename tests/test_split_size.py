@@ -59,6 +59,7 @@ def _attend(
     k, v = (np.full((len(sequences), rows, *x.shape[1:]), np.nan, x.dtype) for x in (first.k, first.v))
     for b, one in enumerate(sequences):
         k[b, : len(one.k)], v[b, : len(one.v)] = one.k, one.v
+    options = {name: backend.to_native(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     arguments: dict[str, Any] = {"cache_seqlens": np.array(lengths, np.int32)}
     if page_size:
         columns = -(-rows // page_size)

@@ -2,8 +2,8 @@
 //
 // A state is a maximum m, as scores come from the products of queries and keys, and a sum l; its output O is not normalised:
 // l = sum exp2((score - m) scale) and O = sum exp2((score - m) scale) V. States of disjoint keys are merged as m = max m_i,
-// w_i = exp2((m_i - m) scale), l = sum w_i l_i, O = sum w_i O_i (Milakov and Gimelshein, "Online normalizer calculation for softmax"). Always in the order of the keys, so
-// that results never depend on timing.
+// w_i = exp2((m_i - m) scale), l = sum w_i l_i, O = sum w_i O_i (Milakov and Gimelshein, "Online normalizer calculation for
+// softmax"). Always in the order of the keys, so that results never depend on timing.
 #pragma once
 #include "config.cuh"
 #include "fragment.cuh"

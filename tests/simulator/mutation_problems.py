@@ -341,8 +341,8 @@ EQUIVALENT = (
         "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="lt -> le",
-        operands=r"^add\.s32 %r\d+, %r\d+, (8|16|24)\n",
+        kind="ge -> gt",
+        operands=r"^add\.s32 %r\d+, %r\d+, (8|16|24)\nselp",
         variants=_has_8_rows,
     ),
     Equivalent(
@@ -350,7 +350,8 @@ EQUIVALENT = (
         "an eighth e > g of a tile is its first one",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="lt -> le",
+        kind="ge -> gt",
+        operands=r"\nselp",
         variants=lambda mutant: not _has_8_rows(mutant) and mutant.copy % 4 > mutant.copy // 8,
     ),
     Equivalent(
