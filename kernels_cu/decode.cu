@@ -103,7 +103,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     // What follows are the steps of an item; `buffer` is that of its queries and its segment.
     const auto fetch = [&](const Segment& segment, int buffer) {
         if (threadIdx.x == 0) block.segments[buffer] = segment;
-        load_queries(p, segment, shared_address(queries) + buffer * kBufferBytes);
+        load_queries<Swizzle<kQueryBytes>>(p, segment, shared_address(queries) + buffer * kBufferBytes);
     };
     // The first item's queries come first, since its tiles wait for the page table.
     const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
@@ -116,7 +116,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             to += 2 * kSlotBytes;
         }
     };
-    const auto flip = [&](int buffer) { flip_queries(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
+    const auto flip = [&](int buffer) { flip_queries<Swizzle<kQueryBytes>>(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
     const auto read = [&](int buffer, Reach reach) {
         math.begin_item(shared_address(queries) + buffer * kBufferBytes, lane);
         softmax.reset();

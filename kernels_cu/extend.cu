@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         } else {
             loader.load_values(to);
         }
+        cp_async_commit();
     };
     // Waits for the half-stage in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
     const auto begin_half_stage = [&](bool keys) {
@@ -102,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
         if (threadIdx.x == 0) block.segment = segment;
-        load_queries(p, segment, shared_address(queries));
+        load_queries<QueryRows>(p, segment, shared_address(queries));
         cp_async_commit();
         if (is_first) {  // after the queries, since tiles wait for the page table
             is_first = false;
@@ -113,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         } else {
             cp_async_wait<0>();
         }
-        if (p.query_flip) flip_queries(p.query_keep, p.query_flip, queries);
+        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
         const Reach reach(p, segment, row_warp * kWarpRows);
         __syncthreads();
 
@@ -133,7 +134,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }
-                softmax.update(scores, math, partners, weights);
+                softmax.update(scores, math, partners);
+                pack_weights(scores, weights);
+                partners.tell(weights);
             }
             advance();
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -357,37 +356,3 @@ def test_peers(name: str, library: Any, options: dict[str, Any], monkeypatch: py
     copy = {key: value for key, value in inputs.copies[0].items() if key != "out"}
     expected = reference.attention(**copy, causal=shape.causal).out
     assert distance(peer.answer(), expected) < 1e-5
-
-
-# ------------------------------------------------------------------------------------------------------------ imports
-def test_no_two_modules_import_each_other() -> None:
-    """Nor three in a circle, imports for types and inside functions included."""
-    edges: dict[str, set[str]] = {}
-    for top, folder in (("cuflash.bench", ROOT / "cuflash/bench"), ("cuflash.cli", ROOT / "cuflash/cli"),
-                        ("bench", ROOT / "tests/bench")):  # fmt: skip
-        for path in folder.rglob("*.py"):
-            inside = path.relative_to(folder).with_suffix("").parts
-            name = ".".join([top, *(part for part in inside if part != "__init__")])
-            package = name if path.stem == "__init__" else name.rpartition(".")[0]
-            edges[name] = imported(ast.parse(path.read_text()), package)
-    edges = {name: found & set(edges) - {name} for name, found in edges.items()}
-    assert edges["cuflash.bench.measure"] >= {"cuflash.bench.inputs", "cuflash.bench.peers"}
-    while leaves := [name for name, found in edges.items() if not found]:
-        for leaf in leaves:
-            del edges[leaf]
-        edges = {name: found - set(leaves) for name, found in edges.items()}
-    assert not edges, f"these import each other: {edges}"
-
-
-def imported(tree: ast.AST, package: str) -> set[str]:
-    """Return the modules that a module of a package names in its imports."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            names = {f"{module}.{alias.name}" for alias in node.names}
-            found |= names | {module} if node.module else names  # a package's own names would be a circle for all in it
-    return found

@@ -130,6 +130,7 @@ def _variant(problem: Problem, tiles: Tiles) -> Variant:
             ("TILE_KEYS", tiles.tile_keys),
             ("WARPS", tiles.warps),
             ("COLUMN_WARPS", tiles.column_warps),
+            ("USES_WGMMA", 0),
             ("STAGES", tiles.stages),
             ("BLOCKS_PER_SM", tiles.blocks_per_sm),
             ("BLOCK_STATE_BYTES", tiles.block_state_bytes),

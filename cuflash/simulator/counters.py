@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .decode import Program
+    from .program import Program
 
 __all__ = ["ArrayCount", "Counters", "LineCount"]
 

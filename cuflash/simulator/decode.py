@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import decode_arithmetic, decode_memory, decode_warp, decode_warpgroup  # noqa: F401  they register their rules
-from .decoder import INS, Decoder, Program, UnsupportedInstruction
+from .decoder import Decoder, UnsupportedInstruction
+from .program import INS, Program
 from .ptx import Module
 
 __all__ = ["INS", "Program", "UnsupportedInstruction", "decode"]

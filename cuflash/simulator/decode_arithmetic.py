@@ -4,27 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .decoder import (
-    CONST,
-    GLOBAL,
-    HALF,
-    LOCAL,
-    LOCAL_BASE,
-    NOT_C,
-    PARAM,
-    PARAM_BASE,
-    RM,
-    RP,
-    RZ,
-    SAT,
-    SHARED,
-    SHARED_BASE,
-    SPACES,
-    SPECIAL,
-    TYPES,
-    Decoder,
-    instruction,
-)
+from .decoder import HALF, LOCAL_BASE, PARAM_BASE, SHARED_BASE, SPACES, SPECIAL, TYPES, Decoder, instruction
+from .program import CONST, GLOBAL, LOCAL, NOT_C, PARAM, RM, RP, RZ, SAT, SHARED
 from .ptx import WIDTHS, Imm, Name, Reg, Vec
 
 _COMPARE = {

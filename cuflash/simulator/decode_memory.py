@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .decoder import (
+from .decoder import SPACES, Decoder, instruction
+from .program import (
     ACQUIRE,
     CONST,
     CTA_SCOPE,
@@ -16,12 +17,9 @@ from .decoder import (
     SHARED,
     SIGNED,
     SIMPLE,
-    SPACES,
     STRONG,
     WIDE_REG,
     YIELDING,
-    Decoder,
-    instruction,
 )
 from .ptx import WIDTHS, Imm, Mem, Name, Not, Operand, Reg, Vec
 

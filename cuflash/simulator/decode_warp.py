@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .decoder import (
+from .decoder import SPACES, Decoder, instruction
+from .program import (
     ACQUIRE,
     ALIGNED,
     BARRIER,
@@ -20,10 +21,7 @@ from .decoder import (
     NOT_C,
     RELEASE,
     SHARED,
-    SPACES,
     YIELDING,
-    Decoder,
-    instruction,
 )
 from .ptx import Name, Reg, Vec
 

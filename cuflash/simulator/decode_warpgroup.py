@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .decoder import MEET_ALL, Decoder, instruction
+from .decoder import Decoder, instruction
+from .program import MEET_ALL
 from .ptx import Imm, Operand, Reg, Vec
 
 _TYPES = {"f16": (0, 16), "bf16": (1, 16), "e4m3": (2, 32), "e5m2": (3, 32)}  # number of the type, k

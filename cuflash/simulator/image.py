@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from .cache import digest, find, keep
 from .compile import sources
-from .decode import Program, UnsupportedInstruction, decode
+from .decode import UnsupportedInstruction, decode
+from .program import Program
 from .ptx import Symbol, parse
 
 __all__ = ["Image", "load_image"]

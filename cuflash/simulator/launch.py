@@ -14,9 +14,8 @@ import numpy as np
 
 from .compile import compile_ptx, digest, load_machine
 from .counters import PC_COUNT, REGION_COUNT, Counters
-from .decode import INS, Program
-from .decoder import SYSTEM_SHARED
 from .image import load_image
+from .program import INS, SYSTEM_SHARED, Program
 from .report import Finding, SimulationError, describe
 
 __all__ = ["Checks", "Kernel", "Launch", "SimModule", "record", "replace_ptx"]

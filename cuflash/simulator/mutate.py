@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from .decoder import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
 from .launch import Kernel, Launch, mutated, record, watch_kernels
+from .program import BARRIER, BRANCH, LABEL, MEET, MEET_ALL, NONE, NOT_C, SIMPLE, Program
 from .ptx import Loc
 
 __all__ = ["Equivalent", "Mutant", "Report", "mutants", "survey"]

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .program import Emitted
 from .ptx import Function, Reg
-
-if TYPE_CHECKING:
-    from .decoder import Emitted
 
 __all__ = ["allocate", "blocks"]
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decode import Program
+    from .program import Program
     from .ptx import Loc
 
 __all__ = ["Finding", "SimulationError", "describe"]

@@ -12,13 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
+from .program import Emitted
 from .ptx import Reg
 from .registers import blocks
-
-if TYPE_CHECKING:
-    from .decoder import Emitted
 
 __all__ = ["warpgroup_checks"]
 
@@ -149,8 +146,6 @@ def warpgroup_checks(
 
 def _checks(flow: _Flow) -> dict[int, list[Emitted]]:
     """Marks products without a fence; returns what goes ahead of other instructions."""
-    from .decoder import Emitted
-
     names = {r.index: r for e in flow.code for r in (*e.many, *e.outs.values(), *e.ins.values()) if isinstance(r, Reg)}
     checks: dict[int, list[Emitted]] = {}
     for pc, state in flow.states().items():

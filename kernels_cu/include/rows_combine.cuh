@@ -106,14 +106,14 @@ struct FoldState {
 
 // Whether this block is the last of `others` + 1 to arrive at a counter; what they have stored is then seen.
 __device__ __forceinline__ bool arrives_last(unsigned int* counter, u32 others, FoldState& fold) {
-    __syncthreads();
+    worker_barrier();
     if (threadIdx.x == 0) fold.is_last = atomic_inc_acq_rel(counter, others) == others;
-    __syncthreads();
+    worker_barrier();
     return fold.is_last;
 }
 
 // Folds `count` results in order, 1 to kWide; slot_of(i) is the slot of the i-th. The result goes to the first one's slot, or is
-// the answer. A block barrier must stand between two calls.
+// the answer. A barrier must stand between two calls.
 template <typename SlotOf>
 __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment& segment, FoldState& fold, int count,
                                            bool is_answer, SlotOf slot_of) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
             store_global(partial_states(p, slot_of(0)) + row, make_float2(state.maximum, state.sum));
         }
     }
-    __syncthreads();
+    worker_barrier();
     constexpr int kAtOnce = 4;  // float4s of each result whose loads are in flight together
     const int vectors = segment.valid_rows * kVectors;
 #pragma unroll 1
@@ -218,7 +218,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
 #pragma unroll 1
     do {
         const int count = min(kWide, 1 + splits - done);
-        if (done > first) __syncthreads();
+        if (done > first) worker_barrier();
         fold_slots(p, segment, fold, count, done + count - 1 == splits,
                    [&](int i) { return i == 0 ? 2 * cut.first_block + 1 : slots + done - 1 + i; });
         done += count - 1;

@@ -10,13 +10,12 @@
 #include "segment.cuh"
 
 class Loader {
-    static constexpr int kPartKeys = kTileKeys / kWarps;
+    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
 
     // How the rows of a part are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
-    template <int kRowBytes>
+    template <typename Rows>
     struct Copy {
-        using Rows = Swizzle<kRowBytes>;
-        static constexpr int kLanes = Rows::kPeriod;
+        static constexpr int kLanes = Rows::kLanes;
         static constexpr int kRowsAtOnce = 32 / kLanes;
         static_assert(kPartKeys % kRowsAtOnce == 0, "a warp copies whole passes of rows");
 
@@ -26,15 +25,15 @@ class Loader {
 
         // Four rows on, the exclusive or of 8 chunks changes in one bit; eight rows on it is the same.
         static __device__ __forceinline__ u32 row_address(u32 lane_address, int i) {
-            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ 64 : lane_address) + i * kRowsAtOnce * kRowBytes;
+            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ 64 : lane_address) + i * kRowsAtOnce * Rows::kRowStride;
         }
     };
 
 public:
     __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
         : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), lane_(lane), part_(warp * kPartKeys) {
-        using Keys = Copy<kKeyBytes>;
-        using Values = Copy<kValueBytes>;
+        using Keys = Copy<KeyRows>;
+        using Values = Copy<ValueRows>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
         keys_to_ = Keys::lane_offset(part_, lane);
@@ -51,14 +50,16 @@ public:
         find_tile();
     }
 
+    // Whether there is another tile.
+    __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
+
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
         const u32 units = place_.units(p_.cache.k) + key_head_;
         value_units_ = place_.units(p_.cache.v) + value_head_;
         fill_ = key_ >= end_ ? Fill::nothing : key_ + part_ >= end_ ? Fill::zeros : Fill::keys;
-        copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, kKeyBytes>(keys_from_, units, keys_to_ + slot);
-        cp_async_commit();
+        copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, KeyRows>(keys_from_, units, keys_to_ + slot);
         if (fill_ == Fill::nothing) return;
         key_ += kTileKeys;
         find_tile();
@@ -67,8 +68,7 @@ public:
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot) {
         const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike
-        copy_part<kHeadDimV, kColumnPairs * kColumnWarps * 2, kValueBytes>(values_from_, value_units_, to + slot);
-        cp_async_commit();
+        copy_part<kHeadDimV, kColumnPairs * kColumnWarps * 2, ValueRows>(values_from_, value_units_, to + slot);
     }
 
 private:
@@ -97,9 +97,9 @@ private:
     }
 
     // Copies kDim elements of each row. Steps of an MMA may reach further, to kFilled chunks: zeros.
-    template <int kDim, int kFilled, int kRowBytes>
+    template <int kDim, int kFilled, typename Rows>
     __device__ __forceinline__ void copy_part(const char* lane_from, u32 units, u32 lane_to) {
-        using C = Copy<kRowBytes>;
+        using C = Copy<Rows>;
         constexpr int kDimChunks = kDim * CacheElement::kBytes / 16;
         constexpr int kPasses = kPartKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
@@ -115,9 +115,9 @@ private:
             for (int c = 0; c < kFilled; c += C::kLanes) {
                 const bool wanted = is_read && (c + C::kLanes <= kFilled || chunk + c < kFilled);
                 if (c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks)) {
-                    cp_async_16_if(wanted, to + c * 16, from[i] + c * 16, policy_);
+                    cp_async_16_if(wanted, to + c / C::kLanes * Rows::kLaneStride, from[i] + c * 16, policy_);
                 } else {
-                    cp_async_zero_if(wanted, to + c * 16, lane_from);
+                    cp_async_zero_if(wanted, to + c / C::kLanes * Rows::kLaneStride, lane_from);
                 }
             }
         }
@@ -127,7 +127,7 @@ private:
 #pragma unroll
             for (int c = 0; c < kFilled; c += C::kLanes) {
                 const bool wanted = c + C::kLanes <= kFilled || chunk + c < kFilled;
-                cp_async_zero_if(wanted, C::row_address(lane_to, i) + c * 16, lane_from);
+                cp_async_zero_if(wanted, C::row_address(lane_to, i) + c / C::kLanes * Rows::kLaneStride, lane_from);
             }
         }
     }

@@ -31,6 +31,14 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
     });
 }
 
+// Rounds weights to elements: two C fragments side by side are an A fragment.
+__device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
+    for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
+        weights[t][n / 2][n % 2 * 2] = Element::pack(s[t][n][0], s[t][n][1]);
+        weights[t][n / 2][n % 2 * 2 + 1] = Element::pack(s[t][n][2], s[t][n][3]);
+    });
+}
+
 // Running maximum and sum of two rows per row tile. The maximum is lazy: it moves only when a score exceeds it by more than a
 // factor of 2^8 in weight, so that most tiles need no reduction. Weights then reach 256 instead of 1, which is safe.
 class Softmax {
@@ -46,7 +54,7 @@ public:
 
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
     template <typename Math>
-    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners, Weights& weights) {
+    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
         for_each<kRowTiles, 2>([&](int t, int half) {
@@ -71,16 +79,10 @@ public:
                 });
             }
         }
-        for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
-            for_each<4>([&](int i) {
-                s[t][n][i] = exp2_approx(fmaf(s[t][n][i], scale_, -offset_[t][i / 2]));
-                sum_[t][i / 2] += s[t][n][i];
-            });
-            // Two C fragments side by side are an A fragment.
-            weights[t][n / 2][n % 2 * 2] = Element::pack(s[t][n][0], s[t][n][1]);
-            weights[t][n / 2][n % 2 * 2 + 1] = Element::pack(s[t][n][2], s[t][n][3]);
+        for_each<kRowTiles, kKeyTiles, 4>([&](int t, int n, int i) {
+            s[t][n][i] = exp2_approx(fmaf(s[t][n][i], scale_, -offset_[t][i / 2]));
+            sum_[t][i / 2] += s[t][n][i];
         });
-        partners.tell(weights);
     }
 
     // Ends a segment: writes what is known of the rows, and makes up for the rounding of their offsets. All lanes and partners

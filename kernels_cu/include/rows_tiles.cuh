@@ -1,9 +1,10 @@
 // extend.cu's tiles: kTileKeys keys that all warps of a block read together, and how the warps divide a row block.
 #pragma once
 #include "fragment.cuh"
+#include "ptx/barriers.cuh"
 #include "queries.cuh"
 
-constexpr int kTileKeys = TILE_KEYS;                // 32 or 64
+constexpr int kTileKeys = TILE_KEYS;                // 32, 64 or 128
 constexpr int kStages = STAGES;                     // half-stages of the block's ring
 constexpr int kColumnWarps = COLUMN_WARPS;          // warps that share their rows and divide the value columns
 constexpr int kRowWarps = kWarps / kColumnWarps;
@@ -27,6 +28,44 @@ constexpr int kKeyBytes = kPaddedHeadDim * CacheElement::kBytes;
 constexpr int kValueBytes = kPaddedHeadDimV * CacheElement::kBytes;
 constexpr int kSlotBytes = kTileKeys * (kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes);
 constexpr int kRingBytes = kStages * kSlotBytes;
+
+#if USES_WGMMA
+// Rows cut into lines of 128 bytes, each line of all rows side by side, as wgmma's 128-byte swizzle has them.
+template <int kCount>
+struct LinedRows {
+    static constexpr int kLanes = 8;  // chunks of a line
+    static constexpr int kRowStride = 128;
+    static constexpr int kLaneStride = kCount * 128;  // from a line to the next one of a row
+
+    static __device__ __forceinline__ int offset(int row, int chunk) {
+        return row / kCount * (kCount * kQueryBytes) + chunk / 8 * kLaneStride + Swizzle<128>::offset(row % kCount, chunk % 8);
+    }
+};
+using KeyRows = LinedRows<kTileKeys>;
+using ValueRows = LinedRows<kTileKeys>;
+using QueryRows = LinedRows<64>;  // those of a warpgroup after those of another
+constexpr int kLoaderWarps = 4;   // a warpgroup of its own, after those that multiply
+#else
+template <int kRowBytes>
+struct WholeRows : Swizzle<kRowBytes> {
+    static constexpr int kLanes = Swizzle<kRowBytes>::kPeriod;
+    static constexpr int kRowStride = kRowBytes;
+    static constexpr int kLaneStride = kLanes * 16;
+};
+using KeyRows = WholeRows<kKeyBytes>;
+using ValueRows = WholeRows<kValueBytes>;
+using QueryRows = Swizzle<kQueryBytes>;
+constexpr int kLoaderWarps = kWarps;
+#endif
+
+// A barrier of the threads that multiply: kThreads, the first ones of the block.
+__device__ __forceinline__ void worker_barrier() {
+#if USES_WGMMA
+    named_barrier(1, kThreads);
+#else
+    __syncthreads();
+#endif
+}
 
 static_assert(kWarps % kColumnWarps == 0 && kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "warps have whole MMA tiles");
 static_assert(kColumnPairs * kColumnWarps * 16 <= kPaddedHeadDimV, "values are padded to what the warps read");

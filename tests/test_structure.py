@@ -1,0 +1,91 @@
+"""The shape of the code: nothing looks back, files stay small, every parameter is somebody's."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cuflash
+from cuflash import attention, scheduling
+
+ROOT = Path(__file__).parents[1]
+TREES = {"cuflash": ROOT / "cuflash", "bench": ROOT / "tests/bench"}
+MOST_LINES = {"*.py": 430, "*.cu": 320}  # of a core module and of a kernel
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Nor three in a circle, imports for types and inside functions included."""
+    edges: dict[str, set[str]] = {}
+    for top, folder in TREES.items():
+        for path in folder.rglob("*.py"):
+            inside = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([top, *(part for part in inside if part != "__init__")])
+            package = name if path.stem == "__init__" else name.rpartition(".")[0]
+            edges[name] = imported(ast.parse(path.read_text()), package)
+    # A module may name its own package's contents: what counts is which modules those are.
+    edges = {name: {module for module in found if module in edges} - {name} for name, found in edges.items()}
+    assert edges["cuflash.attention"] >= {"cuflash.arguments", "cuflash.backends", "cuflash.memo"}
+    # The public package imports everything; who takes public names from it (the command line) is above it.
+    edges["cuflash"] = set()
+    while leaves := [name for name, found in edges.items() if not found]:
+        for leaf in leaves:
+            del edges[leaf]
+        edges = {name: found - set(leaves) for name, found in edges.items()}
+    assert not edges, f"these import each other: {edges}"
+
+
+def imported(tree: ast.AST, package: str) -> set[str]:
+    """Return the modules that a module of a package names in its imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names | {module} if node.module else names  # a package's own names would be a circle for all in it
+    return found
+
+
+@pytest.mark.parametrize("pattern", MOST_LINES)
+def test_files_are_small(pattern: str) -> None:
+    folder = ROOT / ("cuflash" if pattern == "*.py" else "kernels_cu")
+    for path in folder.rglob(pattern):
+        if "simulator" not in path.parts:
+            assert len(path.read_text().splitlines()) <= MOST_LINES[pattern], path.name
+
+
+SIGNATURES = {
+    cuflash.flash_attn_with_kvcache: (attention._SIGNATURE, "scheduler_metadata"),
+    cuflash.get_scheduler_metadata: (scheduling._SIGNATURE, "out"),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
+def test_every_parameter_is_part_of_a_remembered_call(function: Any) -> None:
+    """As an array, as an option, or as what chooses the memory: one that is dropped would be somebody else's answer."""
+    signature, accounted_for = SIGNATURES[function]
+    parameters = set(inspect.signature(function).parameters)
+    assert parameters == {*signature.arrays, *signature.options, accounted_for}
+    assert not set(signature.arrays) & set(signature.options)
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
+def test_every_option_changes_the_key(function: Any) -> None:
+    """Another value of it, and an equal one of another type."""
+    signature, _ = SIGNATURES[function]
+    given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    given = {name: None if value is inspect.Parameter.empty else value for name, value in given.items()}
+    key, _, _ = signature.find({}, given)
+    assert key is not None and signature.find({}, dict(given))[0] == key
+    for name in signature.options:
+        for other in ("another", 1, True, 1.0, (1, 1), (True, 1)):
+            if other is not given[name]:
+                assert signature.find({}, {**given, name: other})[0] != key, name
+    for name in signature.arrays:
+        assert signature.find({}, {**given, name: 7})[0] != key, name
