@@ -16,6 +16,7 @@
 #include "rows_loader.cuh"
 #include "rows_mma.cuh"
 #include "rows_partners.cuh"
+#include "rows_reach.cuh"
 #include "rows_softmax.cuh"
 #include "rows_tiles.cuh"
 #include "segment.cuh"
@@ -32,27 +33,6 @@ struct BlockState {
 constexpr int kSharedStateBytes = (kColumnWarps > 1 ? sizeof(Meeting) : sizeof(FoldState)) / 16 * 16 + 16;
 static_assert(sizeof(BlockState) + kSharedStateBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 static_assert(kColumnWarps == 1 || sizeof(FoldState) <= sizeof(Meeting::weights), "sums are read when some warps fold");
-
-// What a warp's rows see of a segment.
-struct Reach {
-    int begin, end;            // keys that some row sees
-    int full_begin, full_end;  // a tile that begins in full_begin .. full_end, both included, needs no mask
-
-    __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int warp_row) {
-        const int rows = min(s.valid_rows - warp_row, kWarpRows);
-        if (rows <= 0) {
-            begin = end = full_begin = full_end = 0;
-            return;
-        }
-        const int first_query = query_of(p, s.first_row + warp_row);
-        const int last_query = query_of(p, s.first_row + warp_row + rows - 1);
-        const KeyRange seen = mask_of(p).visible_keys(s.lengths, first_query, last_query);
-        begin = max(seen.begin, s.keys.begin), end = min(seen.end, s.keys.end);
-        full_begin = mask_of(p).first_visible(s.lengths, last_query);
-        full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
-        pin(full_begin), pin(full_end);
-    }
-};
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
