@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .dlpack import CUDA_DEVICES, HOST_DEVICES, Exporter, import_host
+from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
@@ -258,8 +258,8 @@ def _import_dlpack(name: str, x: Any) -> NativeArray:
             except ImportError as error:
                 raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
             # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet
-            # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8.
-            return cupy.from_dlpack(x)
+            # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
+            return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error
     raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")

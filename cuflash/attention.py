@@ -85,9 +85,11 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, heads_q, headdim), or (total_q, heads_q, headdim) with ``cu_seqlens_q``; float16, bfloat16
-            or float32.
+            or float32; with a quantised cache also float8_e4m3fn (or uint8, which means it): then the output, and
+            ``k`` and ``v``, are bfloat16.
         k_cache: (rows, capacity, heads_kv, headdim), or (pages, page_size, heads_kv, headdim) with ``page_table``;
-            q's dtype. Its rows must be whole 16-byte units: a cache is never copied.
+            q's dtype, or quantised: float8_e4m3fn, float8_e5m2, int8, or uint8 with ``kv_dtype``. Its rows must be
+            whole 16-byte units: a cache is never copied.
         v_cache: The same with headdim_v; may be the first columns of ``k_cache``'s own rows (MLA), whose headdim then
             reaches 576.
         k: (batch, seqlen_new, heads_kv, headdim) or (total_new, heads_kv, headdim) new keys, written in place at
@@ -106,9 +108,11 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new: (batch + 1,) int32 first new key of each sequence.
         max_seqlen_q: Longest query length, with ``cu_seqlens_q``.
         rotary_seqlens: (batch,) int32 rotary position of the first new key; default ``cache_seqlens``.
-        q_descale: Not implemented yet.
-        k_descale: Not implemented yet.
-        v_descale: Not implemented yet.
+        q_descale: Scales of float8_e4m3fn queries: a number, one float32, or (batch, heads_kv) float32; default 1.
+        k_descale: Scales of quantised keys, likewise; or one per key and head, in the shape of the cache without its
+            last axis, any strides. Values are codes times scales. Scales per key and head are written by an append,
+            which finds them; by other ones it quantises.
+        v_descale: Scales of quantised values, likewise.
         softmax_scale: Factor of the scores; default ``headdim ** -0.5``.
         causal: Bottom-right aligned causal mask.
         window_size: (left, right) keys around a row's position, -1 for all.
@@ -122,7 +126,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: Whether to return the LSE too.
         sinks: (heads_q,) learnable logits that take part in the softmax with a value of zero.
         split_size: As in ``get_scheduler_metadata``: results independent of the batch.
-        kv_dtype: Element type of a quantised cache; not implemented yet.
+        kv_dtype: What the bits of a cache of uint8 are: float8_e4m3fn, float8_e5m2 or int8.
         layout: "NHD", or "HND" for caches (pages, heads_kv, page_size, dim) or (rows, heads_kv, capacity, dim).
         out: Where to write the output, as q with headdim_v.
         softmax_lse: Where to write the LSE, (batch, heads_q, seqlen_q) or (heads_q, total_q) float32.
@@ -147,7 +151,6 @@ def flash_attn_with_kvcache(
         ValueError: For a wrong value, or a plan made for another problem, naming the first field that differs. Values
             of index arrays are checked on the host, and on a GPU under ``CUFLASH_VALIDATE=1``. Nothing has been
             written then.
-        NotImplementedError: For ``qv``, descales and quantised caches.
 
     Example:
         >>> import cuflash, numpy as np
@@ -175,7 +178,7 @@ _SIGNATURE = memo.Signature(
     (
         "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx",
         "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens", "sinks", "out",
-        "softmax_lse", "qv", "tree_mask",
+        "softmax_lse", "qv", "tree_mask", "q_descale", "k_descale", "v_descale",
     ),
     "scheduler_metadata",
     {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")},
@@ -219,7 +222,7 @@ class _Call:
         self._made = {
             name: array
             for name, array in operands.arrays.items()
-            if array is not arrays[name] and name not in ("k_cache", "v_cache", "out", "softmax_lse")
+            if array is not arrays[name] and not _is_view_or_result(name, arrays[name])
         }
         caches = ("k_cache", "v_cache")
         written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
@@ -280,14 +283,20 @@ def _in_kind(given: dict[str, Any], name: str, native: NativeArray) -> Any:
 
 def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
     """Whether no argument had to be copied: a repeated call hands them on as they are."""
-    # Caches are views of what was given, and never copied; outputs and lengths were made if they were not given. What
-    # has no partner is ignored.
-    made = ("k_cache", "v_cache", "out", "softmax_lse")
+    # Lengths were made if they were not given. What has no partner is ignored.
     return bool(arrays) and all(
         array is None or array is arrays[name] or (name == "cache_seqlens" and not hasattr(arrays[name], "shape"))
         for name, array in operands.arrays.items()
-        if name not in made
+        if name not in _VIEWS + _RESULTS
     )
+
+
+_VIEWS = ("k_cache", "v_cache", "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
+_RESULTS = ("out", "softmax_lse")  # made if they were not given
+
+
+def _is_view_or_result(name: str, given: Any) -> bool:
+    return name in _RESULTS or (name in _VIEWS and hasattr(given, "shape"))
 
 
 def _refuse_planning_in_capture(array: NativeArray) -> None:

@@ -136,6 +136,28 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
     return array if array.dtype == dtype else array.view(dtype)
 
 
+def float8_name(x: Any) -> str | None:
+    """Return the name of the float8 that an array's elements are, None if they are something else."""
+    name = str(getattr(x, "dtype", "")).rpartition(".")[2]
+    return name if name.startswith("float8") else None
+
+
+class AsBytes:
+    """A framework's array of float8 as one of uint8: for importers that have no name for float8, as CuPy has not."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self._array.__dlpack__(**options)
+        _managed(capsule)[1].tensor.code = _CODES[np.dtype(np.uint8)]
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._array.__dlpack_device__()
+        return device
+
+
 class Exporter:
     """Hands a NumPy array to another framework, with the element types that NumPy's own DLPack lacks."""
 

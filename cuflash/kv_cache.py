@@ -15,6 +15,31 @@ from .arrays import NativeArray, address_of, strides_of
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What quantised elements are multiplied by: a number, times an array if there is one.
+
+    Attributes:
+        number: The number.
+        array: float32 (batch, heads_kv), or (1, 1) for all, or (pages, page_size, heads_kv): one per key and head.
+    """
+
+    number: float = 1.0
+    array: NativeArray | None = None
+
+    @property
+    def per_key(self) -> bool:
+        """Whether every key and head has a scale of its own."""
+        return self.array is not None and self.array.ndim == 3
+
+    def of_heads(self, b: int, heads: slice) -> NDArray[np.float32]:
+        """Return the scales of some KV heads of sequence ``b``, (heads,) or (1,); 1 where keys have their own."""
+        if self.array is None or self.per_key:
+            return np.full(1, self.number, np.float32)
+        row = self.array[b if len(self.array) > 1 else 0]
+        return np.float32(self.number) * (row[heads] if len(row) > 1 else row)
+
+
+@dataclass(frozen=True)
 class KVCache:
     """Keys and values of all sequences: key j of a sequence lies in slot j % page_size of its page j // page_size.
 
@@ -28,6 +53,9 @@ class KVCache:
         page_indptr: (rows + 1,) where the pages of a row begin in the next array, or None.
         page_indices: (n,) page numbers, or None.
         batch_idx: (batch,) row of the cache or of the page table, or None: a sequence's own number.
+        dtype: Element type if it is a quantised one, else None; on a GPU the arrays may say uint8.
+        k_scales: What quantised keys are multiplied by.
+        v_scales: What quantised values are multiplied by.
     """
 
     k: NativeArray
@@ -36,6 +64,9 @@ class KVCache:
     page_indptr: NativeArray | None = None
     page_indices: NativeArray | None = None
     batch_idx: NativeArray | None = None
+    dtype: str | None = None
+    k_scales: Scales = Scales()
+    v_scales: Scales = Scales()
 
     @property
     def is_paged(self) -> bool:
@@ -48,6 +79,11 @@ class KVCache:
         k, v = self.k, self.v
         same = k.dtype == v.dtype and strides_of(k)[:3] == strides_of(v)[:3] and v.shape[3] <= k.shape[3]
         return bool(k.size and same and address_of(k) == address_of(v))
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether the values' scales are the keys' array."""
+        return self.k_scales.array is not None and self.k_scales is self.v_scales
 
     @property
     def page_size(self) -> int:
@@ -78,6 +114,8 @@ class KVCache:
             "page_indptr": self.page_indptr,
             "page_indices": self.page_indices,
             "cache_batch_idx": self.batch_idx,
+            "k_descale": self.k_scales.array,
+            "v_descale": None if self.shares_scales else self.v_scales.array,
         }
 
     # ---------------------------------------------------------------------------------------- for host arrays
@@ -100,7 +138,7 @@ class KVCache:
         """Return the keys [begin, end) of sequence ``b``, (n, heads, dim); a view where they lie in one page.
 
         Args:
-            array: ``k``, ``v`` or some heads of one of them.
+            array: ``k``, ``v`` or some heads of one of them; or their scales, if every key has some.
             b: The sequence.
             begin: First key; no page-table entry beyond the last key is looked at.
             end: End of the keys.

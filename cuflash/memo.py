@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from .arrays import NativeArray, import_device_array, is_device_type
+from .dlpack import float8_name
 
 _MOST = 64  # calls that a plan remembers
 # os.environ as it lies beneath: two look-ups through it take 2 us, a tenth of a call.
@@ -90,11 +91,12 @@ class Signature:
                 layouts.append(None)
                 continue
             kind = type(x)
-            if kind is int:  # stands for an array of equal numbers
+            if kind is int or kind is float:  # stands for an array of equal numbers
                 layouts.append(x)
                 continue
             if kind is not native:
                 if not is_device_type(kind):
+                    layouts.append(float8_name(x))  # which comes as uint8
                     x = import_device_array(self._names[index], x)
                     if x is None:
                         return None, None, {}

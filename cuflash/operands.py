@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .arrays import NativeArray
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Scales
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Operands:
             axis, or None: which of the last sq keys of its sequence a query sees.
         merge_out: As out: results of the same queries over other keys, to be merged, or None.
         merge_lse: As softmax_lse.
+        q_scales: What quantised queries are multiplied by.
     """
 
     q: NativeArray
@@ -101,6 +102,7 @@ class Operands:
     tree_mask: NativeArray | None = None
     merge_out: NativeArray | None = None
     merge_lse: NativeArray | None = None
+    q_scales: Scales = Scales()
 
     @property
     def arrays(self) -> dict[str, NativeArray | None]:
@@ -108,6 +110,7 @@ class Operands:
         rotary = self.rotary
         return {
             "q": self.q,
+            "q_descale": self.q_scales.array,
             "qv": self.qv,
             "tree_mask": self.tree_mask,
             "merge_out": self.merge_out,

@@ -21,6 +21,9 @@ class Partition:
         cluster: Blocks that share one item, or 1: blocks share all keys.
         tiles: What the family alone knows of its tiles.
         grain: Keys: cuts lie at multiples of it.
+        min_share: Keys of a block below which cutting items further does not pay.
+        overhead: What an item costs beyond its keys, as a multiple of what it costs with keys of 16 bits. It is counted
+            in keys, which take half the time where they have half the bytes.
     """
 
     family: str
@@ -30,3 +33,5 @@ class Partition:
     cluster: int = 1
     tiles: Any = None
     grain: int = GRAIN
+    min_share: int = 64
+    overhead: int = 1

@@ -22,7 +22,6 @@ from .problem import Problem
 
 PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
-MIN_SHARE = 64  # keys per block below which cutting items further does not pay
 _INT32_MAX = 2**31 - 1
 
 Ints = NDArray[np.int64]
@@ -139,9 +138,9 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     keys = end - begin
     all_keys = int(keys.sum()) * heads
     shortest, longest = int(keys.min()), int(keys.max())
-    overhead = item_overhead(items, all_keys, shortest == longest)
+    overhead = item_overhead(items, all_keys, shortest == longest) * partition.overhead
     total = all_keys + items * overhead
-    blocks = min(max(items, -(-total // MIN_SHARE)), num_blocks)
+    blocks = min(max(items, -(-total // partition.min_share)), num_blocks)
     if shortest == longest:
         # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full.
         aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
@@ -205,7 +204,7 @@ def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: 
 
 
 def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
-    """Return what an item costs beyond its keys, in keys: about 1/32 of the mean item, in [1, 128].
+    """Return what an item costs beyond its keys, in keys of 16 bits: about 1/32 of the mean item, in [1, 128].
 
     Short items weigh up to 1/16 of the mean, so that the keys of the longest share stay within 8 % of the mean share.
     """

@@ -12,9 +12,10 @@ import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .dtypes import FLOAT_DTYPES, dtype_name
+from .dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name
 from .mask import Mask, Shard
 
+QUERY_DTYPES = (*FLOAT_DTYPES, "float8_e4m3fn")
 MAX_HEADDIM = 512
 MAX_JOINT_HEADDIM = 576  # of keys whose first columns are the values
 MAX_BATCH = 2**31 // 64
@@ -33,7 +34,7 @@ class Problem:
         num_heads_kv: KV heads; divides ``num_heads_q``.
         headdim: Elements of a query and key row.
         headdim_v: Elements of a value row.
-        qkv_dtype: "float16", "bfloat16" or "float32".
+        qkv_dtype: "float16", "bfloat16" or "float32"; "float8_e4m3fn" with a quantised cache.
         kv_dtype: Element type of the cache; ``qkv_dtype`` unless the cache is quantised.
         cu_seqlens_q: Whether queries are ragged.
         page_size: Keys per page, or None for a contiguous cache.
@@ -79,6 +80,16 @@ class Problem:
         return self.max_seqlen_q * self.group
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the cache holds codes of 8 bits, which are to be multiplied by scales."""
+        return self.kv_dtype in QUANTISED_DTYPES
+
+    @property
+    def out_dtype(self) -> str:
+        """Element type of the output, of new keys and values, and of rotary tables."""
+        return "bfloat16" if self.qkv_dtype in QUANTISED_DTYPES else self.qkv_dtype
+
+    @property
     def mask(self) -> Mask:
         """Which keys a row sees."""
         left, right = self.window_size
@@ -120,7 +131,7 @@ def make_problem(
         headdim: Elements of a query and key row: a multiple of 8 up to 512; up to 576 with shorter values, which then
             are the first columns of the keys.
         qkv_dtype: A string, NumPy or ml_dtypes dtype.
-        kv_dtype: Element type of the cache, default ``qkv_dtype``.
+        kv_dtype: Element type of the cache, default ``qkv_dtype``; a quantised one has head dims of multiples of 16.
         headdim_v: Elements of a value row, default ``headdim``.
         cu_seqlens_q: Whether queries are ragged.
         page_size: Keys per page, None for a contiguous cache.
@@ -142,7 +153,6 @@ def make_problem(
     Raises:
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value.
-        NotImplementedError: For quantised caches.
     """
     batch_size = integer("batch_size", batch_size, 0, MAX_BATCH)
     max_seqlen_q = integer("max_seqlen_q", max_seqlen_q, 0)
@@ -152,12 +162,14 @@ def make_problem(
     headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
     q_name = dtype_name("qkv_dtype", qkv_dtype)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
-    if q_name not in FLOAT_DTYPES:
-        raise NotImplementedError(f"qkv_dtype must be one of {', '.join(FLOAT_DTYPES)} for now, got {q_name}")
-    if kv_name != q_name:
-        if kv_name in FLOAT_DTYPES:
-            raise ValueError(f"kv_dtype must be the dtype of q ({q_name}) or a quantised one, got {kv_name}")
-        raise NotImplementedError(f"kv_dtype: quantised caches are not implemented yet, got {kv_name}")
+    quantised = kv_name in QUANTISED_DTYPES
+    if q_name not in QUERY_DTYPES:
+        raise ValueError(f"qkv_dtype must be one of {', '.join(QUERY_DTYPES)}, got {q_name}")
+    if kv_name != q_name and not quantised:
+        raise ValueError(f"kv_dtype must be the dtype of q ({q_name}) or a quantised one, got {kv_name}")
+    for name, dim in (("headdim", headdim), ("headdim_v", headdim_v)):
+        if quantised and dim % 16:
+            raise ValueError(f"{name} must be a multiple of 16 with a cache of {kv_name}, got {dim}")
     if page_size is not None:
         page_size = integer("page_size", page_size, 1)
     attention_chunk = 0 if attention_chunk is None else integer("attention_chunk", attention_chunk, 0)

@@ -2,12 +2,18 @@
 //
 // Runs before decode.cu, which then finds every key in the cache: no part of an item has to know whether a key is new. One
 // warp takes one row (token, head): first all rows of q, if they are rotated, then those of k, then those of v.
-// Rotation is computed in float32 without fused multiply-adds, so that its bits do not depend on the compiler.
+// Rotation is computed in float32 without fused multiply-adds, so that its bits do not depend on the compiler. A quantised
+// cache gets codes of what that gives, nothing is rounded in between: by the scales that there are, or where every key and
+// head has its own, by the one that the row asks for.
 #include "append_params.cuh"
+#include "codes.cuh"
 #include "elements.cuh"
 #include "stream.cuh"
 
-using Bits = ELEMENT::Bits;
+using Element = OUT_ELEMENT;      // of new keys and values, of rotary tables and rotated queries
+using QueryElement = ELEMENT;     // of queries: the same, or Float8E4M3
+using CacheElement = KV_ELEMENT;  // the same, or one of codes.cuh
+using Bits = Element::Bits;
 
 constexpr int kWarps = WARPS;
 
@@ -32,30 +38,103 @@ struct Token {
     }
 };
 
-// Copies a row of `dim` elements, the first `rotary_dim` of them rotated to `position`.
-__device__ __forceinline__ void rotate_row(const AppendParams& p, const Bits* from, Bits* to, int dim, int rotary_dim,
-                                           int position) {
-    const int half = rotary_dim / 2;
-    const Bits* cosines = static_cast<const Bits*>(p.rotary_cos) + static_cast<long long>(position) * half;
-    const Bits* sines = static_cast<const Bits*>(p.rotary_sin) + static_cast<long long>(position) * half;
-    for (int pair = threadIdx.x % 32; pair < dim / 2; pair += 32) {
-        const bool adjacent = p.rotary_interleaved || pair >= half;
-        const int first = adjacent ? 2 * pair : pair, second = adjacent ? 2 * pair + 1 : pair + half;
-        Bits a = from[first], b = from[second];
-        if (pair < half) {
-            const float x = ELEMENT::to_float(a), y = ELEMENT::to_float(b);
-            const float c = ELEMENT::to_float(cosines[pair]), s = ELEMENT::to_float(sines[pair]);
-            a = ELEMENT::from_float(__fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s)));
-            b = ELEMENT::from_float(__fadd_rn(__fmul_rn(x, s), __fmul_rn(y, c)));
+// A row of new elements, to be rotated to `position`: lane l has the pairs l, l + 32 .. of it.
+template <typename From>
+struct Row {
+    const AppendParams& p;
+    const typename From::Bits* from;  // (dim,)
+    int dim, rotary_dim, position;
+
+    // Hands put(first, second, a, b) the elements `first` and `second` of each pair, as bits of To.
+    template <typename To, typename Put>
+    __device__ __forceinline__ void for_each_pair(Put put) const {
+        const int half = rotary_dim / 2;
+        const Bits* cosines = static_cast<const Bits*>(p.rotary_cos) + static_cast<long long>(position) * half;
+        const Bits* sines = static_cast<const Bits*>(p.rotary_sin) + static_cast<long long>(position) * half;
+        for (int pair = threadIdx.x % 32; pair < dim / 2; pair += 32) {
+            const bool adjacent = p.rotary_interleaved || pair >= half;
+            const int first = adjacent ? 2 * pair : pair, second = adjacent ? 2 * pair + 1 : pair + half;
+            typename To::Bits a, b;
+            if (pair < half) {
+                const float x = From::to_float(from[first]), y = From::to_float(from[second]);
+                const float c = Element::to_float(cosines[pair]), s = Element::to_float(sines[pair]);
+                a = To::from_float(subtract(multiply(x, c), multiply(y, s)));
+                b = To::from_float(add(multiply(x, s), multiply(y, c)));
+            } else {
+                a = converted<From, To>(from[first]);
+                b = converted<From, To>(from[second]);
+            }
+            put(first, second, a, b);
         }
+    }
+
+private:
+    // One type to itself is a copy, whatever the bits mean.
+    template <typename A, typename B>
+    struct Same {
+        static constexpr bool kValue = false;
+    };
+    template <typename A>
+    struct Same<A, A> {
+        static constexpr bool kValue = true;
+    };
+    template <typename A, typename B>
+    static __device__ __forceinline__ typename B::Bits converted(typename A::Bits bits) {
+        if constexpr (Same<A, B>::kValue) return bits;
+        else return B::from_float(A::to_float(bits));
+    }
+};
+
+// Writes a row as it is.
+template <typename To, typename From>
+__device__ __forceinline__ void write_row(const Row<From>& row, typename To::Bits* to) {
+    row.template for_each_pair<To>([&](int first, int second, typename To::Bits a, typename To::Bits b) {
         to[first] = a;
         to[second] = b;
-    }
+    });
 }
 
-// The row of a slot of the cache.
-__device__ __forceinline__ Bits* cache_row(void* cache, const PageCursor& place, CacheStrides strides, int head) {
-    return reinterpret_cast<Bits*>(static_cast<char*>(cache) + 16ll * (place.units(strides) + head * strides.head));
+// Writes a row as codes: by a scale, or by one that is found and written to `found`, if that is not null.
+template <typename Code>
+__device__ __forceinline__ void quantise_row(const Row<Element>& row, typename Code::Bits* to, float scale, float* found) {
+    if (found) {
+        u32 largest = 0;  // |x| as bits, whose order is that of numbers; as floats, -ftz would make zeros of the smallest
+        row.for_each_pair<Float32>([&](int, int, u32 a, u32 b) {
+            largest = max(largest, max(a & 0x7fffffff, b & 0x7fffffff));
+        });
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        const float least = __uint_as_float(1 << 23);  // 2^-126
+        scale = largest == 0 ? 1.0f : fmaxf(divide(__uint_as_float(largest), Code::kLargest), least);
+        if (threadIdx.x % 32 == 0) *found = scale;
+    }
+    row.for_each_pair<Float32>([&](int first, int second, u32 a, u32 b) {
+        to[first] = Code::code(divide(__uint_as_float(a), scale));
+        to[second] = Code::code(divide(__uint_as_float(b), scale));
+    });
+}
+
+// Where a tensor of scales says how a row is quantised.
+struct Scales {
+    float* array;  // null: `number` is all
+    DescaleStrides strides;
+    float number;
+    bool per_key;  // (pages, page_size, heads_kv): to be found and written, else (batch, heads_kv), to be read
+};
+
+// Writes a new row to its slot of the cache.
+__device__ __forceinline__ void append_row(const Row<Element>& row, void* cache, const PageCursor& place, CacheStrides strides,
+                                           int sequence, int head, const Scales& scales) {
+    void* const to = static_cast<char*>(cache) + 16ll * (place.units(strides) + head * strides.head);
+    if constexpr (CacheElement::kBytes == 1) {
+        float scale = scales.number;
+        float* found = nullptr;
+        if (scales.per_key) found = scales.array + place.scale(scales.strides) + head * scales.strides.head;
+        else scale *= descale_of(scales.array, scales.strides, sequence, head);
+        quantise_row<CacheElement>(row, static_cast<CacheElement::Bits*>(to), scale, found);
+    } else {
+        write_row<CacheElement>(row, static_cast<CacheElement::Bits*>(to));
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_constant__ AppendParams p) {
@@ -72,8 +151,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
         // Ragged queries have no batch stride and count their tokens through.
         const int position = p.lengths.cu_seqlens_q ? token : at.position;
         const long long from = at.sequence * p.q_batch_stride + position * p.q_row_stride + head * p.q_head_stride;
-        rotate_row(p, static_cast<const Bits*>(p.q) + from, static_cast<Bits*>(p.q_rotated) + row * p.headdim, p.headdim,
-                   p.rotary_dim, p.rotary_moves ? base + at.position : base);
+        const Row<QueryElement> query{p, static_cast<const QueryElement::Bits*>(p.q) + from, p.headdim, p.rotary_dim,
+                                      p.rotary_moves ? base + at.position : base};
+        write_row<Element>(query, static_cast<Bits*>(p.q_rotated) + row * p.headdim);
         return;
     }
     row -= query_rows;
@@ -93,11 +173,12 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
     const int position = p.lengths.cu_seqlens_k_new ? token : at.position;
     if (is_value) {
         const long long from = at.sequence * p.v_batch_stride + position * p.v_token_stride + head * p.v_new_head_stride;
-        rotate_row(p, static_cast<const Bits*>(p.v) + from, cache_row(p.v_cache, place, p.cache.v, head), p.headdim_v, 0, 0);
+        append_row({p, static_cast<const Bits*>(p.v) + from, p.headdim_v, 0, 0}, p.v_cache, place, p.cache.v, at.sequence, head,
+                   {p.v_descale, p.v_descale_strides, p.v_scale, p.finds_v_scales != 0});
     } else {
         const int base = (p.rotary_seqlens ? p.rotary_seqlens : p.lengths.cache_seqlens)[at.sequence];
         const long long from = at.sequence * p.k_batch_stride + position * p.k_token_stride + head * p.k_new_head_stride;
-        rotate_row(p, static_cast<const Bits*>(p.k) + from, cache_row(p.k_cache, place, p.cache.k, head), p.headdim,
-                   p.rotary_dim, base + at.position);
+        append_row({p, static_cast<const Bits*>(p.k) + from, p.headdim, p.rotary_dim, base + at.position}, p.k_cache, place,
+                   p.cache.k, at.sequence, head, {p.k_descale, p.k_descale_strides, p.k_scale, p.finds_k_scales != 0});
     }
 }

@@ -22,12 +22,18 @@
 #include "softmax.cuh"
 #include "stream.cuh"
 #include "tiles.cuh"
-#if ELEMENT_BYTES == 2
-#include "mma.cuh"
-using Math = MmaMath<Element>;
-#else
+#if KV_ELEMENT_BYTES == 1
+#include "query_pass.cuh"
+#endif
+#if ELEMENT_BYTES == 4
 #include "fma.cuh"
 using Math = FmaMath;
+#elif KV_ELEMENT_BYTES == 1
+#include "mma_codes.cuh"
+using Math = MmaCodesMath<CacheElement>;
+#else
+#include "mma.cuh"
+using Math = MmaMath<Element>;
 #endif
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
@@ -38,7 +44,8 @@ struct BlockState {
     WarpStates warps;
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
-static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
+constexpr int kFactorBytes = kIsQuantised ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
+static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
 
 // What a warp reads of a segment.
 struct Reach {
@@ -68,6 +75,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     unsigned char* const queries = shared + kWarps * kRingBytes;  // (kQueryBuffers, kRows, kPaddedHeadDim)
     unsigned char* const state = queries + kQueryBuffers * kBufferBytes;
     BlockState& block = *reinterpret_cast<BlockState*>(state);
+    float* const row_factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);  // of the item that is read
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const auto load_rows = [&] {  // the last two threads, beside those that load the share
@@ -77,8 +85,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
-        load_rows();
-        __syncthreads();
+        if (p.total_q) {
+            load_rows();
+            __syncthreads();
+        }
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
@@ -99,6 +109,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     Loader loader(p, block.share, warp, lane);
     Math math(lane);
     Softmax softmax(p);
+    RowFactors factors;
 
     // What follows are the steps of an item; `buffer` is that of its queries and its segment.
     const auto fetch = [&](const Segment& segment, int buffer) {
@@ -116,24 +127,41 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             to += 2 * kSlotBytes;
         }
     };
-    const auto flip = [&](int buffer) { flip_queries<Swizzle<kQueryBytes>>(p.query_keep, p.query_flip, queries + buffer * kBufferBytes); };
+    // Queries that have come are not yet as they are needed: their signs where softmax_scale is negative, all of them where
+    // the cache is quantised.
+    const auto prepare = [&](int buffer) {
+        unsigned char* const at = queries + buffer * kBufferBytes;
+#if KV_ELEMENT_BYTES == 1
+        if constexpr (kQueryBuffers == 1) __syncthreads();
+        prepare_queries<Element>(p, block.segments[buffer], shared_address(at), row_factors);
+        __syncthreads();
+#else
+        if (p.query_flip) {
+            flip_queries<Swizzle<kQueryBytes>>(p.query_keep, p.query_flip, at);
+            if constexpr (kQueryBuffers == 2) __syncthreads();
+        }
+#endif
+    };
     const auto read = [&](int buffer, Reach reach) {
         math.begin_item(shared_address(queries) + buffer * kBufferBytes, lane);
         softmax.reset();
+        factors.load(row_factors, lane);
         for (; reach.key < reach.end; reach.key += kWarps * kTileKeys) {
             Scores scores;
             cp_async_wait<kStages - 2>();
             __syncwarp();
             loader.load_keys(free_slot);
             math.scores(slot, scores);
+            const TileScales scales(p, slot, lane);
             advance();
 
+            if constexpr (kIsQuantised) scale_scores(factors, scales, scores);
             if constexpr (kHasSoftcap) cap_scores(p, scores);
             const int first_key = reach.key;
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
             }
-            softmax.update(scores, math, block.warps.row);
+            softmax.update(scores, scales, math, block.warps.row);
 
             cp_async_wait<kStages - 2>();
             __syncwarp();
@@ -168,10 +196,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             if (item == 0) continue;
             const int buffer = (item - 1) % 2;
             wait_for_phase(block.fetched[buffer], (item - 1) / 2 % 2);
-            if (p.query_flip) {
-                flip(buffer);
-                __syncthreads();
-            }
+            prepare(buffer);
             read(buffer, Reach(p, block.segments[buffer], warp));
             finish(buffer);
         }
@@ -187,7 +212,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             } else {
                 cp_async_wait<0>();
             }
-            if (p.query_flip) flip(0);
+            prepare(0);
             const Reach reach(p, segment, warp);
             __syncthreads();
             read(0, reach);

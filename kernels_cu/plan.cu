@@ -23,6 +23,8 @@ struct PlanParams {
     int num_splits;       // 0: free, n: most parts of an item
     int split_size;       // items are cut at all multiples of this many keys, or 0
     unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
+    int min_share;        // keys per block below which cutting items further does not pay
+    int overhead;         // factor of what an item costs beyond its keys
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
     int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
@@ -30,7 +32,6 @@ struct PlanParams {
 
 constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
-constexpr int kMinShare = 64;        // keys per block below which cutting items further does not pay
 constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
 constexpr int kShortOverhead = 16;   // .. at most so many
@@ -156,11 +157,12 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const long long most = all_keys / (kOverheadPart / 2 * (long long)items);
         overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
     }
+    overhead *= p.overhead;
     before[thread] = keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
     if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
 
     const long long total = all_keys + (long long)items * overhead;
-    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (total + kMinShare - 1) / kMinShare));
+    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (total + p.min_share - 1) / p.min_share));
     long long share = 0, slack = 0;
     int rest = 0;
     if (blocks) {

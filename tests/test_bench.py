@@ -136,6 +136,47 @@ def test_all_resources(arch: int, headdim: int, rows: int) -> None:
     check_resources(record, arch, headdim, rows)
 
 
+# Warp instructions per 16 keys, as multiples of those for a cache of 16 bits; without scales of keys, tiles of 64 keys.
+MOST_OF_A_QUANTISED_CACHE = {"float8_e4m3fn": 1.4, "float8_e5m2": 1.4, "int8": 2.0}
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("kv_dtype", MOST_OF_A_QUANTISED_CACHE)
+def test_resources_of_quantised_caches(kv_dtype: str) -> None:
+    (wide,) = resources.measure([90], headdims=[128], rows=[8], items=["many"])
+    (record,) = resources.measure([90], headdims=[128], rows=[8], items=["many"], kv_dtypes=[kv_dtype])
+    assert record["tile_keys"] == 64
+    most = MOST_OF_A_QUANTISED_CACHE[kv_dtype] * wide["warp_instructions_per_tile"]
+    assert record["warp_instructions_per_tile"] <= most
+    assert record["odd_descriptors"] == record["local_bytes"] == 0
+    (scaled,) = resources.measure([90], headdims=[128], rows=[8], items=["many"], kv_dtypes=[kv_dtype], key_scales=3)
+    assert scaled["warp_instructions_per_tile"] <= record["warp_instructions_per_tile"] + 40
+    assert scaled["odd_descriptors"] == scaled["local_bytes"] == 0
+
+
+@needs_nvdisasm
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (80, 89, 90, 100, 120))
+@pytest.mark.parametrize("kv_dtype", MOST_OF_A_QUANTISED_CACHE)
+def test_quantised_caches_never_spill(kv_dtype: str, arch: int) -> None:
+    for key_scales in (0, 3):
+        for record in resources.measure(
+            [arch], headdims=[64, 128], rows=[8, 16], kv_dtypes=[kv_dtype], key_scales=key_scales
+        ):
+            assert record["odd_descriptors"] == record["local_bytes"] == 0, record
+
+
+def test_counters_of_quantised_caches() -> None:
+    """Bytes of keys and scales, and no two lanes at one bank where tiles are copied and read."""
+    lengths = np.array([1024, 640])
+    for headdim in (64, 128, 256):
+        workload = counters.Workload("some", lengths, 16, 2, headdim, kv_dtype="float8_e4m3fn", key_scales=True)
+        record = counters.count(workload, 90)
+        assert record["kv_bytes_ratio"] <= 1.01
+        assert record["scale_bytes_ratio"] <= 8 / (2 * headdim) + 0.01
+        assert record["wavefront_ratio"] == 1
+
+
 def test_resident_blocks_are_limited_by_each_resource() -> None:
     sm = resources.Multiprocessor(warps=64, blocks=32)
     device = Device(132, 90)

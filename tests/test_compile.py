@@ -6,6 +6,8 @@ What a variant is compiled with is what CuPy's RawModule is given: sources witho
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from bench import cubins, sass
@@ -32,6 +34,9 @@ FEATURES = (
 STEPS = ((4, None), (1000, None), (4, 1024))  # sequences and longest of them: few, many, few in clusters
 
 
+KV_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
 def decode_variant(
     dtype: str, dims: tuple[int, int], rows: int, features: dict, step: tuple[int, int | None], arch: int
 ) -> Variant:
@@ -56,6 +61,26 @@ def test_attention_compiles(dtype: str, arch: int) -> None:
     for dims in HEADDIMS:
         rows, features, step = next(itertools.islice(turn, 7, None))
         check(decode_variant(dtype, dims, rows, features, step, arch), arch)
+
+
+def quantised_variants(kv_dtype: str) -> Iterator[tuple[Any, ...]]:
+    """Yield (query dtype, head dims, rows, features, step, KEY_SCALES), all values of each."""
+    dims = ((64, 64), (80, 48), (128, 128), (192, 128), (256, 256))
+    turns = zip(itertools.cycle((*DTYPES, "float8_e4m3fn")), itertools.cycle(dims), itertools.cycle(ROWS),
+                itertools.cycle(FEATURES[:4]), itertools.cycle(STEPS), itertools.cycle(range(4)))  # fmt: skip
+    return itertools.islice(turns, KV_DTYPES.index(kv_dtype), None)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_attention_on_quantised_caches_compiles(kv_dtype: str, arch: int) -> None:
+    for dtype, dims, rows, features, (batch, longest), key_scales in itertools.islice(quantised_variants(kv_dtype), 4):
+        problem = make_problem(
+            batch, 1, rows, 1, dims[0], headdim_v=dims[1], qkv_dtype=dtype, kv_dtype=kv_dtype, **features
+        )
+        check(decode.decode_variant(problem, tiling(problem, Device(132, arch), longest), key_scales), arch)
+    check(append_variant("float8_e4m3fn", kv_dtype, "bfloat16"), arch)
+    check(append_variant("float16", kv_dtype), arch)
 
 
 @pytest.mark.slow

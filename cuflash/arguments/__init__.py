@@ -11,6 +11,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
     MAX_HEADDIM,
+    QUERY_DTYPES,
     Problem,
     boolean,
     check_headdims,
@@ -21,7 +22,8 @@ from ..problem import (
     real,
 )
 from .caches import apart, cache_of, check_caches, check_rows, new_keys
-from .common import Given
+from .common import Given, import_codes
+from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
 from .rotary import rotary as rotary_of
 from .rows import check_memory, merged, outputs, query_values, sinks_of, tree_mask
@@ -59,12 +61,11 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value; naming the argument, the rule and what came.
     """
-    for name in ("q_descale", "k_descale", "v_descale"):
-        if given[name] is not None:
-            raise NotImplementedError(f"{name} is not implemented yet")
     boolean("return_softmax_lse", given["return_softmax_lse"])
-    q = import_array("q", given["q"])
-    dtype_name("q", q.dtype)
+    q, codes = import_codes("q", given["q"], "float8_e4m3fn")
+    q_dtype = codes or dtype_name("q", q.dtype)
+    if q_dtype not in QUERY_DTYPES:
+        raise ValueError(f"q must be one of {', '.join(QUERY_DTYPES)}, got {q_dtype}")
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
@@ -78,8 +79,8 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         q.shape[-2],
         cache.k.shape[2],
         q.shape[-1],
-        qkv_dtype=q.dtype,
-        kv_dtype=given["kv_dtype"],
+        qkv_dtype=q_dtype,
+        kv_dtype=cache.dtype if given["kv_dtype"] is None else given["kv_dtype"],
         headdim_v=cache.v.shape[-1],
         cu_seqlens_q=given["cu_seqlens_q"] is not None,
         page_size=cache.page_size if cache.is_paged else None,
@@ -105,6 +106,9 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     joint = cache.joint and problem.headdim > problem.headdim_v
     if problem.headdim > MAX_HEADDIM and not joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
+    q_scales = query_scales(problem, given)
+    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
+    cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
     rotary = rotary_of(problem, q, k, joint, given)
     qv = query_values(problem, q, given)
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
@@ -117,7 +121,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     out, lse = outputs(problem, q, given)
     tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
     operands = Operands(
-        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse
+        q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
     )
     check_memory(operands, plan)
     if checks_values(is_on_device(q)):

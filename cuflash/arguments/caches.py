@@ -13,10 +13,10 @@ from ..arrays import (
     span_of,
     strides_of,
 )
-from ..dtypes import numpy_dtype
+from ..dtypes import dtype_name, numpy_dtype
 from ..kv_cache import KVCache
 from ..problem import Problem
-from .common import UNIT, Given, expect_shape, index
+from .common import UNIT, Given, expect_shape, import_codes, index
 
 # 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
 _MAX_CACHE_BYTES = 64 * 2**30 - 16
@@ -28,21 +28,23 @@ def cache_of(given: Given) -> KVCache:
     if layout not in ("NHD", "HND"):
         kind = ValueError if isinstance(layout, str) else TypeError
         raise kind(f'layout must be "NHD" or "HND", got {layout!r}')
-    views = []
+    kv_dtype = None if given["kv_dtype"] is None else dtype_name("kv_dtype", given["kv_dtype"])
+    views, dtypes = [], []
     for name in ("k_cache", "v_cache"):
-        array = import_array(name, given[name])
+        array, dtype = import_codes(name, given[name], kv_dtype)
         if array.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {array.shape}")
-        if array.dtype.itemsize == 1 and given["kv_dtype"] is None:
-            raise NotImplementedError(f"{name}: quantised caches are not implemented yet, got {array.dtype}")
         views.append(array.swapaxes(1, 2) if layout == "HND" else array)
+        dtypes.append(dtype)
     k, v = views
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"v_cache must have the dtype of k_cache ({dtypes[0] or k.dtype}), got {dtypes[1] or v.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v_cache must have the shape of k_cache but for the head dim, got {v.shape} (NHD)")
     batch_idx = index("cache_batch_idx", given["cache_batch_idx"], 1)
     table = given["page_table"]
     if not isinstance(table, tuple):
-        return KVCache(k, v, index("page_table", table, 2, wraps=True), batch_idx=batch_idx)
+        return KVCache(k, v, index("page_table", table, 2, wraps=True), batch_idx=batch_idx, dtype=dtypes[0])
     if len(table) != 2:
         raise ValueError(f"page_table must be an array or a pair (indptr, indices), got {len(table)} arrays")
     if given["cache_seqlens"] is None:
@@ -53,15 +55,20 @@ def cache_of(given: Given) -> KVCache:
         raise TypeError("page_table must be an array or a pair of arrays (indptr, indices), got None in it")
     if not indptr.size:
         raise ValueError(f"page_table[0] must have shape (rows + 1,), got {indptr.shape}")
-    return KVCache(k, v, page_indptr=indptr, page_indices=indices, batch_idx=batch_idx)
+    return KVCache(k, v, page_indptr=indptr, page_indices=indices, batch_idx=batch_idx, dtype=dtypes[0])
 
 
 def check_caches(problem: Problem, q: NativeArray, cache: KVCache) -> None:
     """Check dtypes, head dims and strides of the caches."""
-    dtype = numpy_dtype(problem.kv_dtype)
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
-        if array.dtype != dtype:
-            raise ValueError(f"{name} must have the dtype of q ({dtype}), got {array.dtype}")
+        dtype = cache.dtype or array.dtype.name
+        if dtype != problem.kv_dtype:
+            rule = (
+                f"be {problem.kv_dtype}, as kv_dtype says"
+                if problem.is_quantised
+                else f"have the dtype of q ({problem.kv_dtype})"
+            )
+            raise ValueError(f"{name} must {rule}, got {dtype}")
     if cache.k.shape[3] != problem.headdim:
         raise ValueError(f"k_cache must have q's head dim {problem.headdim}, got {cache.k.shape[3]}")
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
@@ -115,8 +122,8 @@ def new_keys(
         else:
             leading = array.shape[:1] if name == "k" else new[0].shape[:1]
         expect_shape(name, array, (*leading, problem.num_heads_kv, dim))
-        if array.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q ({q.dtype}), got {array.dtype}")
+        if array.dtype != numpy_dtype(problem.out_dtype):
+            raise ValueError(f"{name} must have the dtype of q ({problem.out_dtype}), got {array.dtype}")
         new.append(array)
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
         if not is_writeable(array, given[name]):

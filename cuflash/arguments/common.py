@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..arrays import (
     NativeArray,
     address_of,
     empty,
     import_array,
     import_index,
+    is_on_device,
     is_writeable,
     refuse_in_capture,
     strides_of,
 )
+from ..dlpack import float8_name
+from ..dtypes import QUANTISED_DTYPES, numpy_dtype
 
 UNIT = 16  # bytes that kernels read and write at once
 
@@ -33,6 +38,31 @@ def index(name: str, x: Any, ndim: int, wraps: bool = False) -> NativeArray | No
         refuse_in_capture(name, "be contiguous")
         array = array.copy()
     return array
+
+
+def import_codes(name: str, x: Any, dtype: str | None) -> tuple[NativeArray, str | None]:
+    """Import an array that may be quantised.
+
+    Args:
+        name: The argument's name.
+        x: The array.
+        dtype: What uint8 stands for; None if nobody says so.
+
+    Returns:
+        The array, and the name of its element type if that is a quantised one. In host memory the elements have that
+        type too; on a GPU they may be uint8, since CuPy knows no float8.
+    """
+    array = import_array(name, x)
+    if array.dtype.name in QUANTISED_DTYPES:
+        return array, array.dtype.name
+    if array.dtype != np.uint8:
+        return array, None
+    dtype = float8_name(x) or dtype  # a framework's float8 that came as bytes
+    if dtype is None:
+        raise ValueError(f"{name} must come with kv_dtype, which says what uint8 stands for, got None")
+    if dtype not in QUANTISED_DTYPES:
+        return array, None
+    return array if is_on_device(array) else array.view(numpy_dtype(dtype)), dtype
 
 
 def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -> None:

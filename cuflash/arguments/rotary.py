@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..arrays import NativeArray, address_of, import_array
+from ..dtypes import numpy_dtype
 from ..operands import Rotary
 from ..problem import Problem, boolean, window_bounds
 from .common import Given, expect_shape, index
@@ -39,8 +40,8 @@ def rotary(problem: Problem, q: NativeArray, k: NativeArray | None, joint: bool,
             f"headdim={problem.headdim - first}{' behind the values' * joint}, got {cos.shape[1]} columns"
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if array.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q ({q.dtype}), got {array.dtype}")
+        if array.dtype != numpy_dtype(problem.out_dtype):
+            raise ValueError(f"{name} must have the dtype of q ({problem.out_dtype}), got {array.dtype}")
         if not array.flags.c_contiguous or address_of(array) % array.itemsize:
             raise ValueError(f"{name} must be contiguous and aligned, got strides {array.strides}")
     expect_shape("rotary_seqlens", seqlens, (problem.batch_size,))

@@ -17,7 +17,7 @@ from ..arrays import (
     refuse_in_capture,
     strides_of,
 )
-from ..dtypes import dtype_name
+from ..dtypes import dtype_name, numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import Problem, window_bounds
@@ -42,7 +42,7 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
 def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
     """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
     ragged, shape = problem.cu_seqlens_q, q.shape
-    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), q.dtype)
+    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype))
     if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
         return out, None
     lse_shape = (shape[1], shape[0]) if ragged else (shape[0], shape[2], shape[1])
@@ -53,6 +53,8 @@ def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray 
     """Import qv, what of a query meets the values."""
     if given["qv"] is None:
         return None
+    if problem.out_dtype != problem.qkv_dtype:
+        raise ValueError(f"qv must be None with queries of {problem.qkv_dtype}")
     qv = import_array("qv", given["qv"])
     expect_shape("qv", qv, (*q.shape[:-1], problem.headdim_v))
     if qv.dtype != q.dtype:

@@ -22,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device, host_device
+from ..dtypes import numpy_dtype
+from ..kv_cache import Scales
 from ..mask import Shard
 from ..metadata import SchedulerMetadata
-from ..operands import Lengths, Operands, Rotary
+from ..operands import Lengths, Operands
 from ..partition import Partition
 from ..planner import plan, sequence_lengths
 from ..problem import Problem
+from .numpy_rows import append, rotary_base, rotate, to_float32
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -61,7 +64,7 @@ class Numpy:
         """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
         if operands.k is not None:
             with np.errstate(invalid="ignore", over="ignore"):
-                _append(problem, operands)
+                append(problem, operands)
         if operands.lengths.cu_seqlens_q is not None:
             _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
         leftpad, seqlen_k, seqlen_q = (row.tolist() for row in sequence_lengths(problem, operands.lengths))
@@ -100,7 +103,7 @@ def merge(outs: Array, lses: Array, out: Array, lse: Array) -> None:
     weights /= np.where(total == 0, np.float32(1), total)
     merged = np.zeros(out.shape, np.float32)
     for part, weight in zip(outs, np.swapaxes(weights, -1, -2)[..., None]):  # (b, h, sq) -> (b, sq, h, 1)
-        merged += np.where(weight == 0, np.float32(0), weight * _to_float32(part))
+        merged += np.where(weight == 0, np.float32(0), weight * to_float32(part))
     out[...] = merged
 
 
@@ -119,6 +122,7 @@ def _attend(
     """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
+    cache = operands.cache
     all_lse: Any = operands.softmax_lse  # on the host there always is one
     tokens: Any = b  # of the sequence
     if operands.lengths.cu_seqlens_q is not None:
@@ -130,10 +134,13 @@ def _attend(
     def pack(x: Array) -> Array:
         return x.reshape(seqlen_q, heads, group, -1).swapaxes(0, 1).reshape(heads, rows, -1)
 
-    packed = pack(_queries(operands, operands.q[tokens][:, q_heads], b))
+    kv_heads = slice(head, end_head)
+    k_scale, v_scale = (scales.of_heads(b, kv_heads)[:, None, None] for scales in (cache.k_scales, cache.v_scales))
+    packed = pack(_queries(problem, operands, operands.q[tokens][:, q_heads], b))
+    packed *= k_scale * operands.q_scales.of_heads(b, kv_heads)[:, None, None]
     packed_qv = None
     if operands.qv is not None:
-        packed_qv = pack(_to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands))
+        packed_qv = pack(to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands)) * v_scale
     tree = None if operands.tree_mask is None else _tree(operands.tree_mask[tokens], seqlen_q)
     packed_out = np.empty((heads, rows, problem.headdim_v), np.float32)
     packed_lse = np.empty((heads, rows), np.float32)
@@ -166,11 +173,12 @@ def _attend(
                 None if sinks is None else sinks[part],
             )
 
+    packed_out *= v_scale
     result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
     result_lse = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
     if operands.merge_out is not None and operands.merge_lse is not None:
         other, other_lse = operands.merge_out[tokens][:, q_heads], operands.merge_lse[lse_tokens][q_heads]
-        parts, lses = np.stack([_to_float32(other), result])[:, None], np.stack([other_lse, result_lse])[:, None]
+        parts, lses = np.stack([to_float32(other), result])[:, None], np.stack([other_lse, result_lse])[:, None]
         merge(parts, lses, result[None], result_lse[None])
     out[:, q_heads], lse[q_heads] = result, result_lse
 
@@ -209,15 +217,15 @@ def _hidden_by_tree(tree: NDArray[np.bool_], shard: Shard, keys: NDArray[np.int6
     return hidden
 
 
-def _queries(operands: Operands, q: Array, b: int) -> Floats:
+def _queries(problem: Problem, operands: Operands, q: Array, b: int) -> Floats:
     """Return the queries of a sequence (n, heads, d) in float32: rotated, times the factor of the scores."""
-    x = _to_float32(q)
+    x = to_float32(q)
     rotary = operands.rotary
     if rotary is not None:
-        base = _rotary_base(rotary, operands.lengths, b)
+        base = rotary_base(rotary, operands.lengths, b)
         positions = base + np.arange(len(q)) if rotary.moves else np.full(len(q), base)
         # Rounded like the keys that it meets.
-        x = _to_float32(_rotate(rotary, x, positions).astype(q.dtype))
+        x = to_float32(rotate(rotary, x, positions).astype(numpy_dtype(problem.out_dtype)))
     return x * _query_factor(operands)
 
 
@@ -246,11 +254,11 @@ def _attend_rows(
     """
     heads, rows, _ = q.shape
     scores = np.empty((heads, rows, len(keys)), np.float32)
-    for begin, block in keys.blocks(operands.cache.k):
+    for begin, block in keys.blocks(operands.cache.k, operands.cache.k_scales):
         _scores(q, block, scores[..., begin : begin + len(block)])
     if qv is not None:
         more = np.empty((heads, rows, keys.block), np.float32)
-        for begin, block in keys.blocks(operands.cache.v):
+        for begin, block in keys.blocks(operands.cache.v, operands.cache.v_scales):
             _scores(qv, block, more[..., : len(block)])
             scores[..., begin : begin + len(block)] += more[..., : len(block)]
     if _scales_scores(operands):
@@ -274,7 +282,7 @@ def _attend_rows(
     lse = top + np.log(total)
     out = np.zeros((heads, rows, problem.headdim_v), np.float32)
     unseen: Any = None if hidden is None or operands.tree_mask is None else hidden.all(0)
-    for begin, block in keys.blocks(operands.cache.v):
+    for begin, block in keys.blocks(operands.cache.v, operands.cache.v_scales):
         if unseen is not None:  # by nobody, so that it may hold anything
             block = np.where(unseen[begin : begin + len(block), None, None], np.float32(0), block)
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
@@ -320,9 +328,10 @@ class _Keys:
     def __len__(self) -> int:
         return self.end - self.begin
 
-    def blocks(self, cache: Array) -> Iterator[tuple[int, Floats]]:
-        """Yield (offset from begin, keys (n, heads, d)); a block is valid until the next one."""
+    def blocks(self, cache: Array, scales: Scales) -> Iterator[tuple[int, Floats]]:
+        """Yield (offset from begin, keys (n, heads, d)), scaled if each has a scale; valid until the next block."""
         cache = cache[:, :, self.heads]
+        per_key = scales.array[:, :, self.heads] if scales.array is not None and scales.per_key else None
         buffer = None
         for begin in range(self.begin, self.end, self.block):
             end = min(begin + self.block, self.end)
@@ -330,59 +339,10 @@ class _Keys:
             if block.dtype != np.float32:
                 if buffer is None:
                     buffer = np.empty((min(self.block, len(self)), *block.shape[1:]), np.float32)
-                block = _to_float32(block, buffer[: end - begin])
+                block = to_float32(block, buffer[: end - begin])
+            if per_key is not None:
+                block *= self.cache.read(per_key, self.b, begin, end)[..., None]
             yield begin - self.begin, block
-
-
-# ------------------------------------------------------------------------------------------------ append and rotary
-def _append(problem: Problem, operands: Operands) -> None:
-    """Write every new key and value to the cache, behind the keys that are there."""
-    assert operands.k is not None
-    shard = problem.mask.shard
-    starts, cache, rotary = operands.lengths.cu_seqlens_k_new, operands.cache, operands.rotary
-    for b in range(problem.batch_size):
-        new = slice(int(starts[b]), int(starts[b + 1])) if starts is not None else b
-        k, v = operands.k[new], None if operands.v is None else operands.v[new]
-        if rotary is not None:
-            k = _rotate(rotary, _to_float32(k), _rotary_base(rotary, operands.lengths, b) + np.arange(len(k)))
-        positions = int(operands.lengths.cache_seqlens[b]) + np.arange(len(k))
-        mine = shard.holds(positions)
-        pages, slots = cache.place(b, shard.held(positions[mine]))
-        there = pages >= 0
-        place = pages[there], slots[there]
-        cache.k[place] = k[mine][there]
-        if v is not None:
-            cache.v[place] = v[mine][there]
-
-
-def _rotary_base(rotary: Rotary, lengths: Lengths, b: int) -> int:
-    return int((lengths.cache_seqlens if rotary.seqlens is None else rotary.seqlens)[b])
-
-
-def _rotate(rotary: Rotary, x: Floats, positions: NDArray[np.int64]) -> Floats:
-    """Return x (n, heads, d), its row r rotated for ``positions[r]``, computed in float32."""
-    cos = _to_float32(rotary.cos[positions])[:, None]  # (n, 1, rotary_dim / 2)
-    sin = _to_float32(rotary.sin[positions])[:, None]
-    half, begin = cos.shape[-1], rotary.first
-    if rotary.interleaved:
-        first, second = slice(begin, begin + 2 * half, 2), slice(begin + 1, begin + 2 * half, 2)
-    else:
-        first, second = slice(begin, begin + half), slice(begin + half, begin + 2 * half)
-    a, b = x[..., first], x[..., second]
-    rotated = x.copy()
-    rotated[..., first] = a * cos - b * sin
-    rotated[..., second] = a * sin + b * cos
-    return rotated
-
-
-def _to_float32(x: Array, buffer: Floats | None = None) -> Floats:
-    """Return x in float32: itself, or converted into ``buffer``."""
-    if x.dtype == np.float32:
-        return x
-    if buffer is None:
-        return x.astype(np.float32)
-    buffer[...] = x
-    return buffer
 
 
 # ------------------------------------------------------------------------------------------------ threads

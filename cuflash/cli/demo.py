@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
-from ..dtypes import dtype_name, numpy_dtype
+from ..dtypes import QUANTISED_DTYPES, dtype_name, numpy_dtype
 from .info import backend_in_use
 from .text import Progress, aligned, bars, environment, hanging, heads, positive, seconds, size, width
 
@@ -43,6 +43,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
     parser.add_argument("--headdim", type=int, help="elements of a key (default 128; sim: 64)")
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
+    parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and values (default 0)")
     return parser
@@ -67,11 +68,21 @@ class Step:
         seqlens: (batch,) keys of each sequence.
         page_table: (batch, pages per sequence); pages lie in random order.
         layers: (q, k_cache, v_cache) of each layer.
+        kv_dtype: Element type of the caches if they are quantised, whose arrays are bytes then, else None.
+        scale: What their elements are multiplied by.
     """
 
     seqlens: Any
     page_table: Any
     layers: list[tuple[Any, Any, Any]]
+    kv_dtype: str | None
+    scale: float | None
+
+    def numbers(self, cache: NDArray[Any]) -> NDArray[np.float64]:
+        """Return what the elements of a cache stand for."""
+        if self.kv_dtype is None or self.scale is None:
+            return cache.astype(np.float64)
+        return cache.view(numpy_dtype(self.kv_dtype)).astype(np.float64) * self.scale
 
 
 def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
@@ -81,13 +92,14 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     num_heads = arguments.heads or ((8, 2) if backend == "sim" else (32, 8))
     headdim = arguments.headdim or (64 if backend == "sim" else 128)
     dtype = dtype_name("--dtype", arguments.dtype or _DTYPES[backend])
+    kv_dtype = None if arguments.kv_dtype is None else dtype_name("--kv-dtype", arguments.kv_dtype)
     rng = np.random.default_rng(arguments.seed)
     seqlens = np.clip(rng.lognormal(np.log(median), 1.0, batch), 1, 16 * median).astype(np.int32)
 
     def plan(lengths: Any, **options: Any) -> SchedulerMetadata:
         return get_scheduler_metadata(
             batch, 1, int(seqlens.max()), num_heads[0], num_heads[1], headdim, lengths,
-            qkv_dtype=dtype, page_size=page_size, causal=True, **options,
+            qkv_dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, causal=True, **options,
         )  # fmt: skip
 
     # Wrong arguments show before the caches are made.
@@ -98,10 +110,10 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     _row("backend", f"{backend}: {reason}")
     _row("sequences", f"{batch}, of {seqlens.min()} to {seqlens.max()} keys, {seqlens.sum()} in all")
     _row("", bars(seqlens, width() - 15))
-    _row("cache", f"pages of {page_size} keys in random order")
+    _row("cache", f"pages of {page_size} keys in random order{f', {kv_dtype}' if kv_dtype else ''}")
 
     progress = Progress()
-    step = _make_step(rng, seqlens, num_layers, num_heads, headdim, page_size, numpy_dtype(dtype), backend, progress)
+    step = _make_step(rng, seqlens, num_layers, num_heads, headdim, page_size, dtype, kv_dtype, backend, progress)
     progress("planning" if backend == "numpy" else "compiling and planning")
     metadata = plan(step.seqlens)
     unsplit = plan(step.seqlens, num_splits=1)
@@ -118,7 +130,8 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
         q, k_cache, v_cache = step.layers[index]
         return flash_attn_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=step.seqlens, page_table=step.page_table, causal=True,
-            scheduler_metadata=metadata, return_softmax_lse=True,
+            scheduler_metadata=metadata, return_softmax_lse=True, kv_dtype=kv_dtype, k_descale=step.scale,
+            v_descale=step.scale,
         )  # fmt: skip
 
     worst, lse_worst, wrong = 0.0, 0.0, 0
@@ -141,7 +154,8 @@ def _make_step(
     num_heads: tuple[int, int],
     headdim: int,
     page_size: int,
-    dtype: np.dtype[Any],
+    dtype: str,
+    kv_dtype: str | None,
     backend: str,
     progress: Progress,
 ) -> Step:
@@ -157,14 +171,20 @@ def _make_step(
     page_table[np.arange(used.max()) < used[:, None]] = rng.permutation(num_pages)
     progress("making random pages")
     some = min(num_pages, _MAX_RANDOM_PAGES)
-    pages = rng.standard_normal((2, some, page_size, num_heads[1], headdim), np.float32).astype(dtype)
+    pages: NDArray[Any] = rng.standard_normal((2, some, page_size, num_heads[1], headdim), np.float32)
+    scale = None
+    if kv_dtype is not None:
+        scale = 1 / 24 if kv_dtype == "int8" else 1.0  # codes of int8 reach 127: five standard deviations
+        pages = np.clip(np.rint(pages / scale), -127, 127) if kv_dtype == "int8" else pages
+    pages = pages.astype(numpy_dtype(kv_dtype or dtype))
+    pages = pages if kv_dtype is None else pages.view(np.uint8)  # CuPy has no float8
     layers: list[tuple[Any, Any, Any]] = []
     for index in range(num_layers):
         progress(f"making the cache of layer {index + 1} of {num_layers}")
-        q = rng.standard_normal((len(seqlens), 1, num_heads[0], headdim), np.float32).astype(dtype)
+        q = rng.standard_normal((len(seqlens), 1, num_heads[0], headdim), np.float32).astype(numpy_dtype(dtype))
         k_cache, v_cache = pages[:, rng.permutation(num_pages) % some]
         layers.append((to_backend(q), to_backend(k_cache), to_backend(v_cache)))
-    return Step(to_backend(seqlens), to_backend(page_table), layers)
+    return Step(to_backend(seqlens), to_backend(page_table), layers, kv_dtype, scale)
 
 
 def _compare(step: Step, index: int, result: tuple[Any, Any]) -> tuple[float, float, int]:
@@ -182,7 +202,7 @@ def _compare(step: Step, index: int, result: tuple[Any, Any]) -> tuple[float, fl
     for b, seqlen in enumerate(seqlens):
         pages = page_table[b, : -(-seqlen // k_cache.shape[1])]
         keys, values = (
-            cache[pages].reshape(-1, kv_heads, headdim)[:seqlen].transpose(1, 0, 2).astype(np.float64)
+            step.numbers(cache[pages]).reshape(-1, kv_heads, headdim)[:seqlen].transpose(1, 0, 2)
             for cache in (k_cache, v_cache)
         )  # (heads_kv, seqlen, headdim)
         query = q[b, 0].astype(np.float64).reshape(kv_heads, -1, headdim)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..device import Device
+from ..dtypes import numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
@@ -75,7 +76,7 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
     if append is not None:
         launches.append(append)
     if operands.rotary is not None:
-        scratch["q_rotated"] = Scratch(operands.q.shape, operands.q.dtype, passed_on=True)
+        scratch["q_rotated"] = Scratch(operands.q.shape, numpy_dtype(problem.out_dtype), passed_on=True)
         arrays["q"] = "q_rotated"
     if operands.out.size:
         launch, more = family(metadata.partition).launch(problem, operands, metadata, arrays)
@@ -86,8 +87,9 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
-    append = (append_variant(problem.qkv_dtype, problem.kv_dtype),) if appends else ()
-    return PLAN_VARIANT, *append, family(partition).variant(problem, partition)
+    append = (append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),) if appends else ()
+    others = decode.other_variants(problem, partition, appends) if partition.family == decode.NAME else ()
+    return PLAN_VARIANT, *append, family(partition).variant(problem, partition), *others
 
 
 __all__ = ["FAMILIES", "attention_step", "choose", "family", "plan_launch", "variants"]

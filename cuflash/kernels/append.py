@@ -7,14 +7,20 @@ from typing import Any
 
 from ..operands import Operands
 from ..problem import Problem
-from .fields import cache_fields, length_fields
+from .fields import cache_fields, length_fields, scale_fields
 from .launch import ABSENT, ROW_WARPS, Launch, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 
 
-def append_variant(dtype: str, kv_dtype: str) -> Variant:
-    """Return the kernel."""
-    return Variant("append", (*element_defines(dtype, kv_dtype), ("WARPS", ROW_WARPS)))
+def append_variant(q_dtype: str, kv_dtype: str, new_dtype: str | None = None) -> Variant:
+    """Return the kernel.
+
+    Args:
+        q_dtype: Element type of queries.
+        kv_dtype: That of the cache.
+        new_dtype: That of new keys and values, of rotary tables and rotated queries; by default that of queries.
+    """
+    return Variant("append", (*element_defines(q_dtype, kv_dtype, new_dtype or q_dtype), ("WARPS", ROW_WARPS)))
 
 
 def append_launch(problem: Problem, operands: Operands) -> Launch | None:
@@ -31,6 +37,12 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         **row_strides("q", element_strides(q), problem.cu_seqlens_q),
         **length_fields(problem, operands.lengths),
         **cache_fields(operands.cache),
+        "k_scale": operands.cache.k_scales.number,
+        "v_scale": operands.cache.v_scales.number,
+        "finds_k_scales": operands.cache.k_scales.per_key,
+        "finds_v_scales": operands.cache.v_scales.per_key,
+        **scale_fields("k_descale", operands.cache.k_scales),
+        **scale_fields("v_descale", operands.cache.v_scales),
         "batch_size": problem.batch_size,
         "query_tokens": query_tokens,
         "new_tokens": new_tokens,
@@ -47,6 +59,5 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         values[f"{name}_batch_stride"] = 0 if ragged else strides[0]
         values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
     grid, arrays = -(-rows // ROW_WARPS), {} if rotary else {"q_rotated": ABSENT}
-    return make_launch(
-        append_variant(problem.qkv_dtype, problem.kv_dtype), "AppendParams", grid, 32 * ROW_WARPS, 0, values, arrays
-    )
+    variant = append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype)
+    return make_launch(variant, "AppendParams", grid, 32 * ROW_WARPS, 0, values, arrays)

@@ -121,7 +121,8 @@ def _variant(problem: Problem, tiles: Tiles) -> Variant:
     return Variant(
         "extend",
         (
-            *element_defines(problem.qkv_dtype, problem.kv_dtype),
+            *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+        ("KEY_SCALES", 0),
             ("HEAD_DIM", problem.headdim),
             ("HEAD_DIM_V", problem.headdim_v),
             ("PADDED_HEAD_DIM", tiles.headdim),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..arrays import strides_of
-from ..kv_cache import KVCache
+from ..kv_cache import KVCache, Scales
 from ..operands import Lengths
 from ..problem import Problem
 from .launch import element_strides
@@ -34,6 +34,15 @@ def cache_fields(cache: KVCache) -> dict[str, int]:
         for axis, stride in zip(("page", "row", "head"), strides_of(array)):
             values[f"cache.{name}.{axis}"] = stride // _UNIT
     return values
+
+
+def scale_fields(name: str, scales: Scales) -> dict[str, int]:
+    """Return the values of a field that is a DescaleStrides of descale.cuh, by the name of the argument."""
+    strides = [0, 0, 0]
+    if scales.array is not None:
+        steps = [0 if size == 1 else stride for size, stride in zip(scales.array.shape, element_strides(scales.array))]
+        strides = steps if scales.per_key else [steps[0], 0, steps[1]]
+    return dict(zip((f"{name}_strides.outer", f"{name}_strides.row", f"{name}_strides.head"), strides))
 
 
 def divisor_fields(path: str, divisor: int) -> dict[str, int]:

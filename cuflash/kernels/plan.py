@@ -36,6 +36,8 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
         "num_splits": problem.num_splits,
         "split_size": problem.split_size or 0,
         "grain": problem.split_size or partition.grain,
+        "min_share": partition.min_share,
+        "overhead": partition.overhead,
         "slice_sequences": slice_sequences,
         "slice_shift": slice_shift,
         "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),

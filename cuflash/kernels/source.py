@@ -14,7 +14,14 @@ import numpy as np
 
 from ..dtypes import numpy_dtype
 
-_ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "Float32"}
+_ELEMENTS = {
+    "float16": "Float16",
+    "bfloat16": "BFloat16",
+    "float32": "Float32",
+    "float8_e4m3fn": "Float8E4M3",
+    "float8_e5m2": "Float8E5M2",
+    "int8": "Int8",
+}
 
 
 @lru_cache(maxsize=None)
@@ -138,10 +145,14 @@ class Variant:
         return f"{self.kernel}({', '.join(f'{macro}={value}' for macro, value in self.defines)})"
 
 
-def element_defines(dtype: str, kv_dtype: str | None = None) -> tuple[tuple[str, str | int], ...]:
-    """Return the macros that name the element type of queries and outputs, and that of a cache."""
-    defines: tuple[tuple[str, str | int], ...] = (
-        ("ELEMENT", _ELEMENTS[dtype]),
-        ("ELEMENT_BYTES", numpy_dtype(dtype).itemsize),
-    )
-    return defines if kv_dtype is None else (*defines, ("KV_ELEMENT", _ELEMENTS[kv_dtype]))
+def element_defines(
+    dtype: str, kv_dtype: str | None = None, out_dtype: str | None = None
+) -> tuple[tuple[str, str | int], ...]:
+    """Return the macros that name element types: of queries, and where given of a cache and of the output."""
+    defines: list[tuple[str, str | int]] = []
+    for macro, name in (("ELEMENT", dtype), ("KV_ELEMENT", kv_dtype)):
+        if name is not None:
+            defines += [(macro, _ELEMENTS[name]), (f"{macro}_BYTES", numpy_dtype(name).itemsize)]
+    if out_dtype is not None:
+        defines.append(("OUT_ELEMENT", _ELEMENTS[out_dtype]))
+    return tuple(defines)

@@ -1,8 +1,8 @@
 """The one table of tile sizes: how a problem is cut for a device.
 
-A tile is 16 or 32 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a ring
-of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1`` of
-them are in flight. Why these numbers are good is counted by ``python -m tests.bench resources``.
+A tile is 16, 32 or 64 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a
+ring of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1``
+of them are in flight. Why these numbers are good is counted by ``python -m tests.bench resources``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ class Tiling:
         headdim: Padded head dim of queries and keys.
         headdim_v: Padded head dim of values.
         rows: Packed query rows of a row block: 8, 16 or 32.
-        tile_keys: Keys of a warp's tile: 16 or 32.
+        tile_keys: Keys of a warp's tile: 16, 32 or 64.
         row_blocks: Row blocks of one (sequence, KV head).
         warps: Warps of a block.
         stages: Half-stages of a warp's ring, odd.
         blocks_per_sm: Blocks meant to be resident on one multiprocessor.
         shared_bytes: Dynamic shared memory of a block.
         query_buffers: 2 if the queries of the next item come while the keys of an item are read, else 1.
+        block_state_bytes: Shared memory for what a block's threads have in common, struct BlockState in decode.cu.
         cluster: Blocks of a thread-block cluster, which share one item and merge it through their shared memory; 1: no
             clusters, blocks share all keys and merge through global memory.
     """
@@ -47,12 +48,8 @@ class Tiling:
     blocks_per_sm: int
     shared_bytes: int
     query_buffers: int
+    block_state_bytes: int
     cluster: int = 1
-
-    @property
-    def block_state_bytes(self) -> int:
-        """Shared memory for what a block's threads have in common, struct BlockState in decode.cu."""
-        return _block_state_bytes(self.warps, self.rows)
 
     def max_blocks(self, problem: Problem, device: Device) -> int:
         """Blocks of the largest grid of a plan: those that the device holds at once."""
@@ -61,9 +58,9 @@ class Tiling:
         return max(1, device.num_sm - problem.sm_margin) * self.blocks_per_sm
 
 
-def padded_headdim(headdim: int) -> int:
-    """Round a head dim up to one that has a kernel."""
-    return next(size for size in PADDED_HEADDIMS if size >= headdim)
+def padded_headdim(headdim: int, itemsize: int = 2) -> int:
+    """Round a head dim up to one whose rows in shared memory are whole half-lines of 64 bytes."""
+    return next(size for size in PADDED_HEADDIMS if size >= headdim and size * itemsize % 64 == 0)
 
 
 @lru_cache(maxsize=1024)
@@ -78,7 +75,8 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     Raises:
         ValueError: If the head dim does not fit the device.
     """
-    d, dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    itemsize = numpy_dtype(problem.kv_dtype).itemsize
+    d, dv = padded_headdim(problem.headdim, itemsize), padded_headdim(problem.headdim_v, itemsize)
     # More than 16 rows at head dim 256 do not fit the registers: two row blocks read the keys twice instead.
     most_rows = 32 if max(d, dv) <= 192 else 16
     is_float32 = problem.qkv_dtype == "float32"
@@ -88,9 +86,8 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     wanted = problem.rows if problem.split_size is None else problem.group
     rows = next(size for size in (8, 16, 32) if size >= min(wanted, most_rows))
     row_blocks = max(1, -(-problem.rows // rows))
-    itemsize = numpy_dtype(problem.kv_dtype).itemsize
     row_bytes = max(d, dv) * itemsize
-    query = rows * d * numpy_dtype(problem.qkv_dtype).itemsize
+    query = rows * d * max(2, numpy_dtype(problem.qkv_dtype).itemsize)  # those of 8 bits become float16
 
     # (keys of a tile, warps, blocks per multiprocessor), the best first: what a tile costs beside its keys is halved by
     # tiles of 32 keys, where registers allow; of two blocks per multiprocessor one computes while the other waits.
@@ -105,14 +102,21 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         # A block that has the multiprocessor alone has the registers for more rows.
         is_long |= not is_float32 and row_bytes <= 256 and rows == 16
         shapes = [(32, 8, 1)] * is_long + [(16, 8, 1)] + shapes
+    if problem.is_quantised:
+        shapes = _quantised_shapes(problem, max(d, dv), rows, items <= device.num_sm and problem.split_size is None)
     choices = [(shape, 1) for shape in shapes]
     cluster = _cluster(problem, device, items, max_seqlen_k)
     if cluster > 1 and max_seqlen_k is not None:
-        choices.insert(0, ((16, 8 if max_seqlen_k >= 256 * cluster else 4, 1), cluster))
+        tile_keys = 32 if problem.is_quantised else 16
+        choices.insert(0, ((tile_keys, 8 if max_seqlen_k >= 256 * cluster else 4, 1), cluster))
     for (tile_keys, warps, blocks_per_sm), cluster in choices:
         room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
         slot = tile_keys * row_bytes
-        fixed = _block_state_bytes(warps, rows)
+        state = _block_state_bytes(warps, rows)
+        if problem.is_quantised:  # scales of a tile's keys and values, factors of the rows
+            slot += 8 * tile_keys
+            state += 4 * rows
+        fixed = state
         if cluster > 1:  # the partial results of all blocks of a cluster: outputs, maxima and sums
             fixed += cluster * rows * (4 * dv + 8)
         stages, with_second = (_stages((room - fixed - n * query) // (warps * slot)) for n in (1, 2))
@@ -122,8 +126,27 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         buffers = 2 if cluster == 1 and has_registers and with_second == stages else 1
         if stages >= 3:
             shared = warps * stages * slot + fixed + buffers * query
-            return Tiling(d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers, cluster)
+            sizes = d, dv, rows, tile_keys, row_blocks, warps, stages, blocks_per_sm, shared, buffers
+            return Tiling(*sizes, state, cluster)
     raise ValueError(f"headdim {problem.headdim} does not fit the shared memory of sm_{device.arch}")
+
+
+def _quantised_shapes(problem: Problem, headdim: int, rows: int, has_few_items: bool) -> list[tuple[int, int, int]]:
+    """Return (keys of a tile, warps, blocks per multiprocessor) for a cache of 8 bits, the best first.
+
+    The output of 8 rows passes through a slot of the ring, which holds it from 32 keys on. Tiles of 64 keys halve once
+    more what a tile costs beside its keys, where registers and shared memory allow.
+    """
+    shapes = [(32, 4, 2), (32, 2, 2), (32, 4, 1), (32, 2, 1), (32, 1, 1)]
+    if problem.qkv_dtype == "float32":
+        return shapes
+    is_long = headdim <= 128 and rows == 8
+    if is_long:
+        shapes = [(64, 4, 2), *shapes]
+    if has_few_items:
+        is_long |= headdim <= 128 and rows == 16
+        shapes = [(64, 8, 1)] * is_long + [(32, 8, 1)] + shapes
+    return shapes
 
 
 def _cluster(problem: Problem, device: Device, items: int, max_seqlen_k: int | None) -> int:

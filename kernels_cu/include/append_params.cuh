@@ -1,5 +1,6 @@
 // What append.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
+#include "descale.cuh"
 #include "lengths.cuh"
 #include "paging.cuh"
 
@@ -12,6 +13,8 @@ struct AppendParams {
     void* v_cache;            // (pages, page_size, heads_kv, headdim_v)
     const void* rotary_cos;   // (positions, rotary_dim / 2)
     const void* rotary_sin;   // (positions, rotary_dim / 2)
+    float* k_descale;         // with a quantised cache: (batch, heads_kv), or one number, or null: 1 ..
+    float* v_descale;         // .. or (pages, page_size, heads_kv), written
     const int* rotary_seqlens;  // (batch,) or null: cache_seqlens
     Lengths lengths;
     KVCache cache;
@@ -24,6 +27,12 @@ struct AppendParams {
     long long v_batch_stride;
     long long v_token_stride;
     long long v_new_head_stride;
+    DescaleStrides k_descale_strides;
+    DescaleStrides v_descale_strides;
+    float k_scale;  // factors of the scales that are given
+    float v_scale;
+    int finds_k_scales;  // one per key and head
+    int finds_v_scales;
     int batch_size;
     int query_tokens;  // 0: queries are not rotated
     int new_tokens;

@@ -33,7 +33,7 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segme
         const MergedStates<kCluster> merged(p.score_scale, false, [&](int i) { return parts.state[i][row]; });
         const RowOutput at(p, segment, row);
         float lse;
-        const float factor = finish_row(p, at.head, merged.state, lse);
+        const float factor = finish_row(p, at, merged.state, lse);
         for (int vector = lane; vector < kVectors; vector += 32) {
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             for_each<kCluster>([&](int i) {

@@ -16,6 +16,7 @@ struct RowOutput {
     long long out;  // element of `out`
     long long lse;
     int head;
+    float unit;  // what 1 in an output stands for
 
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
         const int packed = s.first_row + row, query = query_of(p, packed);
@@ -23,15 +24,20 @@ struct RowOutput {
         const long long start = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
         out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
         lse = s.sequence * p.lse_batch_stride + head * p.lse_head_stride + start + query;
+        unit = 1.0f;
+        if constexpr (kIsQuantised) {
+            unit = p.value_scale * (Element::kBytes == 4 ? 1.0f : unit_of<CacheElement>());
+            if (!kHasValueScales) unit *= descale_of(p.v_descale, p.v_descale_strides, s.sequence, s.kv_head);
+        }
     }
 };
 
 // The factor that turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a
 // value of zero; it enters here, once, however the item was split.
-__device__ __forceinline__ float finish_row(const DecodeParams& p, int head, RowState state, float& lse) {
+__device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutput& at, RowState state, float& lse) {
     float factor = 1.0f, top = state.maximum * p.lse_scale;
     if (p.sinks) {
-        const float sink = p.sinks[head];
+        const float sink = p.sinks[at.head];
         const float above = fmaxf(state.maximum * p.score_scale, kLowest) - sink * kLog2e;  // in log2 units
         if (state.sum != 0.0f && above >= 0.0f) {
             state.sum += exp2_approx(-above);
@@ -46,12 +52,12 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, int head, Row
         return 0.0f;
     }
     lse = fmaf(log2_approx(state.sum), kLn2, top);
-    return factor * reciprocal_approx(state.sum);
+    return factor * at.unit * reciprocal_approx(state.sum);
 }
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
     scale(o, factor);
-    store4<Element>(p.out, at.out + vector * 4, o);
+    store4<OutElement>(p.out, at.out + vector * 4, o);
 }
 
 // Rows of ragged queries that belong to no sequence give 0 and LSE -inf; the blocks share them out.
@@ -66,7 +72,7 @@ __device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int be
 #pragma unroll 1
         for (int i = threadIdx.x; i < heads * kVectors; i += kThreads) {
             const int head = i / kVectors, vector = i % kVectors;
-            store4<Element>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
+            store4<OutElement>(p.out, row * p.out_row_stride + head * p.out_head_stride + vector * 4, make_float4(0, 0, 0, 0));
             if (vector == 0 && p.softmax_lse) p.softmax_lse[head * p.lse_head_stride + row] = -infinity();
         }
     }
@@ -141,7 +147,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                 }
             }
             float lse;
-            const float factor = finish_row(p, at.head, merged, lse);
+            const float factor = finish_row(p, at, merged, lse);
             if (exists) store_answer(p, at, vector, o, factor);
             if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
         }
@@ -208,7 +214,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
             if (is_answer) {
                 const RowOutput at(p, segment, row);
                 float lse;
-                const float factor = finish_row(p, at.head, state, lse);
+                const float factor = finish_row(p, at, state, lse);
                 store_answer(p, at, vector, output, factor);
                 if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
             } else {

@@ -1,12 +1,15 @@
 // The loader of one warp: it fills the warp's ring with the tiles of the whole share, segment after segment, so that the next
 // item's keys are in flight while an item is merged and stored.
 #pragma once
+#include "fragment.cuh"
 #include "paging.cuh"
 #include "ptx/copies.cuh"
 #include "segment.cuh"
 #include "tiles.cuh"
 
 class Loader {
+    static constexpr int kLookups = (kTileKeys + 31) / 32;  // rows of a tile that a lane looks up: l, l + 32 ..
+
     // How the rows of a tile are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
     template <int kRowBytes>
     struct Copy {
@@ -46,11 +49,14 @@ public:
 
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
     __device__ __forceinline__ void load_keys(u32 slot, bool is_tile = true) {
-        // Where the row begins that this lane looked up (row lane % kTileKeys of the tile), in 16-byte units.
-        const u32 units = place_.units(p_.cache.k) + key_head_;
         const bool exists = is_tile && key_ < end_;
-        value_units_ = exists ? place_.units(p_.cache.v) + value_head_ : kNoTile;
+        u32 units[kLookups];  // where the rows begin that this lane looked up, in 16-byte units
+        for_each<kLookups>([&](int i) {
+            units[i] = places_[i].units(p_.cache.k) + key_head_;
+            value_units_[i] = exists ? places_[i].units(p_.cache.v) + value_head_ : kNoTile;
+        });
         copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
+        copy_scales(slot, exists);
         cp_async_commit();
         key_ += kWarps * kTileKeys;
         find_tile();
@@ -59,7 +65,7 @@ public:
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot) {
         const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike
-        copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, to + slot, value_units_ != kNoTile);
+        copy_tile<kHeadDimV, kValueBytes>(values_from_, value_units_, to + slot, value_units_[0] != kNoTile);
         cp_async_commit();
     }
 
@@ -70,7 +76,10 @@ private:
         end_ = first_slot + segment.keys.end;
         key_head_ = segment.kv_head * p_.cache.k.head;
         value_head_ = segment.kv_head * p_.cache.v.head;
-        place_.enter(p_.cache, segment.sequence);
+        places_[0].enter(p_.cache, segment.sequence);
+        for_each<kLookups - 1>([&](int i) { places_[i + 1] = places_[0]; });
+        if constexpr (kHasKeyScales) key_scales_ = p_.k_descale + segment.kv_head * p_.k_descale_strides.head;
+        if constexpr (kHasValueScales) value_scales_ = p_.v_descale + segment.kv_head * p_.v_descale_strides.head;
     }
 
     // Moves to the first tile of this warp at or after `key_`, in the next segments if need be, and starts its page lookup.
@@ -82,11 +91,23 @@ private:
             enter(segment);
         }
         // Rows past the end repeat the last key, which is masked there: nothing that no row sees is read.
-        place_.seek(p_.cache, min(key_ + lane_ % kTileKeys, end_ - 1));
+        for_each<kLookups>([&](int i) { places_[i].seek(p_.cache, min(key_ + lane_ % kTileKeys + i * 32, end_ - 1)); });
+    }
+
+    // Starts the copies of the scales of a tile's keys and values, to where TileScales finds them: both behind the keys,
+    // since the values' are needed before the values.
+    __device__ __forceinline__ void copy_scales(u32 slot, bool exists) {
+        for_each<kLookups>([&](int i) {
+            const u32 to = slot + ScaleTile::offset(lane_ % 8, i) + lane_ / 8 * 4;
+            if constexpr (kHasKeyScales) cp_async_4_if(exists, to, key_scales_ + places_[i].scale(p_.k_descale_strides));
+            if constexpr (kHasValueScales) {
+                cp_async_4_if(exists, to + ScaleTile::kValues, value_scales_ + places_[i].scale(p_.v_descale_strides));
+            }
+        });
     }
 
     template <int kDim, int kRowBytes>
-    __device__ __forceinline__ void copy_tile(const char* lane_from, u32 units, u32 lane_to, bool exists) {
+    __device__ __forceinline__ void copy_tile(const char* lane_from, const u32 (&units)[kLookups], u32 lane_to, bool exists) {
         using C = Copy<kRowBytes>;
         constexpr int kChunks = kDim * CacheElement::kBytes / 16;
         // An MMA reads whole steps of 16 elements: a last half step is filled with zeros.
@@ -96,7 +117,8 @@ private:
         const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
-            from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
+            const int row = i * C::kRowsAtOnce;
+            from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units[row / 32], lane_ / C::kLanes + row % 32));
         }
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
@@ -105,7 +127,7 @@ private:
             for (int c = 0; c < kFilled; c += C::kLanes) {
                 const bool wanted = exists && (c + C::kLanes <= kFilled || chunk + c < kFilled);
                 if (c + C::kLanes <= kChunks || kChunks == kFilled || chunk + c < kChunks) {
-                    cp_async_16_if(wanted, to + c * 16, from[i] + c * 16, policy_);
+                    cp_async_16_if<kDim * CacheElement::kBytes>(wanted, to + c * 16, from[i] + c * 16, policy_);
                 } else {
                     cp_async_zero_if(wanted, to + c * 16, lane_from);
                 }
@@ -121,9 +143,11 @@ private:
     u64 policy_;
     const char* keys_from_;    // first byte of this lane's chunks in the cache's first row
     const char* values_from_;
-    PageCursor place_;         // of the row of the next tile that this lane looks up
+    const float* key_scales_;  // the KV head's first one
+    const float* value_scales_;
+    PageCursor places_[kLookups];  // of the rows of the next tile that this lane looks up
     u32 keys_to_, values_to_;  // the same in a slot
     int warp_, lane_;
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
-    u32 key_head_, value_head_, value_units_;
+    u32 key_head_, value_head_, value_units_[kLookups];
 };

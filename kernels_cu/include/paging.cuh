@@ -3,6 +3,7 @@
 // A cache is (pages, page_size, heads_kv, dim). Paged caches have a table; without one each sequence owns a row of the cache,
 // which counts as one page that is never left. Attention's loader and the append find keys here.
 #pragma once
+#include "descale.cuh"
 #include "fast_divisor.cuh"
 #include "ptx/memory.cuh"
 
@@ -42,6 +43,11 @@ public:
 
     // Where the slot's row of head 0 begins, in 16-byte units.
     __device__ __forceinline__ u32 units(CacheStrides strides) const { return page_ * strides.page + row_ * strides.row; }
+
+    // The element of the slot's scale of head 0, of scales per key and head.
+    __device__ __forceinline__ long long scale(DescaleStrides strides) const {
+        return page_ * strides.outer + row_ * strides.row;
+    }
 
 private:
     const int* pages_;        // (pages per sequence,) of the sequence

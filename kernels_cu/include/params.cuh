@@ -1,5 +1,6 @@
 // What decode.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
+#include "descale.cuh"
 #include "fast_divisor.cuh"
 #include "lengths.cuh"
 #include "mask.cuh"
@@ -12,6 +13,9 @@ struct DecodeParams {
     void* out;                 // (batch, seqlen_q, heads_q, headdim_v) or (total_q, heads_q, headdim_v)
     float* softmax_lse;        // (batch, heads_q, seqlen_q) or (heads_q, total_q), or null: nobody asks
     const float* sinks;        // (heads_q,) or null
+    const float* q_descale;    // (batch, heads_kv), or one number, or null: 1
+    const float* k_descale;    // the same, or with KEY_SCALES (pages, page_size, heads_kv)
+    const float* v_descale;    // likewise
     const int* plan;           // schedule.cuh
     float* partials;           // (slots, ROWS, HEAD_DIM_V) unnormalised outputs, then (slots, ROWS, 2) maxima and sums
     unsigned int* counters;    // (blocks,) zero before and after every launch
@@ -25,6 +29,9 @@ struct DecodeParams {
     long long out_head_stride;
     long long lse_batch_stride;
     long long lse_head_stride;
+    DescaleStrides q_descale_strides;
+    DescaleStrides k_descale_strides;
+    DescaleStrides v_descale_strides;
     Mask mask;
     int batch_size;
     int total_q;               // rows of ragged queries, else 0
@@ -47,5 +54,6 @@ struct DecodeParams {
     float score_cap;           // softcap
     float cap_scale;           // softmax_scale
     float cap_inverse;         // 2^64 / softcap
+    float value_scale;         // with a quantised cache: factor of the output
     int cap_exactly;           // the cap is so large, or the scale so small, that the short way is too coarse
 };

@@ -4,7 +4,7 @@
 #include "segment.cuh"
 #include "swizzle.cuh"
 
-constexpr int kQueryBytes = kPaddedHeadDim * Element::kBytes;
+constexpr int kQueryBytes = kPaddedHeadDim * (Element::kBytes == 4 ? 4 : 2);  // those of 8 bits become float16
 constexpr int kChunks = kQueryBytes / 16;  // pieces of 16 bytes of a query
 
 // Starts the copy of an item's queries to shared memory; what does not exist is zero. The copies belong to the group that is

@@ -52,7 +52,7 @@ public:
         for_rows([&](int t, int half, int row) {
             const RowOutput at(p_, segment_, row);
             float lse;
-            const float factor = finish_row(p_, at.head, states_[t][half], lse);
+            const float factor = finish_row(p_, at, states_[t][half], lse);
             unsigned short* const to = static_cast<unsigned short*>(p_.out) + at.out + column_;
             for_columns([&](int n) {
                 const float2 o = get(t, half, n);
@@ -131,7 +131,7 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
         if (is_answer) {
             const RowOutput at(p, segment, row);
             float lse;
-            fold.answer[row] = finish_row(p, at.head, state, lse);
+            fold.answer[row] = finish_row(p, at, state, lse);
             if (p.softmax_lse) p.softmax_lse[at.lse] = lse;
         } else {
             store_global(partial_states(p, slot_of(0)) + row, make_float2(state.maximum, state.sum));

@@ -10,12 +10,11 @@
 // off by more than weights bear: there the maximum is subtracted from the scores instead, which is exact where it matters.
 #pragma once
 #include "fragment.cuh"
+#include "scales.cuh"
 #include "segment.cuh"
 #include "softcap.cuh"
 #include "states.cuh"
 #include "tiles.cuh"
-
-using Scores = float[kKeyGroups][kRowGroups][4];
 
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_key, int lane,
@@ -47,9 +46,11 @@ public:
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves. The x of rows[w][r] keep the maxima of warp w:
     // only its lanes 0 .. 3 touch them, and only here.
     template <typename Math>
-    __device__ __forceinline__ void update(Scores& s, Math& math, float2 (&rows)[kWarps][kRows]) {
+    __device__ __forceinline__ void update(Scores& s, const TileScales& scales, Math& math, float2 (&rows)[kWarps][kRows]) {
         bool exceeds = false;
-        for_each<kRowGroups, 2>([&](int g, int column) { exceeds |= lane_maximum(s, g, column) > threshold_[g][column]; });
+        for_each<kRowGroups, 2>([&](int g, int column) {
+            exceeds |= lane_maximum(s, scales, g, column) > threshold_[g][column];
+        });
         if (__any_sync(kFullWarp, exceeds)) {
             const u32 thread = thread_number();
             float2* const mine = rows[thread / 32] + thread % 4 * 2;  // the first of this lane's rows of a row group
@@ -57,7 +58,7 @@ public:
             float alpha[kRowGroups][2];  // first the tile's maxima
             bool some_huge = false;
             for_each<kRowGroups, 2>([&](int g, int column) {
-                const float top = lanes_maximum<8, 4>(lane_maximum(s, g, column));
+                const float top = lanes_maximum<8, 4>(lane_maximum(s, scales, g, column));
                 some_huge |= is_huge(g, column) || fabsf(top * scale_) >= kHugeOffset;
                 alpha[g][column] = top;
             });
@@ -81,6 +82,7 @@ public:
         for_each<kKeyGroups, kRowGroups, 4>([&](int k, int g, int i) {
             s[k][g][i] = exp2_approx(fmaf(s[k][g][i], scale_, -offset_[g][i % 2]));
             sum_[g][i % 2] += s[k][g][i];
+            if constexpr (kHasValueScales) s[k][g][i] *= scales.value[k * 2 + i / 2];
         });
     }
 
@@ -124,12 +126,18 @@ private:
         });
     }
 
-    // The largest score of a row among this lane's keys.
-    static __device__ __forceinline__ float lane_maximum(const Scores& s, int g, int column) {
-        float top = fmaxf(s[0][g][column], s[0][g][column + 2]);
+    // The score that is to have weight 1, of a row and this lane's keys: the largest. With a quantised cache weights become
+    // float16: the largest is to have 2^7, so that with the slack they use its range to 2^15, and keys far below keep their
+    // share. And where values have scales, it is weight times scale that has to fit.
+    __device__ __forceinline__ float lane_maximum(const Scores& s, const TileScales& scales, int g, int column) const {
+        const auto score = [&](int k, int half) {
+            const float x = s[k][g][column + half * 2];
+            return kHasValueScales ? x + scales.bonus[kHasValueScales ? k * 2 + half : 0] : x;
+        };
+        float top = fmaxf(score(0, 0), score(0, 1));
 #pragma unroll
-        for (int k = 1; k < kKeyGroups; ++k) top = fmaxf(top, fmaxf(s[k][g][column], s[k][g][column + 2]));
-        return top;
+        for (int k = 1; k < kKeyGroups; ++k) top = fmaxf(top, fmaxf(score(k, 0), score(k, 1)));
+        return kIsQuantised && Element::kBytes < 4 ? fmaf(slack_, -7.0f / kSlack, top) : top;
     }
 
     float scale_, slack_;

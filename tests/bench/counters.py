@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cuflash import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from cuflash.bench import report
 from cuflash.bench.report import Record
-from cuflash.dtypes import numpy_dtype
+from cuflash.dtypes import QUANTISED_DTYPES, numpy_dtype
 from cuflash.partition import GRAIN
 from cuflash.problem import Problem
 
@@ -35,6 +35,8 @@ class Workload:
         num_heads_kv: KV heads.
         headdim: Head dim.
         dtype: Element type.
+        kv_dtype: Element type of the cache, None for the same.
+        key_scales: Whether every key and head has a scale.
         options: Further arguments that the plan and the call have in common.
     """
 
@@ -44,13 +46,16 @@ class Workload:
     num_heads_kv: int
     headdim: int = 128
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    key_scales: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def plan(self) -> SchedulerMetadata:
         """Plan it for the device of the environment."""
         return get_scheduler_metadata(
             len(self.lengths), 1, int(self.lengths.max()), self.num_heads_q, self.num_heads_kv, self.headdim,
-            self.lengths.astype(np.int32), qkv_dtype=self.dtype, page_size=_PAGE, causal=True, **self.options,
+            self.lengths.astype(np.int32), qkv_dtype=self.dtype, kv_dtype=self.kv_dtype, page_size=_PAGE, causal=True,
+            **self.options,
         )  # fmt: skip
 
     @property
@@ -59,7 +64,7 @@ class Workload:
         keys = int(self.lengths.sum())
         if "window_size" in self.options:
             keys = int(np.minimum(self.lengths, self.options["window_size"][0] + 1).sum())
-        return keys * self.num_heads_kv * 2 * self.headdim * numpy_dtype(self.dtype).itemsize
+        return keys * self.num_heads_kv * 2 * self.headdim * numpy_dtype(self.kv_dtype or self.dtype).itemsize
 
 
 def small_workloads() -> Iterator[Workload]:
@@ -80,6 +85,11 @@ def small_workloads() -> Iterator[Workload]:
     yield Workload("parts of 512", ragged, 16, 2, options={"split_size": 512})
     yield Workload("float16", ragged, 16, 2, dtype="float16")
     yield Workload("float32", ragged, 16, 2, dtype="float32")
+    for kv_dtype in QUANTISED_DTYPES:
+        for headdim in (64, 128, 256):
+            yield Workload("ragged", ragged, 16, 2, headdim, kv_dtype=kv_dtype)
+    for group in (8, 16):
+        yield Workload("whole tiles, key scales", equal, 2 * group, 2, kv_dtype="float8_e4m3fn", key_scales=True)
 
 
 def real_workloads() -> Iterator[Workload]:
@@ -130,7 +140,9 @@ def _count(workload: Workload, arch: int) -> Record:
     rng = np.random.default_rng(0)
     dtype, pages = numpy_dtype(workload.dtype), -(-workload.lengths // _PAGE)
     shape = (int(pages.sum()), _PAGE, workload.num_heads_kv, workload.headdim)
-    k_cache, v_cache = rng.standard_normal((2, *shape), np.float32).astype(dtype)
+    numbers = rng.standard_normal((2, *shape), np.float32) * (24 if workload.kv_dtype == "int8" else 1)
+    k_cache, v_cache = numbers.astype(numpy_dtype(workload.kv_dtype or workload.dtype))
+    scales = rng.uniform(0.01, 0.02, shape[:-1]).astype(np.float32) if workload.key_scales else None
     q = rng.standard_normal((len(pages), 1, workload.num_heads_q, workload.headdim), np.float32).astype(dtype)
     table = np.full((len(pages), int(pages.max())), -1, np.int32)
     table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(shape[0])
@@ -138,6 +150,7 @@ def _count(workload: Workload, arch: int) -> Record:
         flash_attn_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=workload.lengths.astype(np.int32), page_table=table, causal=True,
             window_size=workload.options.get("window_size", (-1, -1)), scheduler_metadata=metadata,
+            k_descale=scales, v_descale=None if scales is None else scales.copy(),
         )  # fmt: skip
     counters = launches[0].counters
     caches_read = counters.arrays["k_cache"], counters.arrays["v_cache"]
@@ -155,6 +168,10 @@ def _count(workload: Workload, arch: int) -> Record:
         "launches": len(launches),
         "blocks": int(metadata.array[0]),
         "kv_bytes_ratio": sectors * _SECTOR / workload.kv_bytes,
+        "scale_bytes_ratio": sum(
+            counters.arrays[name].read_bytes for name in ("k_descale", "v_descale") if name in counters.arrays
+        )
+        / workload.kv_bytes,
         "sector_ratio": sectors / sum(array.read_ideal for array in caches_read),
         "wavefront_ratio": real / ideal,
         "partial_bytes": partial_bytes,
@@ -218,13 +235,15 @@ def _needed_mmas(metadata: SchedulerMetadata) -> int:
 
 def _variant(metadata: SchedulerMetadata) -> str:
     problem: Problem = metadata.problem
-    return f"{problem.qkv_dtype} {problem.headdim}x{metadata.partition.rows}"
+    kinds = f"{problem.qkv_dtype} on {problem.kv_dtype}" if problem.is_quantised else problem.qkv_dtype
+    return f"{kinds} {problem.headdim}x{metadata.partition.rows}"
 
 
 _SIMULATED_NOTES = (
     "",
     "A launch on a simulated GPU of 4 multiprocessors, pages of 16. kv_bytes_ratio: bytes of the 32-byte sectors that",
-    "were read / bytes of visible keys and values; sector_ratio: sectors / fewest that hold the bytes asked for;",
+    "were read / bytes of visible keys and values; scale_bytes_ratio: bytes of scales of keys, likewise; sector_ratio:",
+    "sectors / fewest that hold the bytes asked for;",
     "wavefront_ratio: shared-memory wavefronts of the main loop / those without bank conflicts; partial_*: bytes that",
     "blocks leave for one another, / KV bytes, and the most there can be;",
     "warp_instructions_per_kb: PTX instructions per KB of keys and values; mma_ratio: matrix products / fewest.",

@@ -75,6 +75,8 @@ def measure(
     rows: Iterable[int] = (8, 16, 32),
     items: Iterable[str] = ("many", "few"),
     fresh: bool = False,
+    kv_dtypes: Iterable[str | None] = (None,),
+    key_scales: int = 0,
 ) -> Iterator[Record]:
     """Yield a record for each decode variant that the library runs.
 
@@ -85,14 +87,20 @@ def measure(
         rows: Packed query rows per KV head.
         items: "many" for batches that fill the GPU, "few" for batches with fewer items than multiprocessors.
         fresh: Whether to compile what the disk cache holds.
+        kv_dtypes: Element types of the cache, None for that of the queries.
+        key_scales: KEY_SCALES of quantised caches: 1 if every key has a scale, 2 if every value, 3 for both.
     """
-    for dtype, headdim, number, amount, arch in itertools.product(dtypes, headdims, rows, items, archs):
-        problem = make_problem(64 if amount == "many" else 1, 1, 8 * number, 8, headdim, qkv_dtype=dtype)
+    for dtype, kv_dtype, headdim, number, amount, arch in itertools.product(
+        dtypes, kv_dtypes, headdims, rows, items, archs
+    ):
+        batch = 64 if amount == "many" else 1
+        problem = make_problem(batch, 1, 8 * number, 8, headdim, qkv_dtype=dtype, kv_dtype=kv_dtype)
         device = Device(NUM_SM[arch], arch)
         tiles = tiling(problem, device)
-        variant = decode_variant(problem, tiles)
+        variant = decode_variant(problem, tiles, key_scales if problem.is_quantised else 0)
+        kinds = f"{dtype} on {kv_dtype}" if problem.is_quantised else dtype
         yield {
-            "variant": f"{dtype} {headdim}x{tiles.rows}",
+            "variant": f"{kinds} {headdim}x{tiles.rows}",
             "arch": f"sm_{arch}",
             "workload": f"{amount} items, {number} rows",
             **_record(problem, device, tiles, cubin(variant, arch, fresh)),
@@ -107,6 +115,7 @@ def _record(problem: Problem, device: Device, tiles: Tiling, code: Cubin) -> Rec
     program = sass.disassemble(code.code)
     loop = sass.main_loop(program)
     return {
+        "tile_keys": tiles.tile_keys,
         "warps": tiles.warps,
         "stages": tiles.stages,
         "registers": code.registers,
@@ -150,6 +159,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--arch", type=int, nargs="+", choices=tuple(NUM_SM), default=tuple(NUM_SM), help="default: all of them")
     add("--dtype", nargs="+", default=["bfloat16"], help="element types (default: bfloat16)")
+    add("--kv-dtype", nargs="+", help="element types of quantised caches (default: the cache is that of --dtype)")
+    add(
+        "--key-scales",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=0,
+        help="1: keys have their own scales, 2: values, 3: both",
+    )
     add("--headdim", type=int, nargs="+", default=[64, 128, 256], help="head dims (default: 64 128 256)")
     add("--rows", type=int, nargs="+", default=[8, 16, 32], help="query rows per KV head (default: 8 16 32)")
     add("--items", nargs="+", choices=("many", "few"), default=["many"],
@@ -160,6 +177,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``python -m tests.bench resources``."""
     dtypes = [dtype_name("--dtype", name) for name in arguments.dtype]
-    records = measure(arguments.arch, dtypes, arguments.headdim, arguments.rows, arguments.items, arguments.fresh)
+    kv_dtypes: list[str | None] = [dtype_name("--kv-dtype", name) for name in arguments.kv_dtype or ()]
+    kv_dtypes = kv_dtypes or [None]
+    records = measure(
+        arguments.arch, dtypes, arguments.headdim, arguments.rows, arguments.items, arguments.fresh, kv_dtypes,
+        arguments.key_scales,
+    )  # fmt: skip
     report.write(records, arguments.json, _NOTES)
     return 0

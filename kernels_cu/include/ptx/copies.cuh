@@ -12,19 +12,36 @@ __device__ __forceinline__ u64 evict_first_policy() {
     return policy;
 }
 
-// Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction.
+// Predicated rather than branched around: a branch between warp-wide instructions costs more than the instruction. A row that
+// is less than a line of 128 bytes brings the line to L2, for whoever reads the rest of it.
+template <int kRowBytes = 128>
 __device__ __forceinline__ void cp_async_16_if(bool exists, u32 to, const void* from, u64 policy) {
+    const u32 wanted = exists;
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3; }" ::"r"(
-            static_cast<u32>(exists)),
-        "r"(to), "l"(from), "l"(policy)
-        : "memory");
+    if constexpr (kRowBytes < 128) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %0, 0; "
+            "@p cp.async.cg.shared.global.L2::cache_hint.L2::128B [%1], [%2], 16, %3; }" ::"r"(wanted),
+            "r"(to), "l"(from), "l"(policy)
+            : "memory");
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3; }" ::"r"(
+                wanted),
+            "r"(to), "l"(from), "l"(policy)
+            : "memory");
+    }
 #else
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"(
-                     static_cast<u32>(exists)),
-                 "r"(to), "l"(from)
-                 : "memory");
+    if constexpr (kRowBytes < 128) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global.L2::128B [%1], [%2], 16; }" ::"r"(
+                         wanted),
+                     "r"(to), "l"(from)
+                     : "memory");
+    } else {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"(wanted),
+                     "r"(to), "l"(from)
+                     : "memory");
+    }
 #endif
 }
 
@@ -39,6 +56,14 @@ __device__ __forceinline__ void cp_async_zero_if(bool exists, u32 to, const void
 // Copies 16 bytes, or fills them with zeros; `from` is a valid address either way.
 __device__ __forceinline__ void cp_async_16_or_zero(bool exists, u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+// Copies 4 bytes.
+__device__ __forceinline__ void cp_async_4_if(bool exists, u32 to, const void* from) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], 4; }" ::"r"(
+                     static_cast<u32>(exists)),
+                 "r"(to), "l"(from)
+                 : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

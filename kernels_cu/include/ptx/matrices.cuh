@@ -19,6 +19,21 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 row_address) 
                  : "memory");
 }
 
+// Two matrices, which lanes 0 to 15 name the rows of: r[0] and r[1].
+__device__ __forceinline__ void ldmatrix_x2(u32 (&r)[4], u32 row_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row_address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2_trans(u32 (&r)[4], u32 row_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row_address)
+                 : "memory");
+}
+
 // Transposes an 8x8 matrix of 16-bit elements that lies in the registers of a warp, rows by lane / 4.
 __device__ __forceinline__ u32 movmatrix_trans(u32 a) {
     u32 d;

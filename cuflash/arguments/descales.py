@@ -1,0 +1,73 @@
+"""Scales of quantised queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays import NativeArray, address_of, import_array, is_writeable, strides_of
+from ..dtypes import QUANTISED_DTYPES
+from ..kv_cache import KVCache, Scales
+from ..problem import Problem, real
+from .common import Given
+
+
+def query_scales(problem: Problem, given: Given) -> Scales:
+    """Import ``q_descale``."""
+    return _scales("q_descale", given["q_descale"], problem, problem.qkv_dtype, None)
+
+
+def cache_scales(problem: Problem, cache: KVCache, joint: bool, appends: bool, given: Given) -> tuple[Scales, Scales]:
+    """Import ``k_descale`` and ``v_descale``.
+
+    Args:
+        problem: The problem.
+        cache: The caches.
+        joint: Whether values are the first columns of the keys: then they have the keys' scales.
+        appends: Whether scales per key and head are written.
+        given: All arguments.
+    """
+    scales = []
+    for name in ("k_descale", "v_descale"):
+        scales.append(_scales(name, given[name], problem, problem.kv_dtype, cache, given["layout"]))
+        array = scales[-1].array
+        if appends and array is not None and scales[-1].per_key and not is_writeable(array, given[name]):
+            raise ValueError(f"{name} must be writeable: an append finds the scales of its keys, got a read-only array")
+    k, v = scales
+    if joint:
+        if given["v_descale"] is not None and not _are_equal(k, v):
+            raise ValueError("v_descale must be None or k_descale where values are the first columns of k_cache's rows")
+        v = k
+    return k, v
+
+
+def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache | None, layout: str = "NHD") -> Scales:
+    if value is None:
+        return Scales()
+    if dtype not in QUANTISED_DTYPES:
+        raise ValueError(f"{name} must be None where nothing is quantised, got scales for {dtype}")
+    if isinstance(value, (bool, int, float, str, bytes, np.number)):
+        return Scales(real(name, value))
+    array = import_array(name, value)
+    if array.dtype != np.float32:
+        raise TypeError(f"{name} must be a number or float32, got {array.dtype}")
+    shape: tuple[int, ...] = (problem.batch_size, problem.num_heads_kv)
+    if array.ndim < 3 and array.size == 1:
+        return Scales(array=array.reshape(1, 1))
+    if array.ndim == 3 and cache is not None:
+        array = array.swapaxes(1, 2) if layout == "HND" else array
+        shape = tuple(cache.k.shape[:3])
+    if array.shape != shape:
+        more = "" if cache is None else f", or one per key and head {tuple(cache.k.shape[:3])} (NHD)"
+        raise ValueError(f"{name} must be one number, (batch, heads_kv) {shape[:2]}{more}, got shape {array.shape}")
+    if any(stride % array.itemsize for stride in strides_of(array)) or address_of(array) % array.itemsize:
+        raise ValueError(f"{name} must be aligned to its elements, got strides {array.strides} bytes")
+    return Scales(array=array)
+
+
+def _are_equal(one: Scales, other: Scales) -> bool:
+    def place(array: NativeArray | None) -> Any:
+        return None if array is None else (address_of(array), array.shape, strides_of(array))
+
+    return one.number == other.number and place(one.array) == place(other.array)

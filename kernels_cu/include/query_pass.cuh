@@ -1,0 +1,69 @@
+// Queries for a quantised cache: one pass over those of an item, in shared memory, before its keys are read.
+//
+// Each row is multiplied by a power of two that takes its largest element into [2^14, 2^15), so that float16 holds it whatever
+// its exponents were: exactly down to 2^-28 of the largest element, and to within 2^-40 of it below. That, the scales of
+// queries and keys, and the sign of softmax_scale become one factor of the row's scores.
+#pragma once
+#include "codes.cuh"
+#include "fragment.cuh"
+#include "segment.cuh"
+#include "tiles.cuh"
+
+// Four neighbours of a query row in shared memory, number `quad` of the row.
+template <typename T>
+__device__ __forceinline__ float4 load_query(u32 query, int row, int quad) {
+    constexpr int kQuads = 16 / (4 * T::kBytes);  // of a 16-byte chunk
+    const u32 from = query + Swizzle<kQueryBytes>::offset(row, quad / kQuads) + quad % kQuads * 4 * T::kBytes;
+    if constexpr (T::kBytes == 1) {
+        return codes_to_floats<T>(load_shared_u32(from));
+    } else {
+        const uint2 packed = load_shared_u32x2(from);
+        const auto number = [](u32 bits) { return T::to_float(static_cast<typename T::Bits>(bits)); };
+        return make_float4(number(packed.x), number(packed.x >> 16), number(packed.y), number(packed.y >> 16));
+    }
+}
+
+// Stores them as float16 in the order in which an MMA meets the codes of a key: of each 16 elements, two chunks of four pairs.
+__device__ __forceinline__ void store_query(u32 query, int row, int quad, float4 x) {
+    constexpr bool kNeighbours = CacheElement::kPairsNeighbours;
+    for_each<2>([&](int half) {
+        const float low = kNeighbours ? (half ? x.z : x.x) : (half ? x.y : x.x);
+        const float high = kNeighbours ? (half ? x.w : x.y) : (half ? x.w : x.z);
+        store_shared(query + Swizzle<kQueryBytes>::offset(row, quad / 4 * 2 + half) + quad % 4 * 4, Float16::pack(low, high));
+    });
+}
+
+// Prepares the queries that lie at `query`, and writes the factor of each row: a row per warp. Between block barriers.
+template <typename T>
+__device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Segment& s, u32 query, float* factors) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float unit = descale_of(p.q_descale, p.q_descale_strides, s.sequence, s.kv_head);
+    if (!kHasKeyScales) unit *= descale_of(p.k_descale, p.k_descale_strides, s.sequence, s.kv_head);
+    if (p.query_flip) unit = p.query_keep ? -unit : 0.0f;
+    if constexpr (T::kBytes == 4) {  // float32 queries stay as they are
+        for (int row = threadIdx.x; row < kRows; row += kThreads) factors[row] = unit;
+    } else {
+#pragma unroll 1
+        for (int row = warp; row < kRows; row += kWarps) {
+            constexpr int kQuads = (kHeadDim / 4 + 31) / 32;
+            float4 x[kQuads];
+            float largest = 0.0f;
+            for_each<kQuads>([&](int i) {
+                const int quad = lane + i * 32;
+                x[i] = quad < kHeadDim / 4 ? load_query<T>(query, row, quad) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
+            });
+            largest = lanes_maximum<32>(largest);
+            // 2^(14 - exponent), as far as float32 has the power and its inverse.
+            const int power = min(14 + 127 - (__float_as_int(largest) >> 23), 126);
+            __syncwarp();  // all have read
+            for_each<kQuads>([&](int i) {
+                const int quad = lane + i * 32;
+                if (quad >= kHeadDim / 4) return;
+                scale(x[i], __int_as_float((127 + power) << 23));
+                store_query(query, row, quad, x[i]);
+            });
+            if (lane == 0) factors[row] = unit * __int_as_float((127 - power) << 23) * CacheElement::kUnit;
+        }
+    }
+}
