@@ -122,7 +122,7 @@ def _variant(problem: Problem, tiles: Tiles) -> Variant:
         "extend",
         (
             *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-        ("KEY_SCALES", 0),
+            ("KEY_SCALES", 0),
             ("HEAD_DIM", problem.headdim),
             ("HEAD_DIM_V", problem.headdim_v),
             ("PADDED_HEAD_DIM", tiles.headdim),

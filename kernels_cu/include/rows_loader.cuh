@@ -65,6 +65,19 @@ public:
         find_tile();
     }
 
+    // Starts the copy of the next tile if its rows are values and then the rest of the keys, and looks up the tile after it.
+    __device__ __forceinline__ void load_rows(u32 slot) {
+        constexpr int kChunkElements = 16 / CacheElement::kBytes;
+        const u32 units = place_.units(p_.cache.k) + key_head_, value_units = place_.units(p_.cache.v) + value_head_;
+        fill_ = key_ >= end_ ? Fill::nothing : key_ + part_ >= end_ ? Fill::zeros : Fill::keys;
+        copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
+        copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
+            keys_from_ + p_.key_column * CacheElement::kBytes, units, keys_to_ + slot + kValueBytes);
+        if (fill_ == Fill::nothing) return;
+        key_ += kTileKeys;
+        find_tile();
+    }
+
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot) {
         const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike

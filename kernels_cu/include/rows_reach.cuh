@@ -1,8 +1,9 @@
-// What a warp's rows see of a segment, where the rows of a block are divided among its warps.
+// Which tiles of a segment a warp can leave out, and which it need not mask.
 #pragma once
 #include "rows_tiles.cuh"
 #include "segment.cuh"
 
+// What a warp's rows see of a segment.
 struct Reach {
     int begin, end;            // keys that some row sees
     int full_begin, full_end;  // a tile that begins in full_begin .. full_end, both included, needs no mask
