@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-FEATURES: frozenset[str] = frozenset({"kv_dtype", "fp8 queries"})
+FEATURES: frozenset[str] = frozenset({"kv_dtype", "fp8 queries", "qv", "joint"})
 """Which of the newer features the library has: random cases use no others. All are in ALL_FEATURES."""
 
 ALL_FEATURES = frozenset({

@@ -27,7 +27,8 @@ NAME = "mla"
 _MOST_STAGES = 6
 _SHARE_BYTES = 144  # struct BlockState in mla.cu
 
-# (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, least stages).
+# (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
+# stages).
 # Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each, warps of
 # 16 rows 128 or 256: 128 registers of a lane at most. All of a row block's queries are read from shared memory once per
 # tile and warp that scores, so many rows want long tiles.
