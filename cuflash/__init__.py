@@ -5,11 +5,13 @@ on that plan (:func:`flash_attn_with_kvcache`). :class:`PagedKVCache` and :class
 lengths and plans for them.
 """
 
-from .attention import flash_attn_with_kvcache, merge_attn_states
+from .attention import flash_attn_with_kvcache
+from .merging import merge_attn_states
 from .metadata import SchedulerMetadata
 from .paged import PagedKVCache
 from .pages import OutOfPages
 from .scheduling import compile, get_scheduler_metadata
+from .shared_prefix import shared_prefix_attention
 from .step import DecodeStep
 
 __version__ = "0.1.0"
@@ -24,4 +26,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attn_states",
+    "shared_prefix_attention",
 ]

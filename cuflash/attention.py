@@ -2,52 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import arguments, backends, memo
+from .arguments.hints import hints
+from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
-    aligned,
-    copy_into,
     empty,
     exporter,
-    import_array,
     is_on_device,
     refuse_in_capture,
     span_of,
 )
-from .dtypes import dtype_name
 from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
 from .scheduling import Refill, make_metadata
 
-_UNIT = 16  # bytes that the merge reads at once
 
-
+# What is returned follows from return_softmax_lse; a test compares these with the function itself.
+# fmt: off
+@overload
 def flash_attn_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any = None,
-    v: Any = None,
-    qv: Any = None,
-    rotary_cos: Any = None,
-    rotary_sin: Any = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Any = None,
-    cache_leftpad: Any = None,
-    page_table: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: Literal[False] = False,
+    *, sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, *, return_softmax_lse: Literal[True],
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayT, k_cache: Array, v_cache: Array, k: Array | None = None, v: Array | None = None,
+    qv: Array | None = None, rotary_cos: Array | None = None, rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None, cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None, page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k_new: Array | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Array | None = None, q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None, v_descale: Array | float | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1), attention_chunk: int | None = 0,
+    softcap: float | None = 0.0, rotary_interleaved: bool = True, scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: bool = False, *,
+    sinks: Array | None = None, split_size: int | None = None, kv_dtype: Any = None,
+    layout: Literal["NHD", "HND"] = "NHD", out: Array | None = None, softmax_lse: Array | None = None,
+    tree_mask: Array | None = None, merge_with: tuple[Array, Array] | None = None, cp_world_size: int = 1,
+    cp_rank: int = 0, cp_interleave: int = 1,
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+# fmt: on
+@hints
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    qv: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: Array | int | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    page_table: Array | tuple[Array, Array] | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
     max_seqlen_q: int | None = None,
-    rotary_seqlens: Any = None,
-    q_descale: Any = None,
-    k_descale: Any = None,
-    v_descale: Any = None,
+    rotary_seqlens: Array | None = None,
+    q_descale: Array | float | None = None,
+    k_descale: Array | float | None = None,
+    v_descale: Array | float | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] | None = (-1, -1),
@@ -60,14 +114,14 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
     *,
-    sinks: Any = None,
+    sinks: Array | None = None,
     split_size: int | None = None,
     kv_dtype: Any = None,
-    layout: str = "NHD",
-    out: Any = None,
-    softmax_lse: Any = None,
-    tree_mask: Any = None,
-    merge_with: tuple[Any, Any] | None = None,
+    layout: Literal["NHD", "HND"] = "NHD",
+    out: Array | None = None,
+    softmax_lse: Array | None = None,
+    tree_mask: Array | None = None,
+    merge_with: tuple[Array, Array] | None = None,
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_interleave: int = 1,
@@ -312,78 +366,3 @@ def _longest(lengths: Lengths, capacity: int, problem: Problem) -> int:
     if is_on_device(lengths.cache_seqlens) or lengths.cu_seqlens_k_new is not None or not problem.batch_size:
         return min(capacity, 2**31 - 1)
     return int(lengths.cache_seqlens.max()) + lengths.seqlen_k_new
-
-
-def merge_attn_states(outs: Any, lses: Any) -> tuple[Any, Any]:
-    """Merge partial results over disjoint keys into the result over all of them.
-
-    ``lse = log(sum_i exp(lse_i))`` and ``out = sum_i exp(lse_i - lse) out_i`` (FlashInfer, "cascade inference"). A part
-    that saw no key (LSE -inf) changes nothing.
-
-    Args:
-        outs: Sequence or stacked array of n outputs, each (batch, seqlen_q, heads, headdim) or (total_q, heads,
-            headdim).
-        lses: Sequence or stacked array of n LSEs, each (batch, heads, seqlen_q) or (heads, total_q), float32, natural
-            log.
-
-    Returns:
-        (out, lse) of the shapes, kind and dtype of one part.
-
-    Raises:
-        TypeError: If an argument is not an array or a sequence of arrays.
-        ValueError: If shapes or dtypes do not fit together.
-
-    Example:
-        >>> import cuflash, numpy as np
-        >>> out, lse = np.ones((1, 1, 2, 64), np.float32), np.zeros((1, 2, 1), np.float32)
-        >>> merged, total = cuflash.merge_attn_states([out, 3 * out], [lse, lse])
-        >>> float(merged[0, 0, 0, 0]), round(float(total[0, 0, 0]), 4)
-        (2.0, 0.6931)
-    """
-    stacked, like = _stack("outs", outs)
-    stacked_lses, _ = _stack("lses", lses)
-    dtype_name("outs", stacked.dtype)
-    if stacked_lses.dtype != np.float32:
-        raise TypeError(f"lses must be float32, got {stacked_lses.dtype}")
-    if stacked.ndim not in (4, 5):
-        raise ValueError(f"outs must be n arrays with 3 or 4 dimensions each, got shape {stacked.shape}")
-    ragged = stacked.ndim == 4
-    shape = stacked.shape
-    expected = (shape[0], shape[2], shape[1]) if ragged else (shape[0], shape[1], shape[3], shape[2])
-    if stacked_lses.shape != expected:
-        raise ValueError(f"lses must have shape {expected} for outs of shape {shape}, got {stacked_lses.shape}")
-    if not shape[0]:
-        raise ValueError("outs must hold at least one part, got 0")
-    if ragged:
-        stacked, stacked_lses = stacked[:, None], stacked_lses[:, None]
-    out, lse = empty(stacked.shape[1:], stacked.dtype, stacked), empty(stacked_lses.shape[1:], np.float32, stacked)
-    backends.select(stacked).merge(stacked, stacked_lses, out, lse)
-    if ragged:
-        out, lse = out[0], lse[0]
-    export = exporter(like)
-    return export(out), export(lse)
-
-
-def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:
-    """Return n arrays as one contiguous native array (n, ...), and one of the caller's arrays."""
-    if not isinstance(arrays, (list, tuple)):
-        array = import_array(name, arrays)
-        if is_on_device(array) and not array.flags.c_contiguous:
-            refuse_in_capture(name, "be contiguous")
-        return aligned(name, array if array.flags.c_contiguous else array.copy(), _UNIT), arrays
-    if not arrays:
-        raise ValueError(f"{name} must hold at least one part, got 0")
-    parts = [import_array(f"{name}[{i}]", array) for i, array in enumerate(arrays)]
-    for i, part in enumerate(parts):
-        if part.dtype != parts[0].dtype or is_on_device(part) != is_on_device(parts[0]):
-            raise ValueError(
-                f"{name}[{i}] must have the dtype and memory of {name}[0] ({parts[0].dtype}), got {part.dtype}"
-            )
-        if part.shape != parts[0].shape:
-            raise ValueError(f"{name}[{i}] must have shape {parts[0].shape}, got {part.shape}")
-    if is_on_device(parts[0]):
-        refuse_in_capture(name, "be one array")
-    stacked = empty((len(parts), *parts[0].shape), parts[0].dtype, parts[0])
-    for i, part in enumerate(parts):
-        copy_into(f"{name}[{i}]", stacked[i], part)
-    return stacked, arrays[0]

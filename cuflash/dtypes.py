@@ -10,6 +10,7 @@ import numpy as np
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 QUANTISED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+QUERY_DTYPES = (*FLOAT_DTYPES, "float8_e4m3fn")
 
 _ALIASES = {
     "fp16": "float16",
@@ -24,19 +25,20 @@ _ALIASES = {
 }
 
 
-def dtype_name(name: str, dtype: Any) -> str:
+def dtype_name(name: str, dtype: Any, allowed: tuple[str, ...] = FLOAT_DTYPES + QUANTISED_DTYPES) -> str:
     """Return the one spelling of a dtype, for example "bfloat16".
 
     Args:
         name: The argument's name, for the error.
         dtype: A string, a NumPy or ml_dtypes dtype or scalar type, or a framework's dtype (``torch.bfloat16``).
+        allowed: Names that the argument may have.
 
     Returns:
         The canonical name.
 
     Raises:
         TypeError: If ``dtype`` is not a dtype.
-        ValueError: If it is one that attention does not know.
+        ValueError: If it is none of those allowed.
     """
     if dtype is None:  # for NumPy that is float64
         raise TypeError(f"{name} must be a dtype or its name, got None")
@@ -51,9 +53,9 @@ def dtype_name(name: str, dtype: Any) -> str:
             if not text:
                 raise TypeError(f"{name} must be a dtype or its name, got {type(dtype).__name__}") from None
     text = _ALIASES.get(text, text)
-    if text not in FLOAT_DTYPES + QUANTISED_DTYPES:
-        known = ", ".join(FLOAT_DTYPES + QUANTISED_DTYPES)
-        raise ValueError(f"{name} must be one of {known}, got {text!r}")
+    if text not in allowed:
+        hint = ": bits of bfloat16 are view(ml_dtypes.bfloat16)" if text in ("uint16", "int16") else ""
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {text!r}{hint}")
     return text
 
 

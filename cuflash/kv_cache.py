@@ -147,8 +147,9 @@ class KVCache:
             return array[self.row(b), begin:end]
         first = begin // self.page_size
         numbers = self.pages(b)[first : -(-end // self.page_size)]
-        pages = array[numbers]
-        if (numbers < 0).any():
-            pages[numbers < 0] = 0
+        if (numbers < 0).all():
+            return np.zeros((end - begin, *array.shape[2:]), array.dtype)
+        pages = array[np.maximum(numbers, 0)]
+        pages[numbers < 0] = 0
         pages = pages.reshape(-1, *pages.shape[2:])
         return pages[begin - first * self.page_size : end - first * self.page_size]

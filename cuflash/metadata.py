@@ -87,7 +87,7 @@ class SchedulerMetadata:
                 f"max_seqlen_k={max_seqlen_k} exceeds {first}, for which this plan chose its tiles: it stays right, "
                 f"but a plan made for the longest keys to come may be much faster",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def work(self) -> NDArray[Any]:
@@ -183,7 +183,7 @@ class SchedulerMetadata:
         shares = self._shares(work)
         items = p.batch_size * p.num_heads_kv * row_blocks
         lines = [
-            ("heads", f"{p.num_heads_q} query, {p.num_heads_kv} KV, dim {p.headdim}, {p.qkv_dtype}{_mask_name(p)}"),
+            ("heads", f"{p.num_heads_q} query, {p.num_heads_kv} KV, dim {p.headdim}, {_dtypes(p)}{_mask_name(p)}"),
             ("kernel", f"{self.partition.family}, row blocks of {rows} rows"),
             ("items", f"{items} ({p.num_heads_kv} KV heads x {row_blocks} row blocks each)"),
             ("blocks", f"{len(shares)} used of {self.num_blocks} ({self.device.num_sm} SMs, sm_{self.device.arch})"),
@@ -209,6 +209,10 @@ class SchedulerMetadata:
 
 def _evenness(shares: NDArray[np.int64], blocks: int) -> float:
     return float(shares.sum() / (blocks * shares.max())) if shares.any() else 1.0
+
+
+def _dtypes(problem: Problem) -> str:
+    return f"{problem.qkv_dtype} on {problem.kv_dtype}" if problem.is_quantised else problem.qkv_dtype
 
 
 def _mask_name(problem: Problem) -> str:

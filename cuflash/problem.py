@@ -12,10 +12,9 @@ import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name
+from .dtypes import QUANTISED_DTYPES, QUERY_DTYPES, dtype_name
 from .mask import Mask, Shard
 
-QUERY_DTYPES = (*FLOAT_DTYPES, "float8_e4m3fn")
 MAX_HEADDIM = 512
 MAX_JOINT_HEADDIM = 576  # of keys whose first columns are the values
 MAX_BATCH = 2**31 // 64
@@ -170,11 +169,9 @@ def make_problem(
     num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
     check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
     headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
-    q_name = dtype_name("qkv_dtype", qkv_dtype)
+    q_name = dtype_name("qkv_dtype", qkv_dtype, QUERY_DTYPES)
     kv_name = q_name if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
     quantised = kv_name in QUANTISED_DTYPES
-    if q_name not in QUERY_DTYPES:
-        raise ValueError(f"qkv_dtype must be one of {', '.join(QUERY_DTYPES)}, got {q_name}")
     if kv_name != q_name and not quantised:
         raise ValueError(f"kv_dtype must be the dtype of q ({q_name}) or a quantised one, got {kv_name}")
     for name, dim in (("headdim", headdim), ("headdim_v", headdim_v)):
@@ -271,10 +268,10 @@ def real(name: str, value: Any) -> float:
     return number
 
 
-def check_heads(name: str, heads: int, kv_name: str, heads_kv: int) -> None:
+def check_heads(name: str, heads: int, kv_name: str, heads_kv: int, hint: str = "") -> None:
     """Refuse query heads that KV heads cannot be shared by, naming the arguments."""
     if not heads_kv or not heads or heads % heads_kv:
-        raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}")
+        raise ValueError(f"{name} must be a multiple of {kv_name}={heads_kv}, got {heads}{hint}")
 
 
 def check_headdims(name: str, headdim: Any, name_v: str, headdim_v: Any) -> tuple[int, int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import arguments, backends, kernels, memo
-from .arrays import NativeArray, empty, memory_of
+from .arguments.hints import hints
+from .array_types import Array
+from .arrays import NativeArray, empty, is_on_device, memory_of
 from .metadata import SchedulerMetadata
 from .operands import Lengths
 from .planner import plan_words
@@ -17,6 +20,7 @@ from .problem import Problem, boolean, first_difference, integer, make_problem
 _MAX_ITEMS = 2**30  # and rows of a KV head: int32 numbers them with room for sums
 
 
+@hints
 def get_scheduler_metadata(
     batch_size: int,
     max_seqlen_q: int,
@@ -24,12 +28,12 @@ def get_scheduler_metadata(
     num_heads_q: int,
     num_heads_kv: int,
     headdim: int,
-    cache_seqlens: Any,
+    cache_seqlens: Array | int,
     qkv_dtype: Any = "bfloat16",
     headdim_v: int | None = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
-    cache_leftpad: Any = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
+    cache_leftpad: Array | None = None,
     page_size: int | None = None,
     max_seqlen_k_new: int = 0,
     causal: bool = False,
@@ -138,7 +142,22 @@ def _check(given: dict[str, Any]) -> tuple[Problem, Lengths, int]:
     new = integer("max_seqlen_k_new", given["max_seqlen_k_new"], 0)
     max_seqlen_k = integer("max_seqlen_k", given["max_seqlen_k"], 0)
     kept = given["out"].kept if isinstance(given["out"], SchedulerMetadata) else None
-    return problem, arguments.lengths(problem, given, new, kept), max_seqlen_k
+    lengths = arguments.lengths(problem, given, new, kept)
+    _warn_of_swapped(problem, lengths, max_seqlen_k)
+    return problem, lengths, max_seqlen_k
+
+
+def _warn_of_swapped(problem: Problem, lengths: Lengths, max_seqlen_k: int) -> None:
+    """Warn of bounds that fit the lengths only if one is the other; on a GPU, reading lengths would mean to wait."""
+    if max_seqlen_k >= problem.max_seqlen_q or is_on_device(lengths.cache_seqlens) or not problem.batch_size:
+        return
+    longest = int(lengths.cache_seqlens.max())
+    if max_seqlen_k < longest <= problem.max_seqlen_q:
+        warnings.warn(
+            f"max_seqlen_q={problem.max_seqlen_q} and max_seqlen_k={max_seqlen_k} look swapped: cache_seqlens goes up "
+            f"to {longest}",
+            stacklevel=5,
+        )
 
 
 def compile(scheduler_metadata: SchedulerMetadata) -> int:
@@ -146,6 +165,8 @@ def compile(scheduler_metadata: SchedulerMetadata) -> int:
 
     Kernels are compiled when they are first used (some 0.5 s each) and kept by content in a disk cache, CuPy's on a
     GPU, so that another process loads them in milliseconds. A CUDA graph must be captured after its kernels are loaded.
+    For a quantised cache there are kernels for scales per key and head, and for others; one for keys of the one kind
+    and values of the other is left to the first call.
 
     Args:
         scheduler_metadata: A plan, for whatever lengths.

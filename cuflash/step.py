@@ -246,7 +246,7 @@ class DecodeStep:
         if not shape.ragged:
             split = ("q", "out") if shape.padded else ("q", "out", "k", "v")
             given |= {name: shape.split(name, given[name]) for name in split if given[name] is not None}
-        result = cuflash.flash_attn_with_kvcache(
+        result: Any = cuflash.flash_attn_with_kvcache(
             k_cache=cache.k[layer],
             v_cache=cache.v[layer],
             cache_seqlens=arrays.cache_seqlens,

@@ -167,10 +167,13 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
     const Token at(token, p.lengths.cu_seqlens_k_new, p.lengths.seqlen_k_new, p.batch_size);
     if (at.sequence < 0) return;
     const int key = p.lengths.cache_seqlens[at.sequence] + at.position;
-    if (key < 0 || key >= p.cache.capacity) return;
+    if (key < 0 || !p.shard.holds(key)) return;
+    const int slot = p.shard.held(key);
+    if (!p.cache.has_room(at.sequence, slot)) return;
     PageCursor place;
     place.enter(p.cache, at.sequence);
-    place.seek(p.cache, key);
+    place.seek(p.cache, slot);
+    if (!place.exists()) return;
     const int position = p.lengths.cu_seqlens_k_new ? token : at.position;
     if (is_value) {
         const long long from = at.sequence * p.v_batch_stride + position * p.v_token_stride + head * p.v_new_head_stride;

@@ -42,7 +42,6 @@ struct BlockState {
     u64 fetched[kQueryBuffers];  // mbarriers: the queries in a buffer and their segment are there
     Segment segments[kQueryBuffers];
     WarpStates warps;
-    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 constexpr int kFactorBytes = kIsQuantised ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
 static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "kernels/tiles.py sets this much shared memory aside");
@@ -58,6 +57,7 @@ struct Reach {
         const int last_query = query_of(p, s.first_row + max(s.valid_rows, 1) - 1);
         full_begin = mask_of(p).first_visible(s.lengths, last_query);
         full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
+        if constexpr (kHasTree) full_end = min(full_end, keys_before_tree(p, s.lengths) - kTileKeys);
         pin(full_begin), pin(full_end);
     }
 };
@@ -78,22 +78,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     float* const row_factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);  // of the item that is read
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto load_rows = [&] {  // the last two threads, beside those that load the share
-        const int end = threadIdx.x + 2 - kThreads;
-        if (p.total_q && end >= 0) (&block.rows_begin)[end] = p.lengths.cu_seqlens_q[end * p.batch_size];
-    };
     if constexpr (kCluster > 1) {
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
         wait_for_turn();
-        if (p.total_q) {
-            load_rows();
-            __syncthreads();
-        }
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
         wait_for_turn();
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
-        load_rows();
         __syncthreads();
     }
     // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
@@ -152,7 +143,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             __syncwarp();
             loader.load_keys(free_slot);
             math.scores(slot, scores);
-            const TileScales scales(p, slot, lane);
+            TileScales scales(p, slot, lane);
             advance();
 
             if constexpr (kIsQuantised) scale_scores(factors, scales, scores);
@@ -160,6 +151,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             const int first_key = reach.key;
             if (first_key < reach.full_begin || first_key > reach.full_end) {
                 mask_scores(p, block.segments[buffer], first_key, lane, scores);
+                if (may_see_nothing(p, block.segments[buffer])) {
+                    cp_async_wait<kStages - 2>();  // this lane's values are there
+                    loader.clear_values(slot, block.segments[buffer], first_key);
+                    scales.clear_values(p, block.segments[buffer], first_key, lane);
+                }
             }
             softmax.update(scores, scales, math, block.warps.row);
 
@@ -180,7 +176,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         __syncthreads();  // all have read the queries, the segment and the free slots, which now change
     };
 
-    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
     Walker walker(block.share);
     if constexpr (kQueryBuffers == 2) {
         bool more = true;
@@ -228,4 +223,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         launch_next();
         if (cluster_rank() == 0) merge_cluster(p, block.segments[0], parts);
     }
+    // In the end, so that small problems do not wait for it.
+    if (p.total_q) clear_rows_of_none(p, p.lengths.cu_seqlens_q[0], p.lengths.cu_seqlens_q[p.batch_size]);
 }

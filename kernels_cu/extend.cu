@@ -35,6 +35,33 @@ constexpr int kSharedStateBytes = (kColumnWarps > 1 ? sizeof(Meeting) : sizeof(F
 static_assert(sizeof(BlockState) + kSharedStateBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 static_assert(kColumnWarps == 1 || sizeof(FoldState) <= sizeof(Meeting::weights), "sums are read when some warps fold");
 
+<<<<<<< HEAD
+=======
+// What some rows see of a segment: those of a warp, or of the block.
+struct Reach {
+    int begin, end;            // keys that some row sees
+    int full_begin, full_end;  // a tile that begins in full_begin .. full_end, both included, needs no mask
+
+    __device__ __forceinline__ Reach(const DecodeParams& p, const Segment& s, int first_row, int most_rows) {
+        const int rows = min(s.valid_rows - first_row, most_rows);
+        if (rows <= 0) {
+            begin = end = full_begin = full_end = 0;
+            return;
+        }
+        const int first_query = query_of(p, s.first_row + first_row);
+        const int last_query = query_of(p, s.first_row + first_row + rows - 1);
+        const KeyRange seen = mask_of(p).visible_keys(s.lengths, first_query, last_query);
+        begin = max(seen.begin, s.keys.begin), end = min(seen.end, s.keys.end);
+        full_begin = mask_of(p).first_visible(s.lengths, last_query);
+        full_end = min(s.keys.end, mask_of(p).last_visible(s.lengths, first_query)) - kTileKeys;
+        if constexpr (kHasTree) full_end = min(full_end, keys_before_tree(p, s.lengths) - kTileKeys);
+        pin(full_begin), pin(full_end);
+    }
+
+    __device__ __forceinline__ bool needs_mask(int first_key) const { return first_key < full_begin || first_key > full_end; }
+};
+
+>>>>>>> main
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
@@ -96,7 +123,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             cp_async_wait<0>();
         }
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
-        const Reach reach(p, segment, row_warp * kWarpRows);
+        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
+        Reach reach_of_all(p, segment, 0, kRows);
+        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
@@ -111,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
                 Scores scores;
                 math.scores(slot, scores);
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
-                if (begin < reach.full_begin || begin > reach.full_end) {
+                if (reach.needs_mask(begin)) {
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }
@@ -121,6 +150,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             }
             advance();
 
+            if (reach_of_all.needs_mask(begin)) {
+                cp_async_wait<kStages - 2>();  // what this lane has copied is there; the others see zeros behind the barrier
+                loader.clear_values(slot, block.segment, key);
+            }
             begin_half_stage(false);
             if (is_seen) math.accumulate(slot, partners, weights);
             advance();

@@ -8,7 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-FEATURES: frozenset[str] = frozenset({"kv_dtype", "fp8 queries", "qv", "joint"})
+FEATURES: frozenset[str] = frozenset({
+    "rotary chunk", "unowned rows", "kv_dtype", "fp8 queries", "qv", "joint", "tree_mask", "csr", "negative pages", "merge_with", "cp"
+})  # fmt: skip
 """Which of the newer features the library has: random cases use no others. All are in ALL_FEATURES."""
 
 ALL_FEATURES = frozenset({

@@ -1,10 +1,11 @@
-"""What all tests share: the backends they run on, and the ``slow`` marker."""
+"""What all tests share: the backends they run on, and what is left out on this machine, said in one line."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: BLAS threads would wait for each other, spinning
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,36 +20,59 @@ try:
     HAS_GPU = bool(cupy.cuda.is_available())
 except ImportError:
     HAS_GPU = False
-HAS_SIMULATOR = importlib.util.find_spec("cuflash.backends.sim") is not None
+HAS_SIMULATOR = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
-def _backend(name: str) -> Backend:
+def on(backend: str, *values: Any) -> Any:
+    """Return a parameter set of a test on one backend; what needs a GPU is marked so, for ``pytest -m gpu``."""
+    return pytest.param(backend, *values, marks=[pytest.mark.gpu] if backend == "cuda" else [])
+
+
+BACKENDS = ["numpy", *["sim"] * HAS_SIMULATOR, *["cuda"] * HAS_GPU]
+"""What this machine has; tests are not even collected for others."""
+
+
+def backend_of(name: str) -> Backend:
     if name == "cuda":
         return Backend(name, cupy.asarray, cupy.asnumpy)
     return Backend(name, lambda array: array, np.asarray)
 
 
-@pytest.fixture(
-    params=[
-        "numpy",
-        pytest.param("sim", marks=pytest.mark.skipif(not HAS_SIMULATOR, reason="no simulator")),
-        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU")),
-    ]
-)
+@pytest.fixture(params=[on(name) for name in BACKENDS])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Every backend that this machine has; ``pytest -k numpy`` selects one."""
     monkeypatch.setenv("CUFLASH_BACKEND", request.param)
     if request.param == "sim":  # a small GPU, so that items share blocks; test_cluster.py has a large one
         monkeypatch.setenv("CUFLASH_NUM_SM", "8")
-    yield _backend(request.param)
+    yield backend_of(request.param)
 
 
+# -------------------------------------------------------------------------------------------- what is left out, and why
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the long sweeps too")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def _left_out(config: pytest.Config) -> dict[str, str]:
+    """Return the markers of tests that do not run here, and why."""
+    reasons = {}
+    if not HAS_GPU:
+        reasons["gpu"] = "tests on a GPU (CuPy sees none)"
     if not config.getoption("--slow") and "slow" not in config.getoption("-m"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        reasons["slow"] = "long sweeps (--slow runs them)"
+    return reasons
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = set(_left_out(config))
+    away = [item for item in items if left_out & item.keywords.keys()]
+    if away:
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if not left_out & item.keywords.keys()]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reasons = list(_left_out(config).values())
+    if not HAS_SIMULATOR:
+        reasons.append('the simulator (pip install -e ".[sim]")')
+    if reasons:
+        terminalreporter.write_line(f"not run: {', '.join(reasons)}")

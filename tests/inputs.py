@@ -270,7 +270,7 @@ class _Maker:
         lse = 3 + self.rng.standard_normal((heads, len(q)) if q.ndim == 3 else (len(q), heads, q.shape[1]), np.float32)
         empty = self.rng.random(lse.shape) < 0.2
         lse[empty], out[empty.swapaxes(-1, -2)] = -np.inf, np.nan
-        self.inputs["merge_with"] = (self.spread(out), lse)
+        self.inputs["merge_with"] = (out if case.merge == "in place" else self.spread(out), lse)
 
     # -------------------------------------------------------------------------------------------- traps
     def poison(self) -> None:

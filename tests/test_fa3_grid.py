@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from conftest import BACKENDS, on
 from problems import DTYPES, Backend, Case, check_cache, check_lse, check_out
 
 import cuflash
@@ -168,14 +169,21 @@ def sample(number: int, most_work: int) -> list[Choice]:
     return [small[i] for i in chosen]
 
 
-def name_of(choice: Choice) -> str:
+def name_of(choice: Choice | str) -> str:
+    if isinstance(choice, str):
+        return choice
     return ",".join(f"{name}={value}".replace(" ", "") for name, value in vars(choice).items())
 
 
-@pytest.mark.parametrize("choice", sample(24, 64 * 256), ids=name_of)
+def is_quick(choice: Choice, name: str) -> bool:
+    return name != "sim" or (choice.shape[0] <= 3 and choice.shape[1] <= 400)
+
+
+SAMPLE = [on(name, choice) for name in BACKENDS for choice in sample(24, 64 * 256) if is_quick(choice, name)]
+
+
+@pytest.mark.parametrize(("backend", "choice"), SAMPLE, ids=name_of, indirect=["backend"])
 def test_sample(choice: Choice, backend: Backend) -> None:
-    if backend.name == "sim" and (choice.shape[0] > 3 or choice.shape[1] > 400):
-        pytest.skip("too long for every day")
     run(choice, backend, rows=12)
 
 

@@ -70,6 +70,7 @@ def test_public_names():
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attn_states",
+        "shared_prefix_attention",
     }
     assert all(hasattr(cuflash, name) for name in cuflash.__all__)
     assert (Path(cuflash.__file__).parent / "py.typed").exists()

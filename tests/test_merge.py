@@ -140,3 +140,90 @@ def test_far_apart(backend: Backend) -> None:
         merged, lse = _merge(backend, [out, 5 * out], lses)
         np.testing.assert_allclose(merged, 1)
         np.testing.assert_allclose(lse, difference)
+
+
+# ------------------------------------------------------------------------------------------------ other forms of input
+@pytest.mark.parametrize("ragged", [False, True])
+def test_any_strides(ragged: bool, backend: Backend) -> None:
+    """Parts along another axis, and parts that lie packed with their LSEs in one buffer."""
+    shape = (5, 4, 40) if ragged else (2, 3, 4, 40)
+    outs, lses = _parts(3, shape, "float32", 0, empty=0.3)
+    wanted = _merge(backend, outs, lses)
+    buffer = np.full((*shape[:-1], 3, 41), np.nan, np.float32)  # (.., heads, parts, out and LSE)
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        buffer[..., i, :40], buffer[..., i, 40] = out, lse.swapaxes(-1, -2)
+    native = backend.to_native(buffer)
+    axes = (2, 0, 1, 3) if ragged else (3, 0, 1, 2, 4)
+    packed_outs = native[..., :40].transpose(axes)
+    packed_lses = native[..., 40].transpose((2, 1, 0) if ragged else (3, 0, 2, 1))
+    found = cuflash.merge_attn_states(packed_outs, packed_lses)
+    every_other = np.repeat(np.stack(outs), 2, axis=-1)
+    spread = cuflash.merge_attn_states(backend.to_native(every_other)[..., ::2], backend.to_native(np.stack(lses)))
+    for x, y, z in zip(found, spread, wanted, strict=True):
+        assert backend.to_numpy(x).tobytes() == backend.to_numpy(y).tobytes() == z.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_base_2(dtype: str, backend: Backend) -> None:
+    outs, lses = _parts(4, (2, 3, 4, 40), dtype, 1, empty=0.3)
+    expected, expected_lse = _expected(outs, lses)
+    stacked = np.stack(lses) / np.float32(np.log(2))
+    out, lse = cuflash.merge_attn_states(
+        backend.to_native(np.stack(outs)), backend.to_native(stacked.astype(np.float32)), base2=True
+    )
+    np.testing.assert_allclose(backend.to_numpy(lse), expected_lse / np.log(2), rtol=1e-6, atol=1e-6)
+    tolerance = UNIT_ROUNDOFF[dtype] + 2e-6
+    np.testing.assert_allclose(backend.to_numpy(out).astype(np.float64), expected, rtol=tolerance, atol=5e-6)
+
+
+def test_infinity_is_empty(backend: Backend) -> None:
+    """As FlashAttention-2 says it; also where all parts are."""
+    outs, lses = _parts(3, (2, 3, 4, 40), "float16", 2, empty=0.5)
+    wanted = _merge(backend, outs, lses)
+    for out, lse in zip(outs, lses, strict=True):
+        out[np.isneginf(lse).swapaxes(-1, -2)] = np.nan
+        lse[np.isneginf(lse)] = np.inf
+    for x, y in zip(_merge(backend, outs, lses), wanted, strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("rows", [False, True], ids=["parts", "rows"])
+def test_mask_of_parts(rows: bool, ragged: bool, backend: Backend) -> None:
+    shape = (5, 4, 40) if ragged else (2, 3, 4, 40)
+    outs, lses = _parts(4, shape, "float32", 3)
+    mask = np.random.default_rng(3).random((4, *shape[:-2]) if rows else (4,)) < 0.5
+    of_rows = [np.broadcast_to(part, shape[:-2]) for part in mask]  # (batch, sq) or (total,)
+    kept = [np.where(part[..., None, :], lse, np.float32(-np.inf)) for part, lse in zip(of_rows, lses, strict=True)]
+    wanted = _merge(backend, outs, kept)
+    for out, part in zip(outs, of_rows, strict=True):
+        out[~part] = np.nan
+    found = cuflash.merge_attn_states(
+        *(backend.to_native(np.stack(x)) for x in (outs, lses)), mask=backend.to_native(mask)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        assert backend.to_numpy(x).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 40), (2, 3, 4, 200)], ids=str)
+def test_in_place(shape: tuple[int, ...], backend: Backend) -> None:
+    """Into one of the parts, of which no bit may be read after it has been written."""
+    outs, lses = _parts(3, shape, "bfloat16", 4, empty=0.2)
+    wanted = _merge(backend, outs, lses)
+    for i in range(3):
+        native = [backend.to_native(np.stack(x)) for x in (outs, lses)]
+        out, lse = native[0][i], native[1][i]
+        found = cuflash.merge_attn_states(*native, out=out, lse=lse)
+        assert found[0] is out
+        assert found[1] is lse
+        for x, y in zip(found, wanted, strict=True):
+            assert backend.to_numpy(x).tobytes() == y.tobytes()
+
+
+def test_what_may_not_be_written(backend: Backend) -> None:
+    outs, lses = (backend.to_native(np.stack(x)) for x in _parts(3, (4, 3, 2, 64), "float32", 5))
+    flat, size = outs.reshape(-1), outs[0].size
+    with pytest.raises(ValueError, match="out must be one of the parts"):
+        cuflash.merge_attn_states(outs, lses, out=flat[64 : 64 + size].reshape(outs.shape[1:]))
+    with pytest.raises(ValueError, match="lse must be one of the parts"):
+        cuflash.merge_attn_states(outs, lses, lse=flat[: lses[0].size].reshape(lses.shape[1:]))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import HAS_SIMULATOR
+from conftest import BACKENDS as ALL_BACKENDS
 from small import BATCH, CAPACITY, DIM, KV_HEADS, PAGE, Arguments, contiguous, paged
 
 import cuflash
 
-BACKENDS = ["numpy", "sim"] if HAS_SIMULATOR else ["numpy"]
+BACKENDS = [name for name in ALL_BACKENDS if name != "cuda"]
 NEW = 10
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import reference
 from cases import FEATURES, Case
+from conftest import BACKENDS, backend_of, on
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from inputs import make_inputs
 from problems import Backend, transfer
 
@@ -16,6 +19,8 @@ import cuflash
 
 Results = tuple[np.ndarray, np.ndarray]
 Solver = Callable[[dict[str, Any]], Results]
+# The solver is the same for all examples of a test.
+SETTINGS = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EVERYTHING = {"causal": True, "leftpad": True, "sinks": True, "seqlens": (70, 0, 1, 33), "seqlens_q": (1, 3, 2, 4)}
 
 
@@ -24,18 +29,14 @@ def by_definition(inputs: dict[str, Any]) -> Results:
     return answer.out, answer.lse
 
 
-@pytest.fixture(params=["reference", "numpy", "sim", "cuda"])
+@pytest.fixture(params=["reference", *(on(name) for name in BACKENDS)])
 def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Solver]:
     """The reference, or the library on a backend; called with the features that a test needs."""
     if request.param == "reference":
         return lambda *_: by_definition
-    from conftest import HAS_GPU, HAS_SIMULATOR, _backend
-
-    if (request.param == "sim" and not HAS_SIMULATOR) or (request.param == "cuda" and not HAS_GPU):
-        pytest.skip(f"no {request.param}")
     monkeypatch.setenv("CUFLASH_BACKEND", request.param)
     monkeypatch.setenv("CUFLASH_NUM_SM", "8")
-    backend: Backend = _backend(request.param)
+    backend: Backend = backend_of(request.param)
 
     def solve(inputs: dict[str, Any]) -> Results:
         given = transfer({name: x for name, x in inputs.items() if x is not None}, backend)
@@ -123,8 +124,28 @@ MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window": (19, 2)}, {"chun
 @pytest.mark.parametrize("world, interleave", [(1, 1), (2, 1), (3, 16), (8, 64), (5, 7)])
 def test_merged_ranks_are_the_whole(world: int, interleave: int, mask: dict[str, Any], solver: Any) -> None:
     """Each rank has its keys, appends its own of the new ones, and is merged into those before it."""
+    merge_ranks(world, interleave, mask, 3, (70, 0, 1, 133), solver)
+
+
+@SETTINGS
+@given(
+    world=st.integers(1, 8),
+    interleave=st.integers(1, 64),
+    mask=st.sampled_from(MASKS),
+    queries=st.integers(1, 9),
+    seqlens=st.tuples(st.integers(0, 200), st.integers(0, 3)),
+)
+def test_merged_ranks_of_any_world(
+    world: int, interleave: int, mask: dict[str, Any], queries: int, seqlens: tuple[int, ...], solver: Any
+) -> None:
+    merge_ranks(world, interleave, mask, queries, seqlens, solver)
+
+
+def merge_ranks(
+    world: int, interleave: int, mask: dict[str, Any], queries: int, seqlens: tuple[int, ...], solver: Any
+) -> None:
     solve = solver("cp", "merge_with")
-    case = Case(seqlens=(70, 0, 1, 133), seqlens_q=3, new=3, rotary="half", sinks=True, poison=False, **mask)
+    case = Case(seqlens=seqlens, seqlens_q=queries, new=3, rotary="half", sinks=True, poison=False, **mask)
     inputs = make_inputs(case)
     if mask == {"chunk": 16}:
         solve = by_definition if solve is by_definition else solver("cp", "merge_with", "rotary chunk")
@@ -154,6 +175,24 @@ def test_merged_parts_are_the_whole(cut: int, solver: Any) -> None:
     first = solve({name: x for name, x in inputs.items() if name != "sinks"} | {"cache_seqlens": before})
     second = solve(inputs | {"cache_leftpad": before, "merge_with": first})
     assert_close(second, solve(inputs))
+
+
+@SETTINGS
+@given(cuts=st.lists(st.tuples(*[st.integers(0, 130)] * 3), min_size=1, max_size=3), masked=st.booleans())
+def test_any_parts_are_the_whole(cuts: list[tuple[int, ...]], masked: bool, solver: Any) -> None:
+    """Each sequence cut anywhere, parts without keys too; only the last part has a mask, which begins there."""
+    solve = solver("merge_with")
+    inputs = make_inputs(Case(seqlens=(120, 1, 33), seqlens_q=2, page_size=3, csr=False, causal=masked))
+    lengths = inputs["cache_seqlens"]
+    most = lengths - 2 * masked  # what the first query sees
+    ends = [np.clip(cut, 0, np.maximum(most, 0)) for cut in np.sort(cuts, axis=0)]
+    begin, result = np.zeros(3, np.int64), None
+    for end in ends:
+        part = {"cache_leftpad": begin.astype(np.int32), "cache_seqlens": end.astype(np.int32), "causal": False}
+        result = solve(inputs | part | {"merge_with": result})
+        begin = end
+    found = solve(inputs | {"cache_leftpad": begin.astype(np.int32), "merge_with": result})
+    assert_close(found, solve(inputs))
 
 
 def test_negative_pages_change_nothing_else(solver: Any) -> None:

@@ -350,6 +350,21 @@ def test_items_weigh_more_than_with_16_bits() -> None:
     assert plans[0].efficiency > plans[1].efficiency > 0.75
 
 
+def test_compile_knows_both_kinds_of_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call compiles later would be compiled in the middle of a capture."""
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    arguments = _arguments()
+    meta = cuflash.get_scheduler_metadata(2, 1, 32, 4, 2, 64, arguments["cache_seqlens"], kv_dtype="e4m3")
+    cuflash.compile(meta)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("compiled after all")
+
+    monkeypatch.setattr("cuflash.simulator.SimModule", refuse)
+    for scales in (None, 0.5, _key_scales()):
+        cuflash.flash_attn_with_kvcache(**arguments, scheduler_metadata=meta, k_descale=scales, v_descale=scales)
+
+
 # ------------------------------------------------------------------------------------------------ other frameworks
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("framework", ["torch", "jax"])

@@ -7,13 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 from cases import ALL_FEATURES, FEATURES, features_of, random_case
+from conftest import BACKENDS, on
 from problems import Backend, check, expected, make_inputs
 
+SEEDS = [on(name, seed) for name in BACKENDS for seed in range(10 if name == "sim" else 60)]
 
-@pytest.mark.parametrize("seed", range(60))
+
+@pytest.mark.parametrize(("backend", "seed"), SEEDS, indirect=["backend"])
 def test_random_problem(seed: int, backend: Backend) -> None:
-    if backend.name == "sim" and seed >= 10:
-        pytest.skip("a few are enough for every day")
     case = random_case(seed, longest=130 if backend.name == "sim" else 300)
     check(case, make_inputs(case), backend)
 

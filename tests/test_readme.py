@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HAS_GPU
 
 from cuflash.cli import main
 
@@ -44,7 +43,7 @@ def test_python_blocks():
         assert comment in printed.getvalue()
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("block", [text for text in PYTHON if "import cupy\n" in text])
 def test_gpu_blocks(block):
     exec(compile(block, "README.md", "exec"), {"cuflash": __import__("cuflash")})

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import HAS_SIMULATOR
+from conftest import BACKENDS
 
 import cuflash
 
@@ -41,9 +41,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["numpy", pytest.param("sim", marks=pytest.mark.skipif(not HAS_SIMULATOR, reason="no simulator"))]
-)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cuda"])
 def test_call_from_a_zip_file(name: str, archive: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(archive), "CUFLASH_BACKEND": name, "CUFLASH_NUM_SM": "2"}
     done = subprocess.run(

@@ -6,11 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays import NativeArray, checks_values, import_array, is_on_device
-from ..dtypes import dtype_name
+from ..dtypes import QUERY_DTYPES, dtype_name
+from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
+<<<<<<< HEAD
     QUERY_DTYPES,
+=======
+    MAX_HEADDIM,
+>>>>>>> main
     Problem,
     boolean,
     check_headdims,
@@ -20,7 +25,7 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, new_keys
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given, import_codes
 from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
@@ -28,7 +33,7 @@ from .rotary import rotary as rotary_of
 from .rows import check_memory, merged, outputs, query_values, sinks_of, tree_mask
 from .values import check_call
 
-__all__ = ["attention", "lengths", "plan_of"]
+__all__ = ["attention", "lengths", "plan_of", "problem_of"]
 
 _LEFT_TO_THE_PLAN = ("num_splits", "split_size", "sm_margin")  # a call may be silent about them
 
@@ -60,41 +65,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
         TypeError: For an argument of a wrong kind.
         ValueError: For a wrong value; naming the argument, the rule and what came.
     """
-    boolean("return_softmax_lse", given["return_softmax_lse"])
-    q, codes = import_codes("q", given["q"], "float8_e4m3fn")
-    q_dtype = codes or dtype_name("q", q.dtype)
-    if q_dtype not in QUERY_DTYPES:
-        raise ValueError(f"q must be one of {', '.join(QUERY_DTYPES)}, got {q_dtype}")
-    cache = cache_of(given)
-    batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
-    softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0, got {softcap}")
-    check_heads("q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2])
-    check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
-    problem = make_problem(
-        batch_size,
-        seqlen_q,
-        q.shape[-2],
-        cache.k.shape[2],
-        q.shape[-1],
-        qkv_dtype=q_dtype,
-        kv_dtype=cache.dtype if given["kv_dtype"] is None else given["kv_dtype"],
-        headdim_v=cache.v.shape[-1],
-        cu_seqlens_q=given["cu_seqlens_q"] is not None,
-        page_size=cache.page_size if cache.is_paged else None,
-        causal=given["causal"],
-        window_size=given["window_size"],
-        attention_chunk=given["attention_chunk"],
-        has_softcap=softcap > 0,
-        num_splits=given["num_splits"],
-        split_size=given["split_size"],
-        pack_gqa=given["pack_gqa"],
-        sm_margin=given["sm_margin"],
-        cp_world_size=given["cp_world_size"],
-        cp_rank=given["cp_rank"],
-        cp_interleave=given["cp_interleave"],
-    )
+    problem, q, cache, softcap = problem_of(given)
     if plan is not None:
         problem = _planned(problem, plan, given["pack_gqa"])
 
@@ -128,6 +99,58 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     return problem, operands
 
 
+def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
+    """Return the problem of a call, which its shapes, dtypes and numbers say, with what it was read from.
+
+    Args:
+        given: The arguments of ``flash_attn_with_kvcache`` by name.
+
+    Returns:
+        The problem, the queries, the cache and the softcap.
+
+    Raises:
+        TypeError: For an argument of a wrong kind.
+        ValueError: For a wrong value.
+    """
+    boolean("return_softmax_lse", given["return_softmax_lse"])
+    q, codes = import_codes("q", given["q"], "float8_e4m3fn")
+    q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
+    cache = cache_of(given)
+    batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
+    softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
+    if softcap < 0:
+        raise ValueError(f"softcap must be at least 0, got {softcap}")
+    check_heads(
+        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        other_layout(given["layout"], q.shape[-2], cache),
+    )  # fmt: skip
+    check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])
+    problem = make_problem(
+        batch_size,
+        seqlen_q,
+        q.shape[-2],
+        cache.k.shape[2],
+        q.shape[-1],
+        qkv_dtype=q_dtype,
+        kv_dtype=cache.dtype if given["kv_dtype"] is None else given["kv_dtype"],
+        headdim_v=cache.v.shape[-1],
+        cu_seqlens_q=given["cu_seqlens_q"] is not None,
+        page_size=cache.page_size if cache.is_paged else None,
+        causal=given["causal"],
+        window_size=given["window_size"],
+        attention_chunk=given["attention_chunk"],
+        has_softcap=softcap > 0,
+        num_splits=given["num_splits"],
+        split_size=given["split_size"],
+        pack_gqa=given["pack_gqa"],
+        sm_margin=given["sm_margin"],
+        cp_world_size=given["cp_world_size"],
+        cp_rank=given["cp_rank"],
+        cp_interleave=given["cp_interleave"],
+    )
+    return problem, q, cache, softcap
+
+
 def _query_shape(q: NativeArray, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[int, int]:
     """Return (batch_size, max_seqlen_q)."""
     if max_seqlen_q is not None:
@@ -157,5 +180,20 @@ def _planned(problem: Problem, plan: SchedulerMetadata, pack_gqa: bool | None) -
         difference = "pack_gqa", plan.pack_gqa, pack_gqa
     if difference is not None:
         field, plans, calls = difference
-        raise ValueError(f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}")
+        raise ValueError(
+            f"scheduler_metadata was made for {field}={plans!r}, but this call has {field}={calls!r}"
+            f"{_likely_reason(field, plan, problem)}"
+        )
     return planned
+
+
+def _likely_reason(field: str, plan: SchedulerMetadata, call: Problem) -> str:
+    """Return what is often behind a difference between a plan and a call, for its error."""
+    planned = plan.problem
+    if field == "page_size" and call.page_size is None:
+        return ": page_table is missing"
+    if field == "max_seqlen_q" and plan.max_seqlen_k == call.max_seqlen_q:
+        return ": max_seqlen_q and max_seqlen_k of the plan look swapped"
+    if field == "num_heads_kv" and (planned.page_size, planned.num_heads_kv) == (call.num_heads_kv, call.page_size):
+        return ": is the layout of the caches the other one?"
+    return ""

@@ -58,6 +58,14 @@ def cache_of(given: Given) -> KVCache:
     return KVCache(k, v, page_indptr=indptr, page_indices=indices, batch_idx=batch_idx, dtype=dtypes[0])
 
 
+def other_layout(layout: str, heads: int, cache: KVCache) -> str:
+    """Return a hint at the other layout, if its number of KV heads could be shared by the query heads."""
+    heads_kv = cache.k.shape[1]
+    other = "NHD" if layout == "HND" else "HND"
+    shape = "(.., heads_kv, keys, headdim)" if other == "HND" else "(.., keys, heads_kv, headdim)"
+    return f'; caches {shape} need layout="{other}"' if heads_kv and heads % heads_kv == 0 else ""
+
+
 def check_caches(problem: Problem, q: NativeArray, cache: KVCache) -> None:
     """Check dtypes, head dims and strides of the caches."""
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
@@ -92,8 +100,10 @@ def check_rows(problem: Problem, cache: KVCache) -> None:
     expect_shape("cache_batch_idx", cache.batch_idx, (problem.batch_size,))
     if cache.batch_idx is None and cache.num_rows != problem.batch_size:
         name = "page_table" if cache.is_paged else "k_cache"
+        pages = "" if cache.is_paged else f"; if these are pages of {cache.page_size} keys, page_table is missing"
         raise ValueError(
-            f"{name} must have a row per sequence ({problem.batch_size}) or cache_batch_idx, got {cache.num_rows}"
+            f"{name} must have a row per sequence ({problem.batch_size}) or cache_batch_idx, "
+            f"got {cache.num_rows}{pages}"
         )
 
 

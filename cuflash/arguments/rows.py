@@ -17,7 +17,7 @@ from ..arrays import (
     refuse_in_capture,
     strides_of,
 )
-from ..dtypes import dtype_name, numpy_dtype
+from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import Problem, window_bounds
@@ -30,7 +30,7 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
         return None
     array = import_array("sinks", sinks)
     expect_shape("sinks", array, (problem.num_heads_q,))
-    dtype_name("sinks", array.dtype)
+    dtype_name("sinks", array.dtype, FLOAT_DTYPES)
     array = aligned("sinks", array, array.itemsize)
     if array.dtype == np.float32 and array.flags.c_contiguous:
         return array

@@ -71,11 +71,20 @@ class KernelBackend:
         with self.machine(arrays["plan"]) as machine:
             run(machine, step, arrays)
 
-    def merge(self, outs: NativeArray, lses: NativeArray, out: NativeArray, lse: NativeArray) -> None:
+    def merge(
+        self,
+        outs: NativeArray,
+        lses: NativeArray,
+        mask: NativeArray | None,
+        out: NativeArray,
+        lse: NativeArray,
+        base2: bool,
+    ) -> None:
         """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
         if out.size:
+            arrays = {"outs": outs, "lses": lses, "mask": mask, "out": out, "lse": lse}
             with self.machine(outs) as machine:
-                run(machine, Step((merge_launch(outs),)), {"outs": outs, "lses": lses, "out": out, "lse": lse})
+                run(machine, Step((merge_launch(outs, lses, mask, base2),)), arrays)
 
 
 def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> None:

@@ -12,6 +12,7 @@ cuts of a plan are of no use here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,23 +84,34 @@ class Numpy:
         ]
         _run(tasks, workers)
 
-    def merge(self, outs: Array, lses: Array, out: Array, lse: Array) -> None:
+    def merge(self, outs: Array, lses: Array, mask: Array | None, out: Array, lse: Array, base2: bool) -> None:
         """Merge partial results over disjoint keys."""
-        merge(outs, lses, out, lse)
+        parts = np.where(np.isposinf(lses), np.float32(-np.inf), lses)
+        if mask is not None:
+            parts = np.where(mask[:, :, None], parts, np.float32(-np.inf))
+        merge(outs, parts, out, lse, math.log(2) if base2 else 1.0)
 
 
 BACKEND = Numpy()
 
 
-def merge(outs: Array, lses: Array, out: Array, lse: Array) -> None:
-    """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is."""
+def merge(outs: Array, lses: Array, out: Array, lse: Array, unit: float = 1.0) -> None:
+    """Merge partial results over disjoint keys; a part with LSE -inf counts for nothing, whatever its ``out`` is.
+
+    Args:
+        outs: (n, batch, sq, heads, dv).
+        lses: (n, batch, heads, sq).
+        out: Where the output goes; may be one of ``outs``.
+        lse: Where the LSE goes.
+        unit: What 1 in an LSE stands for: ln 2 if they are to base 2.
+    """
     parts = np.stack([np.asarray(part, np.float32) for part in lses])
     with np.errstate(divide="ignore", over="ignore"):
         top = parts.max(0)
         finite_top = np.where(np.isneginf(top), np.float32(0), top)
-        weights = np.exp(parts - finite_top)
+        weights = np.exp((parts - finite_top) * unit)
         total = weights.sum(0)
-        lse[...] = finite_top + np.log(total)
+        lse[...] = finite_top + np.log(total) / unit
     weights /= np.where(total == 0, np.float32(1), total)
     merged = np.zeros(out.shape, np.float32)
     for part, weight in zip(outs, np.swapaxes(weights, -1, -2)[..., None]):  # (b, h, sq) -> (b, sq, h, 1)

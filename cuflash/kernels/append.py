@@ -7,7 +7,7 @@ from typing import Any
 
 from ..operands import Operands
 from ..problem import Problem
-from .fields import cache_fields, length_fields, scale_fields
+from .fields import cache_arrays, cache_fields, length_fields, scale_fields, shard_fields
 from .launch import ABSENT, ROW_WARPS, Launch, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 
@@ -37,6 +37,7 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         **row_strides("q", element_strides(q), problem.cu_seqlens_q),
         **length_fields(problem, operands.lengths),
         **cache_fields(operands.cache),
+        **shard_fields("shard", problem.mask.shard),
         "k_scale": operands.cache.k_scales.number,
         "v_scale": operands.cache.v_scales.number,
         "finds_k_scales": operands.cache.k_scales.per_key,
@@ -59,6 +60,6 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         strides = (0, 0, 0) if new is None else element_strides(new)
         values[f"{name}_batch_stride"] = 0 if ragged else strides[0]
         values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
-    grid, arrays = -(-rows // ROW_WARPS), {} if rotary else {"q_rotated": ABSENT}
+    grid, arrays = -(-rows // ROW_WARPS), cache_arrays(operands.cache) | ({} if rotary else {"q_rotated": ABSENT})
     variant = append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype)
     return make_launch(variant, "AppendParams", grid, 32 * ROW_WARPS, 0, values, arrays)

@@ -13,7 +13,17 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import MAX_BLOCKS_PER_SM, Partition
 from ..problem import Problem
-from .fields import cache_fields, divisor_fields, length_fields, mask_fields, scale_fields
+from .fields import (
+    cache_arrays,
+    cache_fields,
+    divisor_fields,
+    length_fields,
+    mask_defines,
+    mask_fields,
+    merge_fields,
+    scale_fields,
+    tree_fields,
+)
 from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
 from .source import Variant, element_defines
 from .tiles import PADDED_HEADDIMS, Tiling, tiling
@@ -40,7 +50,9 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 
 
 @lru_cache(maxsize=1024)
-def decode_variant(problem: Problem, tiles: Tiling, key_scales: int = 0, rotates: bool = False) -> Variant:
+def decode_variant(
+    problem: Problem, tiles: Tiling, key_scales: int = 0, rotates: bool = False, has_tree: bool = False
+) -> Variant:
     """Return the attention kernel for a problem: everything not named here is a run-time value.
 
     Args:
@@ -48,6 +60,7 @@ def decode_variant(problem: Problem, tiles: Tiling, key_scales: int = 0, rotates
         tiles: Its tile sizes.
         key_scales: 1 if every key and head has a scale of its own, 2 if every value, 3 for both.
         rotates: Whether the queries come from the append, which makes bfloat16 of those of 8 bits.
+        has_tree: Whether there is a tree mask, of which the problem knows nothing.
     """
     return Variant(
         "decode",
@@ -67,7 +80,7 @@ def decode_variant(problem: Problem, tiles: Tiling, key_scales: int = 0, rotates
             ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
             ("CLUSTER", tiles.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
-            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            *mask_defines(problem, has_tree),
             ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
         ),
     )
@@ -92,7 +105,8 @@ def launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`attention_launch`."""
     key_scales = operands.cache.k_scales.per_key + 2 * operands.cache.v_scales.per_key
-    kernel = decode_variant(problem, metadata.partition.tiles, key_scales, operands.rotary is not None)
+    rotates, has_tree = operands.rotary is not None, operands.tree_mask is not None
+    kernel = decode_variant(problem, metadata.partition.tiles, key_scales, rotates, has_tree)
     return attention_launch(kernel, problem, operands, metadata, arrays)
 
 
@@ -149,6 +163,8 @@ def attention_launch(
         **scale_fields("v_descale", cache.v_scales),
         "value_scale": cache.v_scales.number,
         **mask_fields(problem),
+        **tree_fields(operands),
+        **merge_fields(operands),
         "batch_size": problem.batch_size,
         "total_q": operands.out.shape[0] if ragged else 0,
         "num_heads_kv": problem.num_heads_kv,
@@ -170,9 +186,17 @@ def attention_launch(
     if softmax_scale <= 0 and not problem.has_softcap:
         values["query_flip"] = 0x80000000 if operands.q.itemsize == 4 else 0x80008000
         values["query_keep"] = 0xFFFFFFFF if softmax_scale else 0
+<<<<<<< HEAD
     arrays = {**arrays, "qv": arrays.get("q", "q")} if joint else arrays
     arrays = {**arrays, "v_descale": "k_descale"} if cache.shares_scales else arrays
     pointers = arrays if scratch else {**arrays, "partials": ABSENT, "counters": ABSENT}
+=======
+    pointers = arrays | cache_arrays(cache)
+    if cache.shares_scales:
+        pointers["v_descale"] = "k_descale"
+    if not scratch:
+        pointers |= {"partials": ABSENT, "counters": ABSENT}
+>>>>>>> main
     grid, threads = metadata.num_blocks, 32 * tiles.warps
     return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 

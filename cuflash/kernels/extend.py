@@ -17,6 +17,7 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from .decode import attention_launch
+from .fields import mask_defines
 from .launch import Launch, Scratch
 from .source import Variant, element_defines
 from .tiles import RESERVED_SHARED
@@ -117,7 +118,7 @@ def _block_state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int)
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
     return Variant(
         "extend",
         (
@@ -137,7 +138,7 @@ def _variant(problem: Problem, tiles: Tiles) -> Variant:
             ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
             ("CLUSTER", tiles.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
-            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            *mask_defines(problem, has_tree),
             ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
         ),
     )
@@ -152,4 +153,5 @@ def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
-    return attention_launch(variant(problem, metadata.partition), problem, operands, metadata, arrays)
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return attention_launch(kernel, problem, operands, metadata, arrays)

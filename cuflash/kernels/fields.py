@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..arrays import strides_of
 from ..kv_cache import KVCache, Scales
-from ..operands import Lengths
+from ..mask import Shard
+from ..operands import Lengths, Operands
 from ..problem import Problem
 from .launch import element_strides
 
@@ -19,11 +20,54 @@ def length_fields(problem: Problem, lengths: Lengths) -> dict[str, int]:
 def mask_fields(problem: Problem) -> dict[str, int]:
     """Return the values of a field ``mask``, a Mask of mask.cuh."""
     mask = problem.mask
-    return {"mask.window_left": mask.left, "mask.window_right": mask.right, "mask.attention_chunk": mask.chunk}
+    return {
+        "mask.window_left": mask.left,
+        "mask.window_right": mask.right,
+        "mask.attention_chunk": mask.chunk,
+        **shard_fields("mask.shard", mask.shard),
+    }
+
+
+def shard_fields(path: str, shard: Shard) -> dict[str, int]:
+    """Return the values of a Shard of mask.cuh."""
+    return {f"{path}.world_size": shard.world_size, f"{path}.rank": shard.rank, f"{path}.interleave": shard.interleave}
+
+
+def mask_defines(problem: Problem, has_tree: bool) -> tuple[tuple[str, int], ...]:
+    """Return the macros of the masks that an attention kernel knows."""
+    return (
+        ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+        ("HAS_SHARD", int(problem.cp_world_size > 1)),
+        ("HAS_TREE", int(has_tree)),
+    )
+
+
+def tree_fields(operands: Operands) -> dict[str, int]:
+    """Return the values of a field ``tree``, a Tree of mask.cuh, without its array."""
+    tree = operands.tree_mask
+    if tree is None:
+        return dict.fromkeys(("tree.batch_stride", "tree.row_stride", "tree.is_packed"), 0)
+    *batch, row, _ = strides_of(tree)
+    return {
+        "tree.batch_stride": sum(batch),  # of one, if queries are not ragged
+        "tree.row_stride": row,
+        "tree.is_packed": int(tree.itemsize > 1),
+    }
+
+
+def merge_fields(operands: Operands) -> dict[str, int]:
+    """Return the values of a field ``merge``, a MergeWith of params.cuh, without its arrays."""
+    names = ("batch", "row", "head", "column", "lse_batch", "lse_head", "lse_row")
+    strides = [0] * len(names)
+    out, lse = operands.merge_out, operands.merge_lse
+    if out is not None and lse is not None:
+        ragged = (0,) * (4 - out.ndim)
+        strides = [*ragged, *element_strides(out), *ragged, *element_strides(lse)]
+    return {f"merge.{name}_stride": stride for name, stride in zip(names, strides, strict=True)}
 
 
 def cache_fields(cache: KVCache) -> dict[str, int]:
-    """Return the values of a field ``cache``, a KVCache of paging.cuh, without its arrays."""
+    """Return the values of a field ``cache``, a KVCache of paging.cuh, without its arrays; see cache_arrays."""
     values = {
         "cache.page_table_stride": 0 if cache.page_table is None else element_strides(cache.page_table)[0],
         "cache.page_size": cache.page_size,
@@ -34,6 +78,11 @@ def cache_fields(cache: KVCache) -> dict[str, int]:
         for axis, stride in zip(("page", "row", "head"), strides_of(array)):
             values[f"cache.{name}.{axis}"] = stride // _UNIT
     return values
+
+
+def cache_arrays(cache: KVCache) -> dict[str, str]:
+    """Return the arrays of a KVCache of paging.cuh that are not called as its pointers."""
+    return {} if cache.page_indptr is None else {"page_table": "page_indices"}
 
 
 def scale_fields(name: str, scales: Scales) -> dict[str, int]:

@@ -2,6 +2,7 @@
 #pragma once
 #include "descale.cuh"
 #include "lengths.cuh"
+#include "mask.cuh"
 #include "paging.cuh"
 
 struct AppendParams {
@@ -18,6 +19,7 @@ struct AppendParams {
     const int* rotary_seqlens;  // (batch,) or null: cache_seqlens
     Lengths lengths;
     KVCache cache;
+    Shard shard;
     long long q_batch_stride;  // elements, as all strides but the cache's
     long long q_row_stride;
     long long q_head_stride;

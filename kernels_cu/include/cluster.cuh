@@ -33,14 +33,15 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segme
         const MergedStates<kCluster> merged(p.score_scale, false, [&](int i) { return parts.state[i][row]; });
         const RowOutput at(p, segment, row);
         float lse;
-        const float factor = finish_row(p, at, merged.state, lse);
+        const Answer answer = merge_other(p, at, finish_row(p, at, merged.state, lse), lse);
         for (int vector = lane; vector < kVectors; vector += 32) {
             float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             for_each<kCluster>([&](int i) {
                 if (parts.state[i][row].y != 0.0f) add_weighted(o, merged.weight[i], parts.output[i][row][vector]);
             });
-            store_answer(p, at, vector, o, factor);
+            store_answer(p, at, vector, o, answer);
         }
+        __syncwarp();
         if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }

@@ -15,25 +15,51 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct RowOutput {
     long long out;  // element of `out`
     long long lse;
-    int head;
+    long long token;  // query position, of ragged queries among all
+    int sequence, head;
     float unit;  // what 1 in an output stands for
 
     __device__ __forceinline__ RowOutput(const DecodeParams& p, const Segment& s, int row) {
         const int packed = s.first_row + row, query = query_of(p, packed);
         head = s.kv_head * p.group + packed - query * p.group;
         const long long start = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
-        out = s.sequence * p.out_batch_stride + (start + query) * p.out_row_stride + head * p.out_head_stride;
-        lse = s.sequence * p.lse_batch_stride + head * p.lse_head_stride + start + query;
+        sequence = s.sequence, token = start + query;
+        out = sequence * p.out_batch_stride + token * p.out_row_stride + head * p.out_head_stride;
+        lse = sequence * p.lse_batch_stride + head * p.lse_head_stride + token;
         unit = 1.0f;
         if constexpr (kIsQuantised) {
             unit = p.value_scale * (Element::kBytes == 4 ? 1.0f : unit_of<CacheElement>());
             if (!kHasValueScales) unit *= descale_of(p.v_descale, p.v_descale_strides, s.sequence, s.kv_head);
         }
     }
+
+    __device__ __forceinline__ long long merge_out(const MergeWith& m, int column) const {
+        return sequence * m.batch_stride + token * m.row_stride + head * m.head_stride + column * m.column_stride;
+    }
+    __device__ __forceinline__ long long merge_lse(const MergeWith& m) const {
+        return sequence * m.lse_batch_stride + head * m.lse_head_stride + token * m.lse_row_stride;
+    }
 };
 
-// The factor that turns a row's merged output into the answer, and its LSE in natural units. A sink is one more key with a
-// value of zero; it enters here, once, however the item was split.
+// How a row's merged output becomes its answer: output * own + merge_out * other, which is not read where `other` is 0.
+struct Answer {
+    float own, other;
+};
+
+// Merges a row that is finished, of which `factor` and `lse` are known, with the results over other keys, if there are some.
+// Where softmax_lse is merge_lse, no thread may write it before all threads of the row have been here.
+__device__ __forceinline__ Answer merge_other(const DecodeParams& p, const RowOutput& at, float factor, float& lse) {
+    const float other = p.merge.merge_lse ? p.merge.merge_lse[at.merge_lse(p.merge)] : -infinity();
+    if (other == -infinity()) return {factor, 0.0f};
+    const float top = fmaxf(lse, other);
+    const float own_weight = exp2_approx((lse - top) * kLog2e), other_weight = exp2_approx((other - top) * kLog2e);
+    const float sum = own_weight + other_weight, inverse = reciprocal_approx(sum);
+    lse = fmaf(log2_approx(sum), kLn2, top);
+    return {factor * (own_weight * inverse), other_weight * inverse};
+}
+
+// The factor that turns a row's merged output into what it sees of these keys, and its LSE in natural units. A sink is one more
+// key with a value of zero; it enters here, once, however the item was split.
 __device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutput& at, RowState state, float& lse) {
     float factor = 1.0f, top = state.maximum * p.lse_scale;
     if (p.sinks) {
@@ -55,8 +81,13 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutp
     return factor * at.unit * reciprocal_approx(state.sum);
 }
 
-__device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, float factor) {
-    scale(o, factor);
+__device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, Answer answer) {
+    scale(o, answer.own);
+    if (answer.other != 0.0f) {
+        const auto* const other = static_cast<const OutElement::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
+        const auto load = [&](int column) { return OutElement::to_float(other[column * p.merge.column_stride]); };
+        add_weighted(o, answer.other, make_float4(load(0), load(1), load(2), load(3)));
+    }
     store4<OutElement>(p.out, at.out + vector * 4, o);
 }
 
@@ -109,6 +140,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
 #pragma unroll 1
     for (int row = warp; row < segment.valid_rows; row += kWarps) {
         const RowOutput at(p, segment, row);
+        float lse;
 #pragma unroll 1
         for (int vector = lane; vector < (kVectors + 31) / 32 * 32; vector += 32) {
             const bool exists = vector < kVectors;
@@ -146,11 +178,11 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
                 }
             }
-            float lse;
-            const float factor = finish_row(p, at, merged, lse);
-            if (exists) store_answer(p, at, vector, o, factor);
-            if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+            const Answer answer = merge_other(p, at, finish_row(p, at, merged, lse), lse);
+            if (exists) store_answer(p, at, vector, o, answer);
         }
+        __syncwarp();
+        if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }
 
@@ -215,13 +247,23 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
                 const RowOutput at(p, segment, row);
                 float lse;
                 const float factor = finish_row(p, at, state, lse);
-                store_answer(p, at, vector, output, factor);
-                if (vector == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+                store_answer(p, at, vector, output, merge_other(p, at, factor, lse));
+                if (vector == 0 && p.softmax_lse) {
+                    // Others may not have read merge_lse yet, which may be the same array: the LSE waits in this block's slot.
+                    if (p.merge.merge_lse) partial_states(p, slot)[row] = make_float2(lse, 0.0f);
+                    else p.softmax_lse[at.lse] = lse;
+                }
             } else {
                 store_global(partial_output(p, slot) + row * kVectors + vector, output);
                 if (vector == 0) partial_states(p, slot)[row] = make_float2(state.maximum, state.sum);
             }
         });
+    }
+    if (is_answer && p.merge.merge_lse && p.softmax_lse) {
+        __syncthreads();
+        if (threadIdx.x < segment.valid_rows) {
+            p.softmax_lse[RowOutput(p, segment, threadIdx.x).lse] = load_cg(partial_states(p, slot) + threadIdx.x).x;
+        }
     }
     if (is_answer || !segment.last) return;
     __syncthreads();

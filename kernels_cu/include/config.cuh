@@ -22,6 +22,8 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kCluster = CLUSTER;                // blocks that share an item and their shared memory, or 1
 constexpr bool kHasSoftcap = HAS_SOFTCAP;
 constexpr bool kHasChunk = HAS_CHUNK;            // attention_chunk
+constexpr bool kHasShard = HAS_SHARD;            // context parallelism: the cache holds some positions only
+constexpr bool kHasTree = HAS_TREE;              // a tree mask
 constexpr bool kHasSplitSize = HAS_SPLIT_SIZE;   // items are cut at multiples of split_size keys
 
 constexpr int kGrain = 16;           // a cluster cuts its item at multiples of this many keys, like a plan of this family

@@ -4,7 +4,7 @@
 // Lengths of one sequence; every field is >= 0 whatever the arrays on the device hold.
 struct Sequence {
     int leftpad;   // first valid slot of the cache
-    int seqlen_k;  // valid keys, appended ones included
+    int seqlen_k;  // valid keys of the whole sequence, appended ones included
     int seqlen_q;  // query positions
 };
 

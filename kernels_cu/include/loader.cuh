@@ -69,6 +69,21 @@ public:
         cp_async_commit();
     }
 
+    // Makes zeros of the values of a tile whose weights of 0 do not help, since 0 x NaN is NaN (sees_nothing). Every lane
+    // clears what it has copied itself, so that none waits for others: a vote in a branch would cost every tile.
+    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, int first_key) const {
+        using C = Copy<kValueBytes>;
+        const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
+#pragma unroll 1
+        for (int i = 0; i < kTileKeys / C::kRowsAtOnce; ++i) {
+            if (!sees_nothing(p_, segment, first_key + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
+#pragma unroll 1
+            for (int c = 0; c < kValueBytes / 16; c += C::kLanes) {
+                store_shared(C::row_address(to, i) + c * 16, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            }
+        }
+    }
+
 private:
     __device__ __forceinline__ void enter(const Segment& segment) {
         const u32 first_slot = segment.lengths.leftpad;

@@ -3,6 +3,9 @@
 // A mask is data and three functions: first_visible and last_visible bound the keys of one query, visible_keys those of
 // several. The planner cuts by them, attention reads by them, and hides by them what single rows do not see. Query i stands at
 // position p = i + seqlen_k - seqlen_q, so that the last query stands at the last key.
+//
+// Positions and lengths are those of whole sequences. In context parallelism a cache holds some of a sequence's positions, and
+// keys are numbered as they lie there: what a query sees of them still is an interval, since both are in order.
 #pragma once
 #include "lengths.cuh"
 
@@ -16,10 +19,50 @@ __device__ __forceinline__ int chunk_begin(int p, int chunk) {
     return p - past - (past < 0 ? chunk : 0);
 }
 
+// Which positions of a sequence a cache holds: p lives in that of rank (p / interleave) % world_size, in order.
+struct Shard {
+    int world_size;
+    int rank;
+    int interleave;
+
+    __device__ __forceinline__ bool holds(int position) const {
+        return world_size == 1 || position / interleave % world_size == rank;
+    }
+
+    // How many of the positions before this one it holds.
+    __device__ __forceinline__ int held(int position) const {
+        if (world_size == 1) return position;
+        const int round = world_size * interleave, p = max(position, 0), rounds = p / round;
+        return rounds * interleave + min(max(p - rounds * round - rank * interleave, 0), interleave);
+    }
+
+    // The position of its key number `key`.
+    __device__ __forceinline__ int position(int key) const {
+        if (world_size == 1) return key;
+        const int rounds = key / interleave;
+        return (rounds * world_size + rank) * interleave + (key - rounds * interleave);
+    }
+};
+
+// What each query sees of the last seqlen_q keys of its sequence; of those before it sees all.
+struct Tree {
+    const void* tree_mask;   // bool (batch, queries, keys) or (total_q, keys), or 32 keys in a word; or null
+    long long batch_stride;  // bytes; 0 for ragged queries
+    long long row_stride;
+    int is_packed;
+
+    // Query `row`, counted from the batch's first one where queries are ragged.
+    __device__ __forceinline__ bool sees(int sequence, long long row, int key) const {
+        const char* const keys = static_cast<const char*>(tree_mask) + sequence * batch_stride + row * row_stride;
+        return is_packed ? reinterpret_cast<const unsigned*>(keys)[key / 32] >> key % 32 & 1 : keys[key] != 0;
+    }
+};
+
 struct Mask {
     int window_left;      // keys before its own position that a query sees, -1: all
     int window_right;     // keys after it, -1: all; 0 is a causal mask
     int attention_chunk;  // a query sees only keys of its own chunk of this many, 0: no chunks
+    Shard shard;
 
     __device__ __forceinline__ bool hides_nothing() const {
         return window_left < 0 && window_right < 0 && attention_chunk == 0;
@@ -31,7 +74,7 @@ struct Mask {
         int begin = 0;
         if (window_left >= 0 && p > window_left) begin = p - window_left;
         if (attention_chunk > 0) begin = max(begin, chunk_begin(p, attention_chunk));
-        return begin;
+        return shard.held(begin);
     }
 
     // The key after the last one that a query sees. Counted from the sequence's end, which is at most seqlen_q away: counted
@@ -44,7 +87,7 @@ struct Mask {
             const int p = lengths.seqlen_k - 1 - behind;
             hidden = max(hidden, behind - (attention_chunk - 1 - (p - chunk_begin(p, attention_chunk))));
         }
-        return lengths.seqlen_k - hidden;
+        return shard.held(lengths.seqlen_k - hidden);
     }
 
     // Keys that some query first_query .. last_query sees: what a query sees begins and ends no earlier than what the one

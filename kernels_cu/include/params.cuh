@@ -6,6 +6,19 @@
 #include "mask.cuh"
 #include "paging.cuh"
 
+// Results of the same rows over other keys, to be merged in: merge_with.
+struct MergeWith {
+    const void* merge_out;       // as out, or null
+    const float* merge_lse;      // as softmax_lse, or null
+    long long batch_stride;      // elements, as all strides
+    long long row_stride;
+    long long head_stride;
+    long long column_stride;
+    long long lse_batch_stride;
+    long long lse_head_stride;
+    long long lse_row_stride;
+};
+
 struct DecodeParams {
     const void* q;             // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
     const void* qv;            // as q with headdim_v: what meets the values, or null: mla.cu alone
@@ -22,6 +35,8 @@ struct DecodeParams {
     unsigned int* counters;    // (blocks,) zero before and after every launch
     Lengths lengths;
     KVCache cache;
+    Tree tree;
+    MergeWith merge;
     long long q_batch_stride;  // elements, as all strides of q and out
     long long q_row_stride;
     long long q_head_stride;

@@ -98,8 +98,7 @@ private:
 
 // What the threads of a block have in common when they fold, in shared memory.
 struct FoldState {
-    float2 steps[kRows][kWide];  // Folds: of each child but the first
-    float answer[kRows];         // of finish_row
+    float2 steps[kRows][kWide];  // Folds: of each child but the first, in whose place stands the Answer
     u32 is_last;
 };
 
@@ -130,7 +129,8 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
         if (is_answer) {
             const RowOutput at(p, segment, row);
             float lse;
-            fold.answer[row] = finish_row(p, at, state, lse);
+            const Answer answer = merge_other(p, at, finish_row(p, at, state, lse), lse);
+            fold.steps[row][0] = make_float2(answer.own, answer.other);
             if (p.softmax_lse) p.softmax_lse[at.lse] = lse;
         } else {
             store_global(partial_states(p, slot_of(0)) + row, make_float2(state.maximum, state.sum));
@@ -158,7 +158,8 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
                 o = Fold{step.x, step.y}(o, part[n][i]);
             }
             if (is_answer) {
-                store_answer(p, RowOutput(p, segment, row), vector % kVectors, o, fold.answer[row]);
+                const float2 answer = fold.steps[row][0];
+                store_answer(p, RowOutput(p, segment, row), vector % kVectors, o, {answer.x, answer.y});
             } else {
                 store_global(partial_output(p, slot_of(0)) + vector, o);
             }
@@ -166,10 +167,20 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
     }
 }
 
+// Writes the answer of an item that this block has read whole; results to be merged in pass through its slot.
+__device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results,
+                                             FoldState& fold) {
+    if (!p.merge.merge_lse) return results.answer();
+    const int slot = 2 * blockIdx.x + 1;
+    results.store(slot);
+    worker_barrier();
+    fold_slots(p, segment, fold, 1, true, [&](int) { return slot; });
+}
+
 // Hands a segment's results on: to the output, or to the other blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, FoldState& fold) {
-    if (segment.starts && segment.ends) return results.answer();
+    if (segment.starts && segment.ends) return finish_whole(p, segment, results, fold);
     const Cut cut = cut_item(share, segment);
     const int parts = cut.last_block - cut.first_block + 1;
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
@@ -203,7 +214,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     if (segment.starts) {
         const int slot = 2 * blockIdx.x + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
-        if (segment.last && segment.ends) return results.answer();
+        if (segment.last && segment.ends) return finish_whole(p, segment, results, fold);
         results.store(slot);
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot

@@ -84,6 +84,22 @@ public:
         copy_part<kHeadDimV, kColumnPairs * kColumnWarps * 2, ValueRows>(values_from_, value_units_, to + slot);
     }
 
+    // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
+    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
+        using C = Copy<ValueRows>;
+        constexpr int kChunks = kColumnPairs * kColumnWarps * 2;
+        const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
+#pragma unroll 1
+        for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
+            if (!sees_nothing(p_, segment, first_key + part_ + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
+#pragma unroll 1
+            for (int c = 0; c < kChunks && lane_ % C::kLanes + c < kChunks; c += C::kLanes) {
+                const u32 chunk = C::row_address(to, i) + c / C::kLanes * ValueRows::kLaneStride;
+                store_shared(chunk, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            }
+        }
+    }
+
 private:
     // What a part of a tile is filled with. Of rows past the end, which are masked, those of a part with others repeat the last
     // key; a whole part of them is zeros: nothing that no row sees is read, and little is read twice.

@@ -20,13 +20,16 @@ using RowStates = RowState[kRowTiles][2];  // of a lane's rows; the four lanes o
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
                                             int lane, Scores& s) {
     for_each<kRowTiles, 2>([&](int t, int half) {
-        const int query = query_of(p, first_row + t * 16 + half * 8 + lane / 4);
+        const int row = first_row + t * 16 + half * 8 + lane / 4, query = query_of(p, row);
+        const bool exists = row < segment.first_row + segment.valid_rows;  // has a row of the tree mask
         // Relative to the first key, which may be near 2^31.
         const int begin = mask_of(p).first_visible(segment.lengths, query) - first_key;
         const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - first_key;
         for_each<kKeyTiles, 2>([&](int n, int column) {
             const int key = n * 8 + lane % 4 * 2 + column;
-            if (key < begin || key >= end) s[t][n][half * 2 + column] = -infinity();
+            bool is_hidden = key < begin || key >= end;
+            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, first_key + key);
+            if (is_hidden) s[t][n][half * 2 + column] = -infinity();
         });
     });
 }

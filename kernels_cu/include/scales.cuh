@@ -7,6 +7,7 @@
 #include "fragment.cuh"
 #include "params.cuh"
 #include "ptx/memory.cuh"
+#include "segment.cuh"
 #include "tiles.cuh"
 
 using Scores = float[kKeyGroups][kRowGroups][4];  // lane layout in softmax.cuh
@@ -42,6 +43,13 @@ struct TileScales {
                 bonus[i] = exponent * (p.score_slack / kSlack);
             });
         }
+    }
+
+    // Makes zeros of the scales of values that are cleared (loader.cuh): a weight of 0 does not help against a scale of NaN.
+    __device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, int first_key, int lane) {
+        for_each<kHasValueScales ? kTileKeys / 8 : 0>([&](int i) {
+            if (sees_nothing(p, segment, first_key + lane / 4 + i * 8)) value[i] = 0.0f;
+        });
     }
 
 private:

@@ -22,7 +22,7 @@ __device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinte
 __device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence, int group, int rows, int row_block) {
     int first_row = row_block * rows, num_rows = sequence.seqlen_q * group;
     if (first_row >= num_rows) return {0, 0};
-    if (mask.hides_nothing()) return {0, sequence.seqlen_k};
+    if (mask.hides_nothing()) return {0, mask.shard.held(sequence.seqlen_k)};
     int last_row = min(first_row + rows, num_rows) - 1;
     return mask.visible_keys(sequence, first_row / group, last_row / group);
 }

@@ -39,12 +39,49 @@ __device__ __forceinline__ int split_count(const DecodeParams& p, KeyRange visib
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
-    return {p.mask.window_left, p.mask.window_right, kHasChunk ? p.mask.attention_chunk : 0};
+    const Shard whole = {1, 0, 1};
+    return {p.mask.window_left, p.mask.window_right, kHasChunk ? p.mask.attention_chunk : 0, kHasShard ? p.mask.shard : whole};
 }
 
 // The query position of a packed row.
 __device__ __forceinline__ int query_of(const DecodeParams& p, int row) {
     return p.by_group.divide(row);
+}
+
+// Keys that all queries see whatever a tree mask says: those before the last seqlen_q of the sequence.
+__device__ __forceinline__ int keys_before_tree(const DecodeParams& p, Sequence lengths) {
+    return mask_of(p).shard.held(lengths.seqlen_k - lengths.seqlen_q);
+}
+
+// Whether the tree mask hides a key from a query of a segment.
+__device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment& s, int query, int key) {
+    const int column = mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);
+    const long long row = (p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0) + query;
+    return column >= 0 && !p.tree.sees(s.sequence, row, column);
+}
+
+// Whether the key of a segment is one whose values may be anything though only some rows do not see it: one on a page of a
+// negative number, in whose place another page was read, or one that a tree mask hides from all rows.
+__device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, int key) {
+    key = min(key, s.keys.end - 1);  // as the loader repeats it
+    if constexpr (kHasTree) {
+        const int first_query = query_of(p, s.first_row), last_query = query_of(p, s.first_row + s.valid_rows - 1);
+        const int own_query = mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);  // mostly sees its key
+        bool is_hidden = tree_hides(p, s, max(first_query, min(own_query, last_query)), key);
+#pragma unroll 1
+        for (int query = first_query; is_hidden && query <= last_query; ++query) is_hidden = tree_hides(p, s, query, key);
+        if (is_hidden) return true;
+    }
+    if (!p.cache.page_table) return false;
+    PageCursor place;
+    place.enter(p.cache, s.sequence);
+    place.seek(p.cache, s.lengths.leftpad + key);
+    return !place.exists();
+}
+
+// Whether a segment may have such keys: rows of one query see the same.
+__device__ __forceinline__ bool may_see_nothing(const DecodeParams& p, const Segment& s) {
+    return kHasTree || (p.cache.page_table && s.lengths.seqlen_q > 1);
 }
 
 // Which rows an item has, and which keys they see; the fields that depend on the item alone.

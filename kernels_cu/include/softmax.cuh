@@ -23,9 +23,12 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
         const int query = query_of(p, segment.first_row + g * 8 + lane % 4 * 2 + column);
         const int begin = mask_of(p).first_visible(segment.lengths, query);
         const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query));
+        const bool exists = g * 8 + lane % 4 * 2 + column < segment.valid_rows;  // has a row of the tree mask
         for_each<kTileKeys / 8>([&](int eighth) {
             const int key = first_key + lane / 4 + eighth * 8;
-            if (key < begin || key >= end) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
+            bool is_hidden = key < begin || key >= end;
+            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, key);
+            if (is_hidden) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
         });
     });
 }

@@ -29,6 +29,10 @@ class DeviceArray:
         self.dtype, self.itemsize, self.ndim, self.size = host.dtype, host.itemsize, host.ndim, host.size
         self.data = SimpleNamespace(ptr=host.ctypes.data, device_id=0)
 
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Not called: arrays of this type come in as CuPy's."""
+        raise NotImplementedError
+
     @property
     def shape(self) -> tuple[int, ...]:
         """As NumPy's."""

@@ -55,7 +55,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
     quick = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")  # flex_attention compiles for long
     return [
         Part("info", (python, "-m", "cuflash", "info"), 60, shows=True),
-        Part("tests", (*PYTEST, *distributed, "tests", "-k", "cuda or gpu_blocks", f"--ignore={HERE}"), 240),
+        Part("tests", (*PYTEST, *distributed, "tests", "-m", "gpu", f"--ignore={HERE}"), 240),
         Part("merge", (*PYTEST, f"{HERE}/test_gpu_merge.py"), 120),
         Part("fragments", (*PYTEST, f"{HERE}/test_gpu_fragments.py"), 120),
         Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py"), 120),

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HAS_GPU
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
 import sys

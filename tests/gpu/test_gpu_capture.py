@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import HAS_GPU
 from problems import DTYPES
 from small import BATCH, CAPACITY, DIM, HEADS, KV_HEADS, Arguments, contiguous, everything, paged
 
 import cuflash
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 
 
 class Allocations:

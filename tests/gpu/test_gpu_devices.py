@@ -19,7 +19,7 @@ def _has_two() -> bool:
     return int(cupy.cuda.runtime.getDeviceCount()) > 1
 
 
-pytestmark = pytest.mark.skipif(not _has_two(), reason="fewer than two GPUs")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _has_two(), reason="fewer than two GPUs")]
 
 BATCH, HEADS_Q, HEADS_KV, DIM, PAGE, PAGES = 3, 8, 2, 64, 16, 20
 

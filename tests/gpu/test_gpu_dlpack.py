@@ -8,12 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import HAS_GPU
 
 import cuflash
 from cuflash.arrays import exporter, import_array
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", "bfloat16", "float32", "int32"]

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import wgmma_attention
-from conftest import HAS_GPU
 from wgmma import layouts
 
 from cuflash.kernels import source as sources
@@ -91,7 +90,7 @@ def test_on_the_simulator(element: str) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "any numbers"])
 def test_on_a_gpu(element: str, integers: bool) -> None:
@@ -136,7 +135,7 @@ def need_sm_90a() -> None:
         pytest.skip("wgmma is sm_90a's alone")
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_warpgroup_on_a_gpu(name: str, tmp_path: Path) -> None:
     """Small integers, whose sums are exact: every swizzle, both majors, A in registers and in shared memory.
@@ -154,7 +153,7 @@ def test_a_warpgroup_on_a_gpu(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(out.get(), product.expected())
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("headdim, keys, groups", [(64, 64, 1), (128, 64, 1), (128, 128, 2)])
 def test_attention_of_warpgroups_on_a_gpu(headdim: int, keys: int, groups: int, tmp_path: Path) -> None:
     """The pipelined loop that simulator/test_wgmma_attention.py runs, with its fences, waits and registers."""

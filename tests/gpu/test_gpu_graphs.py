@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HAS_GPU
 
 import cuflash
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 
 LAYERS, STEPS, BATCH, HEADS_Q, HEADS_KV, DIM, PAGE, CAPACITY = 30, 50, 4, 8, 2, 64, 16, 512
 PLAN = {"qkv_dtype": "float16", "page_size": PAGE, "max_seqlen_k_new": 1, "causal": True}

@@ -7,11 +7,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import HAS_GPU
 
 import cuflash
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 
 LAUNCHES, COPIES = 10_000, 100
 

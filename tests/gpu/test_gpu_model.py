@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HAS_GPU
 
 sys.path.append(str(Path(__file__).parents[2] / "notebooks"))
 gguf = pytest.importorskip("gguf")
 llama = pytest.importorskip("llama")
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.skipif(not HAS_GPU or not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="a torch without CUDA")]
 
 TOKENS = 24
 QUESTIONS = ["Why is the sky blue?", "What is a GPU good for?", "What is the capital of France?"]

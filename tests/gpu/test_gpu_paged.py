@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HAS_GPU
 
 import cuflash
 
-pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+pytestmark = pytest.mark.gpu
 
 LAYERS, HEADS_Q, HEADS_KV, DIM, MOST = 3, 8, 2, 64, 200
 

@@ -1,0 +1,156 @@
+"""The functions behind all interfaces: their arguments become those of the library's own functions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from .. import attention
+from ..arguments.lengths import filled
+from ..arrays import import_array
+from ..metadata import SchedulerMetadata
+from ..problem import integer, make_problem
+from . import torch_tensors
+from .plans import Given, make_plan, plan_around, problem_of
+
+_DEFAULTS: Given = {
+    name: parameter.default
+    for name, parameter in inspect.signature(attention.flash_attn_with_kvcache).parameters.items()
+}
+_FLOAT8 = "bfloat16"  # what queries of one byte give
+
+
+def metadata(
+    *,
+    cache_seqlens: Any,
+    max_seqlen_k: int,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k_new: Any = None,
+    cache_leftpad: Any = None,
+    max_seqlen_k_new: int = 0,
+    **problem: Any,
+) -> Any:
+    """Plan a step into an int32 array of the kind of ``cache_seqlens``.
+
+    Args:
+        cache_seqlens: (batch,) int32.
+        max_seqlen_k: Accepted; nothing follows from it.
+        cu_seqlens_q: (batch + 1,) int32.
+        cu_seqlens_k_new: (batch + 1,) int32.
+        cache_leftpad: (batch,) int32.
+        max_seqlen_k_new: New keys of every sequence.
+        problem: The arguments of ``make_problem``.
+    """
+    if cache_seqlens is None or isinstance(cache_seqlens, int):
+        raise TypeError(f"cache_seqlens must be an array, got {cache_seqlens!r}")
+    with torch_tensors.stream_of(cache_seqlens):
+        lengths = {
+            "cache_seqlens": cache_seqlens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new,
+            "cache_leftpad": cache_leftpad, "max_seqlen_k_new": max_seqlen_k_new,
+        }  # fmt: skip
+        made = make_problem(**problem, cu_seqlens_q=cu_seqlens_q is not None)
+        return make_plan(made, lengths, integer("max_seqlen_k", max_seqlen_k, 0))[0]
+
+
+def attend(**options: Any) -> Any:
+    """Attend; the arguments are those of ``cuflash.flash_attn_with_kvcache``, with a bare array as metadata.
+
+    Returns:
+        out, or (out, softmax_lse, scratch, scratch) with ``return_softmax_lse``: the scratch of theirs, empty.
+    """
+    given = {**_DEFAULTS, **options, "pack_gqa": None}  # heads are always packed
+    q = given["q"]
+    with torch_tensors.stream_of(q):
+        if torch_tensors.is_tensor(q):
+            _take_tensors(given)
+        bare = given["scheduler_metadata"]
+        if bare is not None and not isinstance(bare, SchedulerMetadata):
+            _take_lengths(given)
+            given["scheduler_metadata"] = plan_around(bare, given)
+        elif bare is None and torch_tensors.is_captured(q):
+            # The library would plan in memory of CuPy's, which is gone when the call returns.
+            _take_lengths(given)
+            given["scheduler_metadata"] = _plan_of(given)
+        result = attention.flash_attn_with_kvcache(**given)
+    if not given["return_softmax_lse"]:
+        return result
+    out, lse = result
+    scratch = lse.reshape(-1)[:0]
+    return out, lse, scratch, scratch
+
+
+def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, **options: Any) -> Any:
+    """Attend to keys that lie one sequence behind the other, or in a dense batch, or in pages.
+
+    They are one row of a cache in which every sequence begins at its own first valid key: nothing is copied.
+
+    Args:
+        q: (total_q, heads, headdim), or (batch, seqlen_q, heads, headdim) without ``cu_seqlens_q``.
+        k: (total_k, heads_kv, headdim), or (batch, seqlen_k, ..) without ``cu_seqlens_k``, or pages.
+        v: The same with headdim_v.
+        cu_seqlens_k: (batch + 1,) int32 first key of each sequence, or None.
+        seqused_q: Not implemented.
+        seqused_k: (batch,) int32 keys that count of each sequence.
+        options: Others of :func:`attend`.
+    """
+    if seqused_q is not None:
+        raise NotImplementedError("flash_attn_varlen_func: seqused_q is not implemented")
+    q, k, v = (torch_tensors.without_gradient(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    if options.get("page_table") is not None:
+        if seqused_k is None:
+            raise ValueError("seqused_k must be given with page_table, got None")
+        return attend(q=q, k_cache=k, v_cache=v, cache_seqlens=seqused_k, **options)
+    if cu_seqlens_k is None:
+        return attend(
+            q=q, k_cache=k, v_cache=v, cache_seqlens=k.shape[1] if seqused_k is None else seqused_k, **options
+        )
+    starts = cu_seqlens_k[:-1]
+    ends = cu_seqlens_k[1:] if seqused_k is None else starts + seqused_k
+    return attend(
+        q=q, k_cache=k[None], v_cache=v[None], cache_seqlens=ends, cache_leftpad=starts, cache_batch_idx=starts * 0,
+        **options,
+    )  # fmt: skip
+
+
+def _plan_of(given: Given) -> SchedulerMetadata:
+    """Return a plan for a call that has none, in memory of the caller's framework."""
+    k, starts_new = given["k"], given["cu_seqlens_k_new"]
+    new = 0 if k is None or starts_new is not None else k.shape[1]
+    lengths = {name: given[name] for name in ("cache_seqlens", "cu_seqlens_q", "cache_leftpad")}
+    lengths |= {"cu_seqlens_k_new": None if k is None else starts_new, "max_seqlen_k_new": new}
+    return make_plan(problem_of(given), lengths)[1]
+
+
+def _take_lengths(given: Given) -> None:
+    """Make an array of one length for all sequences, or of none: the library would keep it with the plan."""
+    number, q = given["cache_seqlens"], given["q"]
+    if number is None and given["page_table"] is None:
+        number = given["k_cache"].shape[1]
+    elif number is None and not isinstance(given["page_table"], tuple):
+        number = given["page_table"].shape[1] * given["k_cache"].shape[1]
+    if not isinstance(number, int):
+        return
+    size = q.shape[0] if given["cu_seqlens_q"] is None else given["cu_seqlens_q"].shape[0] - 1
+    is_tensor = torch_tensors.is_tensor(q)
+    given["cache_seqlens"] = (
+        torch_tensors.filled(size, number, q) if is_tensor else filled(size, number, import_array("q", q))
+    )
+
+
+def _take_tensors(given: Given) -> None:
+    """Prepare torch's tensors: no gradients, the copies that FlashAttention-3 makes, results in torch's memory."""
+    for name, x in given.items():
+        given[name] = torch_tensors.without_gradient(name, x)
+    q, v_cache, sinks, table = (given[name] for name in ("q", "v_cache", "sinks", "page_table"))
+    if torch_tensors.is_tensor(sinks):
+        given["sinks"] = sinks.float()
+    if torch_tensors.is_tensor(table) and table.ndim and table.stride(-1) != 1:
+        given["page_table"] = table.contiguous()
+    if not torch_tensors.is_tensor(v_cache) or q.ndim < 3 or not v_cache.ndim:
+        return
+    if given["out"] is None:
+        dtype = _FLOAT8 if q.element_size() == 1 else str(q.dtype).removeprefix("torch.")
+        given["out"] = torch_tensors.new((*q.shape[:-1], v_cache.shape[-1]), dtype, q)
+    if given["return_softmax_lse"] and given["softmax_lse"] is None:
+        *batch, positions, heads, _ = q.shape
+        given["softmax_lse"] = torch_tensors.new((*batch, heads, positions), "float32", q)

@@ -1,0 +1,50 @@
+"""sglang's kernel package as far as its FlashAttention backend needs it.
+
+https://github.com/sgl-project/sglang, ``sgl-kernel/python/sgl_kernel``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ... import merging
+from .. import torch_tensors
+
+__all__ = ["merge_state", "merge_state_v2"]
+
+
+def merge_state_v2(
+    v_a: Any, s_a: Any, v_b: Any, s_b: Any, v_merged: Any = None, s_merged: Any = None
+) -> tuple[Any, Any]:
+    """Merge the results of the same queries over disjoint keys.
+
+    Args:
+        v_a: (tokens, heads, headdim) outputs over some keys.
+        s_a: (tokens, heads) float32 their LSE, natural log.
+        v_b: Outputs over other keys.
+        s_b: Their LSE.
+        v_merged: Where to write the outputs.
+        s_merged: Where to write the LSE.
+
+    Returns:
+        The outputs and the LSE over all keys.
+    """
+    with torch_tensors.stream_of(v_a):
+        outs: Any = [v_a, v_b]
+        lses: Any = [s_a.T, s_b.T]
+        out, lse = v_merged, None
+        if torch_tensors.is_tensor(v_a):  # in torch's memory, so that a graph can be captured
+            torch = sys.modules["torch"]
+            outs, lses = torch.stack(outs), torch.stack(lses).float()
+            lse = torch_tensors.new(tuple(lses.shape[1:]), "float32", v_a)
+            if out is None:
+                out = torch.empty_like(v_a, memory_format=torch.contiguous_format)
+        merged, total = merging.merge_attn_states(outs, lses, out=out, lse=lse)
+        if s_merged is None:
+            return merged, total.T
+        s_merged[...] = total.T
+        return merged, s_merged
+
+
+merge_state = merge_state_v2

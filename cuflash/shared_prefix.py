@@ -1,0 +1,118 @@
+"""Attention of sequences that begin alike: the keys that they share are read once for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .arrays import NativeArray, exporter, import_array
+from .attention import flash_attn_with_kvcache
+from .problem import window_bounds
+
+# What both calls are given; everything else is the suffixes'.
+_COMMON = (
+    "softmax_scale", "softcap", "layout", "kv_dtype", "q_descale", "k_descale", "v_descale",
+    "num_splits", "split_size", "sm_margin",
+)  # fmt: skip
+
+
+def shared_prefix_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    *,
+    prefix_page_table: Any,
+    prefix_seqlens: Any,
+    prefix_cu_seqlens_q: Any,
+    prefix_max_seqlen_q: int,
+    prefix_metadata: Any = None,
+    prefix_lse: Any = None,
+    **suffix: Any,
+) -> Any:
+    """Attend to a prefix that groups of sequences share, and to each sequence's own keys behind it.
+
+    Two calls of :func:`cuflash.flash_attn_with_kvcache`, each on a plan of its own: in the first a group is one
+    sequence, whose rows are the queries of all its members, so that the prefix is read once a group instead of once a
+    sequence; the second reads the suffixes and merges the first one's results as it writes its own. ``members - 1``
+    times the prefix's bytes are not read: with 32 sequences in one group, 8,192 shared keys and 8 KV heads of 128
+    bfloat16 elements, that is 31 x 32 MiB of 1,024 MiB a layer.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, headdim), or (total_q, heads_q, headdim) with ``cu_seqlens_q``. The members of a
+            group stand side by side.
+        k_cache: Pages of prefixes and suffixes.
+        v_cache: Likewise.
+        prefix_page_table: (groups, pages) int32, or (indptr, indices).
+        prefix_seqlens: (groups,) int32 keys of each prefix.
+        prefix_cu_seqlens_q: (groups + 1,) int32 first query of each group, counted through the batch. Queries before
+            the first group and behind the last one have no prefix.
+        prefix_max_seqlen_q: Most queries of a group.
+        prefix_metadata: Plan of ``groups`` sequences with these ``cu_seqlens_q``, ``max_seqlen_q``, ``prefix_seqlens``
+            and no mask.
+        prefix_lse: Where to write the prefix's LSE, (heads_q, total_q) float32; default: new memory.
+        **suffix: Arguments of ``flash_attn_with_kvcache`` for the suffixes: ``page_table``, ``cache_seqlens``,
+            ``causal``, ``k`` and ``v``, ``sinks``, ``scheduler_metadata``, ``out`` and so on. Lengths and positions are
+            those of the suffixes. Numbers such as ``softmax_scale`` hold for both calls.
+
+    Returns:
+        What ``flash_attn_with_kvcache`` returns.
+
+    Raises:
+        ValueError: For windows, chunks, rotary embedding and context parallelism, which count positions from the
+            beginning of the prefix, and for ``merge_with``.
+
+    Example:
+        Three sequences share the 32 keys of pages 0 and 1; their own keys begin in pages 2, 3 and 4.
+
+        >>> import cuflash, numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> q = rng.standard_normal((3, 1, 8, 64), np.float32)
+        >>> k_cache, v_cache = rng.standard_normal((2, 5, 16, 2, 64), np.float32)
+        >>> own = np.array([16, 3, 9], np.int32)
+        >>> out = cuflash.shared_prefix_attention(
+        ...     q, k_cache, v_cache, prefix_page_table=np.array([[0, 1]], np.int32),
+        ...     prefix_seqlens=np.array([32], np.int32), prefix_cu_seqlens_q=np.array([0, 3], np.int32),
+        ...     prefix_max_seqlen_q=3, page_table=np.array([[2], [3], [4]], np.int32), cache_seqlens=own)
+        >>> table = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 4]], np.int32)
+        >>> whole = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, page_table=table, cache_seqlens=32 + own)
+        >>> bool(np.allclose(out, whole, atol=1e-6))
+        True
+    """
+    refused = {
+        "rotary_cos": suffix.get("rotary_cos") is not None,
+        "window_size": window_bounds(suffix.get("window_size")) != (-1, -1),
+        "attention_chunk": bool(suffix.get("attention_chunk")),
+        "cp_world_size": suffix.get("cp_world_size", 1) != 1,
+        "merge_with": suffix.get("merge_with") is not None,
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"{name} must not be given to shared_prefix_attention, got {suffix[name]!r}")
+    native = import_array("q", q)
+    if native.ndim not in (3, 4):
+        raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")
+    given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
+    rows_out, lse = flash_attn_with_kvcache(
+        k_cache=k_cache,
+        v_cache=v_cache,
+        page_table=prefix_page_table,
+        cache_seqlens=prefix_seqlens,
+        cu_seqlens_q=prefix_cu_seqlens_q,
+        max_seqlen_q=prefix_max_seqlen_q,
+        scheduler_metadata=prefix_metadata,
+        softmax_lse=None if prefix_lse is None else import_array("prefix_lse", prefix_lse),
+        return_softmax_lse=True,
+        **{name: _rows(name, array) for name, array in given.items() if array is not None},
+        **{name: suffix[name] for name in _COMMON if name in suffix},
+    )
+    if native.ndim == 4:
+        rows_out = rows_out.reshape(*native.shape[:3], -1)
+        lse = lse.reshape(lse.shape[0], *native.shape[:2]).swapaxes(0, 1)  # (batch, heads, seqlen_q)
+    if suffix.get("out") is None:
+        suffix["out"] = exporter(q)(rows_out)
+    return flash_attn_with_kvcache(q, k_cache, v_cache, merge_with=(rows_out, lse), **suffix)
+
+
+def _rows(name: str, array: Any) -> NativeArray:
+    """Return queries, or what has their shape, as (total_q, heads, dim)."""
+    native = import_array(name, array)
+    return native if native.ndim == 3 else native.reshape(-1, *native.shape[2:])

@@ -1,0 +1,301 @@
+"""Calls as sglang's FlashAttention backend makes them, on torch tensors, and what they must give.
+
+Written from what that backend does, not from its code (sgl-project/sglang, ``flashattention_backend.py`` of its
+attention layers): a pool of token slots, of which a request has pages; slot 0 belongs to nobody, and padding reads
+it. Every call is held against one that lists the slots that each query sees, so that masks, cascades and virtual
+batches have nothing in common with their answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import reference
+
+from cuflash.compat import scheduler_metadata_size
+from cuflash.compat.sgl_kernel import merge_state_v2
+from cuflash.compat.sgl_kernel.flash_attn import (
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
+
+HEADS, KV_HEADS, DIM, CONTEXT = 8, 2, 64, 256
+TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+Seen = list[np.ndarray]  # for every query the slots that it sees
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Return a tensor's values, bfloat16 too."""
+    host = x.detach().cpu()
+    if str(host.dtype) == "torch.bfloat16":
+        import torch
+
+        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return host.numpy()
+
+
+@dataclass
+class Server:
+    """Requests with a pool of keys and values in one layer.
+
+    Attributes:
+        torch: The module.
+        device: Where all tensors lie.
+        dtype: Name of the pool's and the queries' dtype.
+        page_size: Slots of a page.
+        lengths: Tokens of each request.
+        seed: Of all random numbers.
+        scale: Factor of the scores.
+        softcap: Cap of the scores.
+    """
+
+    torch: Any
+    device: str
+    dtype: str
+    page_size: int = 1
+    lengths: tuple[int, ...] = (100, 1, 37, 64)
+    seed: int = 0
+    scale: float = 0.11
+    softcap: float = 0.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        pages = CONTEXT // self.page_size
+        order = 1 + self.rng.permutation(len(self.lengths) * pages).reshape(-1, pages)
+        slots = order[:, :, None] * self.page_size + np.arange(self.page_size)
+        self.table = slots.reshape(len(self.lengths), CONTEXT).astype(np.int32)  # request, position -> slot
+        self.req_to_token = self.tensor(self.table)
+        size = (len(self.lengths) * pages + 1) * self.page_size
+        self.keys, self.values = (self.normal(size, KV_HEADS, DIM) for _ in range(2))
+        unused = np.ones(size, bool)
+        unused[: self.page_size] = False
+        for row, length in zip(self.table, self.lengths, strict=True):
+            unused[row[:length]] = False
+        for pool in (self.keys, self.values):
+            pool[self.tensor(unused)] = float("nan")
+
+    def tensor(self, x: Any) -> Any:
+        return self.torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+
+    def normal(self, *shape: int) -> Any:
+        return self.tensor(self.rng.standard_normal(shape, np.float32)).to(getattr(self.torch, self.dtype))
+
+    @property
+    def caches(self) -> dict[str, Any]:
+        shape = (-1, self.page_size, KV_HEADS, DIM)
+        return {"k_cache": self.keys.view(shape), "v_cache": self.values.view(shape)}
+
+    def pages(self, longest: int, requests: Any = slice(None)) -> Any:
+        """The page table of requests: every page_size-th slot, in pages."""
+        return self.req_to_token[requests, :longest][:, :: self.page_size] // self.page_size
+
+    def starts(self, counts: Any) -> Any:
+        return self.tensor(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+
+    def ints(self, x: Any) -> Any:
+        return self.tensor(np.asarray(x, np.int32))
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {"softmax_scale": self.scale, "softcap": self.softcap, "k_descale": None, "v_descale": None,
+                "num_splits": 0, "ver": 3}  # fmt: skip
+
+    def plan(self, batch: int, seqlens: Any, starts: Any, **options: Any) -> Any:
+        """The step's metadata, as the backend computes it."""
+        return get_scheduler_metadata(
+            batch_size=batch, max_seqlen_q=1, max_seqlen_k=int(max(self.lengths)), num_heads=HEADS,
+            num_heads_k=KV_HEADS, headdim=DIM, cache_seqlens=seqlens, qkv_dtype=getattr(self.torch, self.dtype),
+            cu_seqlens_q=starts, page_size=self.page_size, causal=True, has_softcap=self.softcap > 0, num_splits=0,
+            **options,
+        )  # fmt: skip
+
+    def check(self, q: Any, out: Any, seen: Seen, lse: Any = None, sinks: Any = None, only: Any = slice(None)) -> None:
+        """Hold results against those over the listed slots. ``lse`` is (heads, queries)."""
+        table = np.zeros((len(seen), max(map(len, seen))), np.int32)
+        for row, slots in zip(table, seen, strict=True):
+            row[: len(slots)] = slots
+        answer = reference.attention(
+            to_numpy(q)[only][:, None], to_numpy(self.keys)[:, None], to_numpy(self.values)[:, None],
+            page_table=table, cache_seqlens=np.array([len(slots) for slots in seen]), softmax_scale=self.scale,
+            softcap=self.softcap, sinks=None if sinks is None else to_numpy(sinks),
+        )  # fmt: skip
+        tolerance = TOLERANCE[self.dtype]
+        assert out.dtype == q.dtype and out.device == q.device
+        np.testing.assert_allclose(
+            to_numpy(out)[only].astype(np.float64), answer.out[:, 0], atol=tolerance, rtol=tolerance
+        )
+        if lse is not None:
+            np.testing.assert_allclose(to_numpy(lse).T[only], answer.lse[:, :, 0], atol=1e-3)
+
+    # -------------------------------------------------------------------------------------------- the calls
+    def decode(
+        self, window: int | None = None, planned: bool = False, sinks: Any = None, given_out: bool = False
+    ) -> None:
+        """One token of each request."""
+        batch, seqlens = len(self.lengths), self.ints(self.lengths)
+        starts, q = self.starts([1] * batch), self.normal(batch, HEADS, DIM)
+        out = self.torch.full_like(q, float("nan")) if given_out else None
+        metadata = self.plan(batch, seqlens, starts) if planned else None
+        result = flash_attn_with_kvcache(
+            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=seqlens, cu_seqlens_q=starts,
+            max_seqlen_q=1, causal=True, window_size=(-1, -1) if window is None else (window, 0),
+            return_softmax_lse=False, scheduler_metadata=metadata, sinks=sinks, out=out, **self.numbers,
+        )  # fmt: skip
+        assert out is None or result is out
+        first = [0 if window is None else max(0, n - 1 - window) for n in self.lengths]
+        seen = [row[f:n] for row, f, n in zip(self.table, first, self.lengths, strict=True)]
+        self.check(q, result, seen, sinks=sinks)
+
+    def extend(self, counts: tuple[int, ...], window: int | None = None) -> None:
+        """The last ``counts`` tokens of each request, prefixes from the cache."""
+        starts, q = self.starts(counts), self.normal(sum(counts), HEADS, DIM)
+        out, lse, *_ = flash_attn_with_kvcache(
+            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=self.ints(self.lengths),
+            cu_seqlens_q=starts, cu_seqlens_k_new=self.starts(self.lengths), max_seqlen_q=max(counts), causal=True,
+            window_size=(-1, -1) if window is None else (window, 0), return_softmax_lse=True, **self.numbers,
+        )  # fmt: skip
+        self.check(q, out, self.causal(counts, window), lse)
+
+    def causal(self, counts: tuple[int, ...], window: int | None = None, chunk: int = 0) -> Seen:
+        """The slots that the last tokens of each request see."""
+        seen = []
+        for row, length, count in zip(self.table, self.lengths, counts, strict=True):
+            for position in range(length - count, length):
+                first = 0 if window is None else max(0, position - window)
+                first = position // chunk * chunk if chunk else first
+                seen.append(row[first : position + 1])
+        return seen
+
+    def cascade(self, branches: int, depth: int) -> None:
+        """Drafts: a request's branches see its tokens and, each, its own ``depth`` slots; two halves are merged."""
+        batch = len(self.lengths)
+        spare = np.flatnonzero(np.isnan(to_numpy(self.keys)[:, 0, 0].astype(np.float32)))
+        own = self.rng.permutation(spare)[: batch * branches * depth].reshape(-1, depth).astype(np.int32)
+        for pool in (self.keys, self.values):
+            pool[self.tensor(own.ravel())] = self.normal(own.size, KV_HEADS, DIM)
+        q = self.normal(batch * branches, HEADS, DIM)
+        common = {"causal": False, "window_size": (-1, -1), "return_softmax_lse": True, **self.numbers}
+        out, lse, *_ = flash_attn_with_kvcache(
+            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=self.ints(self.lengths),
+            cu_seqlens_q=self.starts([branches] * batch), max_seqlen_q=branches, **common,
+        )  # fmt: skip
+        shape = (-1, 1, KV_HEADS, DIM)
+        own_out, own_lse, *_ = flash_attn_with_kvcache(
+            q=q, k_cache=self.keys.view(shape), v_cache=self.values.view(shape), page_table=self.tensor(own),
+            cache_seqlens=self.ints([depth] * len(own)), cu_seqlens_q=self.starts([1] * len(own)),
+            cu_seqlens_k_new=self.starts([depth] * len(own)), max_seqlen_q=1, **common,
+        )  # fmt: skip
+        merged, total = merge_state_v2(out, lse.T.contiguous(), own_out, own_lse.T.contiguous())
+        seen = [
+            np.concatenate([self.table[i // branches, : self.lengths[i // branches]], own[i]]) for i in range(len(q))
+        ]
+        self.check(q, merged, seen, total.T)
+
+    def cross(self) -> None:
+        """Tokens of a decoder see all of what an encoder left, some of them nothing."""
+        batch, encoded = len(self.lengths), [length - 1 for length in self.lengths]
+        q = self.normal(batch, HEADS, DIM)
+        out = flash_attn_with_kvcache(
+            q=q, **self.caches, page_table=self.pages(max(encoded)), cache_seqlens=self.ints(encoded),
+            cu_seqlens_q=self.starts([1] * batch), cu_seqlens_k_new=self.starts(encoded), max_seqlen_q=1, causal=False,
+            window_size=(-1, -1), **self.numbers,
+        )  # fmt: skip
+        self.check(q, out, [row[:n] for row, n in zip(self.table, encoded, strict=True)])
+
+    def local(self, counts: tuple[int, ...], chunk: int) -> None:
+        """Chunks of attention as virtual batches: every chunk that a request's new tokens touch is one."""
+        pages = to_numpy(self.pages(max(self.lengths)))
+        num_q, num_k, tables = [], [], []
+        for row, length, count in zip(pages, self.lengths, counts, strict=True):
+            position = length - count
+            while position < length:
+                begin = position // chunk * chunk
+                end = min(begin + chunk, length)
+                num_q.append(end - position)
+                num_k.append(end - begin)
+                columns = begin // self.page_size + np.arange(chunk // self.page_size)
+                tables.append(row[columns.clip(max=len(row) - 1)])
+                position = end
+        q = self.normal(sum(counts), HEADS, DIM)
+        out = flash_attn_with_kvcache(
+            q=q, **self.caches, page_table=self.ints(tables), cache_seqlens=self.ints(num_k),
+            cu_seqlens_q=self.starts(num_q), cu_seqlens_k_new=None, max_seqlen_q=max(num_q), causal=True,
+            window_size=(-1, -1), **self.numbers,
+        )  # fmt: skip
+        self.check(q, out, self.causal(counts, chunk=chunk))
+
+    def prefix_chunks(self, counts: tuple[int, ...]) -> None:
+        """Keys that lie one request behind the other: new tokens on themselves, merged with their prefixes."""
+        q, starts = self.normal(sum(counts), HEADS, DIM), self.starts(counts)
+        prefixes = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+        common = {"max_seqlen_q": max(counts), "softmax_scale": self.scale, "softcap": self.softcap,
+                  "return_softmax_lse": True}  # fmt: skip
+        states = []
+        for first, last, causal in ((prefixes, self.lengths, True), ([0] * len(counts), prefixes, False)):
+            slots = np.concatenate([row[a:b] for row, a, b in zip(self.table, first, last, strict=True)])
+            lengths = [b - a for a, b in zip(first, last, strict=True)]
+            index = self.tensor(slots.astype(np.int64))
+            out, lse, *_ = flash_attn_varlen_func(
+                q=q, k=self.keys[index], v=self.values[index], cu_seqlens_q=starts, cu_seqlens_k=self.starts(lengths),
+                max_seqlen_k=max(lengths), causal=causal, **common,
+            )  # fmt: skip
+            states += [out, lse.T.contiguous()]
+        merged, total = merge_state_v2(*states)
+        self.check(q, merged, self.causal(counts), total.T)
+
+
+class GraphBuffers:
+    """What the graph of one batch size reads, and the decode steps that it makes."""
+
+    def __init__(self, server: Server, batch: int, most: int, window: int | None = None) -> None:
+        torch, device = server.torch, server.device
+        self.server, self.batch, self.window = server, batch, window
+        ints = {"dtype": torch.int32, "device": device}
+        self.seqlens, self.starts = torch.ones(most, **ints), torch.arange(most + 1, **ints)
+        self.page_table = torch.zeros((most, CONTEXT // server.page_size), **ints)
+        self.buffer = torch.zeros(scheduler_metadata_size(most), **ints)
+        self.q = [server.normal(batch, HEADS, DIM) for _ in range(2)]  # of two layers
+        self.out: list[Any] = []
+        self.fill([])
+
+    def fill(self, requests: Any) -> None:
+        """Write a step's lengths, pages and metadata where the graph reads them; the rest of the batch is padding."""
+        server, number = self.server, len(requests)
+        self.requests = requests
+        lengths = [server.lengths[request] for request in requests]
+        self.seqlens.fill_(1)
+        self.page_table.zero_()
+        if number:
+            pages = server.pages(max(lengths), self.server.tensor(np.array(requests)))
+            self.seqlens[:number].copy_(server.ints(lengths))
+            self.page_table[:number, : pages.shape[1]].copy_(pages)
+        metadata = server.plan(self.batch, self.seqlens[: self.batch], self.starts[: self.batch + 1])
+        self.size = metadata.shape[0]
+        self.buffer[: self.size] = metadata
+        self.buffer[self.size :] = 0
+
+    def run(self) -> None:
+        """All layers of a step: one with the step's metadata, one that has a window and none."""
+        server, batch = self.server, self.batch
+        common = {
+            "page_table": self.page_table[:batch], "cache_seqlens": self.seqlens[:batch],
+            "cu_seqlens_q": self.starts[: batch + 1], "max_seqlen_q": 1, "causal": True, **server.caches,
+            **server.numbers,
+        }  # fmt: skip
+        window = (self.window, 0) if self.window is not None else (-1, -1)
+        first = flash_attn_with_kvcache(q=self.q[0], scheduler_metadata=self.buffer[: self.size], **common)
+        second = flash_attn_with_kvcache(q=self.q[1], window_size=window, **common)
+        self.out = [first, second]
+
+    def check(self) -> None:
+        number = len(self.requests)
+        for layer, window in ((0, None), (1, self.window)):
+            first = [0 if window is None else max(0, self.server.lengths[r] - 1 - window) for r in self.requests]
+            seen = [self.server.table[r, f : self.server.lengths[r]] for r, f in zip(self.requests, first, strict=True)]
+            self.server.check(self.q[layer], self.out[layer], seen, only=slice(number))
+            assert not bool(self.server.torch.isnan(self.out[layer]).any()), "padding gave NaN"

@@ -1,0 +1,311 @@
+"""cuflash.compat: sglang's and FlashAttention-3's functions on torch tensors, and metadata as bare arrays."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from problems import Backend
+from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server
+
+import cuflash
+from cuflash.compat import flash_attn_interface as fa3
+from cuflash.compat import scheduler_metadata_size, sgl_kernel
+from cuflash.compat.sgl_kernel import flash_attn as sgl
+
+EXTENDED = (30, 1, 37, 5)
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def server(request: pytest.FixtureRequest, torch: Any) -> Server:
+    return Server(torch, "cpu", request.param, page_size=16)
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
+@pytest.mark.parametrize("window", [None, 10])
+def test_decode(server: Server, window: int | None, planned: bool) -> None:
+    server.decode(window, planned)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_decode_with_other_pages_sinks_softcap_and_out(torch: Any, page_size: int) -> None:
+    server = Server(torch, "cpu", "bfloat16", page_size, softcap=20.0)
+    sinks = torch.nn.Parameter(torch.linspace(-2, 2, HEADS).bfloat16())  # as models have them
+    with torch.no_grad():
+        server.decode(planned=True, sinks=sinks, given_out=True)
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_extend(server: Server, window: int | None) -> None:
+    server.extend(EXTENDED, window)
+
+
+def test_cascade(server: Server) -> None:
+    server.cascade(branches=3, depth=4)
+
+
+def test_cross_attention(server: Server) -> None:
+    server.cross()
+
+
+def test_local_attention_as_virtual_batches(server: Server) -> None:
+    server.local(EXTENDED, chunk=32)
+
+
+def test_keys_one_behind_the_other(server: Server) -> None:
+    server.prefix_chunks((30, 1, 36, 64))
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_graph_buffers_with_padding(server: Server, batch: int) -> None:
+    """A plain loop where a GPU has a graph: buffers of the largest batch, metadata copied into a slice of one."""
+    buffers = GraphBuffers(server, batch, most=8, window=20)
+    for requests in ([1], [3, 0], list(range(batch)), [2]):
+        buffers.fill(requests)
+        buffers.run()
+        buffers.check()
+
+
+# ------------------------------------------------------------------------------------------------ MLA
+@pytest.mark.parametrize("only_qv", [False, True])
+def test_mla(torch: Any, only_qv: bool) -> None:
+    rng = np.random.default_rng(0)
+    batch, heads, lengths = 3, 4, np.array([40, 3, 17], np.int32)
+    row = rng.standard_normal((12, 16, 1, 576), np.float32)
+    q, qv = rng.standard_normal((batch, heads, 64), np.float32), rng.standard_normal((batch, heads, 512), np.float32)
+    table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
+    latent, rope = torch.from_numpy(row[..., :512]), torch.from_numpy(row[..., 512:])
+    out, lse, *_ = sgl.flash_attn_with_kvcache(
+        q=None if only_qv else torch.from_numpy(q), k_cache=None if only_qv else rope, v_cache=latent,
+        qv=torch.from_numpy(qv), only_qv=only_qv, page_table=torch.from_numpy(table),
+        cache_seqlens=torch.from_numpy(lengths), cu_seqlens_q=torch.arange(4, dtype=torch.int32), max_seqlen_q=1,
+        softmax_scale=0.05, causal=True, return_softmax_lse=True,
+    )  # fmt: skip
+    answer = reference.attention(
+        (0 * q if only_qv else q)[:, None], row[..., 512:].copy(), row[..., :512].copy(), qv=qv[:, None],
+        page_table=table, cache_seqlens=lengths, softmax_scale=0.05,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, answer.out[:, 0], atol=1e-4)
+    np.testing.assert_allclose(lse.T, answer.lse[:, :, 0], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ bare metadata
+def call(backend: Backend, **changes: Any) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """Arguments of metadata and of the call, and the answer."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([300, 5, 120], np.int32)
+    q = rng.standard_normal((3, 2, HEADS, DIM), np.float32)
+    caches = rng.standard_normal((2, 3, 320, KV_HEADS, DIM), np.float32)
+    answer = reference.attention(q, *caches, cache_seqlens=lengths, causal=True)
+    move = backend.to_native
+    plan = {"batch_size": 3, "max_seqlen_q": 2, "max_seqlen_k": 320, "num_heads_q": HEADS, "num_heads_kv": KV_HEADS,
+            "headdim": DIM, "cache_seqlens": move(lengths), "qkv_dtype": "float32", "causal": True}  # fmt: skip
+    attend = {"q": move(q), "k_cache": move(caches[0]), "v_cache": move(caches[1]), "cache_seqlens": move(lengths),
+              "causal": True}  # fmt: skip
+    return plan | changes, attend, answer.out
+
+
+@pytest.mark.parametrize("max_seqlen_k", [1, 320, 2**31 - 1])
+def test_nothing_follows_from_the_longest_keys(backend: Backend, max_seqlen_k: int) -> None:
+    plan, attend, answer = call(backend, max_seqlen_k=max_seqlen_k)
+    metadata = fa3.get_scheduler_metadata(**plan)
+    assert type(metadata) is type(attend["q"]) and metadata.dtype == np.int32
+    buffer = backend.to_native(np.full(scheduler_metadata_size(64), -1, np.int32))
+    buffer[: metadata.size] = metadata
+    for _ in range(2):  # a call leaves it as it is
+        out = fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=buffer[: metadata.size])
+        np.testing.assert_allclose(backend.to_numpy(out), answer, atol=2e-5)
+    np.testing.assert_array_equal(backend.to_numpy(buffer[: metadata.size]), backend.to_numpy(metadata))
+
+
+def test_a_copied_plan_is_that_of_the_library(backend: Backend) -> None:
+    """And it is used: shares of another plan give other bits, if not other numbers."""
+    if backend.name == "numpy":
+        pytest.skip("NumPy has no use for a plan")
+    plan, attend, answer = call(backend)
+    own = cuflash.get_scheduler_metadata(**plan | {"max_seqlen_k": 2**31 - 1})
+    metadata = fa3.get_scheduler_metadata(**plan)
+    np.testing.assert_array_equal(backend.to_numpy(metadata), backend.to_numpy(own.array))
+    stale = fa3.get_scheduler_metadata(**plan | {"cache_seqlens": backend.to_native(np.array([9, 300, 1], np.int32))})
+    assert (backend.to_numpy(stale) != backend.to_numpy(metadata)).any()
+    out = fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=metadata)
+    bits = cuflash.flash_attn_with_kvcache(**attend, scheduler_metadata=own)
+    np.testing.assert_array_equal(backend.to_numpy(out), backend.to_numpy(bits))
+    out = fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=stale)
+    np.testing.assert_allclose(backend.to_numpy(out), answer, atol=2e-5)
+
+
+WRONG = {
+    "longer": (lambda x: np.append(x, x[:1]), "shape"),
+    "shorter": (lambda x: x[:-1].copy(), "shape"),
+    "two dimensions": (lambda x: x[None], "shape"),
+    "int64": (lambda x: x.astype(np.int64), "int32"),
+    "strided": (lambda x: np.repeat(x, 2)[::2], "contiguous"),
+    "not filled": (lambda x: np.zeros_like(x), "no plan"),
+    "garbage": (lambda x: np.full_like(x, -1), "no plan"),
+    "large garbage": (lambda x: np.full_like(x, 2**30), "no plan"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_arrays_that_are_no_plan(backend: Backend, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_VALIDATE", "1")
+    plan, attend, _ = call(backend)
+    make, message = WRONG[change]
+    array = backend.to_native(make(backend.to_numpy(fa3.get_scheduler_metadata(**plan))))
+    if change == "strided":
+        array = array[: len(array)] if not hasattr(array, "get") else array.repeat(2)[::2]
+    with pytest.raises((TypeError, ValueError), match=f"scheduler_metadata.*{message}"):
+        fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=array)
+
+
+@pytest.mark.parametrize(
+    "other", [{"batch_size": 4}, {"num_heads_q": 4 * HEADS, "num_heads_kv": 2 * KV_HEADS}, {"max_seqlen_q": 33}]
+)
+def test_plans_of_other_problems(backend: Backend, other: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_VALIDATE", "1")
+    plan, attend, _ = call(backend)
+    plan |= other
+    if "batch_size" in other:
+        plan["cache_seqlens"] = backend.to_native(np.array([300, 5, 120, 7], np.int32))
+    metadata = fa3.get_scheduler_metadata(**plan)
+    with pytest.raises(ValueError, match="scheduler_metadata"):
+        fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=metadata)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_plan_is_refused_that_fits(seed: int) -> None:
+    """The check of contents knows every plan, whatever its shapes and lengths are: none is refused."""
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        batch, kv_heads = int(rng.integers(0, 40)), int(rng.choice([1, 2, 8]))
+        heads, queries = kv_heads * int(rng.choice([1, 4, 16])), int(rng.choice([0, 1, 2, 5, 70]))
+        lengths = rng.integers(0, 3000, batch).astype(np.int32) * rng.integers(0, 2, batch).astype(np.int32)
+        options = {"causal": bool(rng.integers(2)), "num_splits": int(rng.choice([0, 1, 3]))}
+        metadata = fa3.get_scheduler_metadata(
+            batch, queries, 3000, heads, kv_heads, 64, lengths, qkv_dtype="float16", **options
+        )
+        q, cache = np.zeros((batch, queries, heads, 64), np.float16), np.zeros((batch, 1, kv_heads, 64), np.float16)
+        fa3.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=np.minimum(lengths, 1), scheduler_metadata=metadata, **options
+        )
+
+
+def test_one_length_and_none_on_a_bare_plan(backend: Backend) -> None:
+    plan, attend, _ = call(backend)
+    metadata = fa3.get_scheduler_metadata(**plan)
+    for number in (77, None):
+        attend["cache_seqlens"] = number
+        wanted = cuflash.flash_attn_with_kvcache(**attend)
+        out = fa3.flash_attn_with_kvcache(**attend, scheduler_metadata=metadata)
+        np.testing.assert_allclose(backend.to_numpy(out), backend.to_numpy(wanted), atol=2e-5)
+
+
+def test_size_of_a_buffer() -> None:
+    for batch in (0, 1, 3, 1000):
+        lengths = np.ones(batch, np.int32)
+        assert fa3.get_scheduler_metadata(batch, 1, 1, 8, 2, 64, lengths).size <= scheduler_metadata_size(batch)
+    with pytest.raises(ValueError, match="batch_size"):
+        scheduler_metadata_size(-1)
+
+
+# ------------------------------------------------------------------------------------------------ their interfaces
+def test_returns_are_theirs(torch: Any) -> None:
+    q, kv = torch.randn(2, 3, 4, 64), torch.randn(2, 9, 2, 64)
+    assert fa3.flash_attn_with_kvcache(q, kv, kv).shape == q.shape
+    out, lse, *rest = fa3.flash_attn_with_kvcache(q, kv, kv, return_softmax_lse=True)
+    assert out.shape == q.shape and lse.shape == (2, 4, 3) and [type(x) for x in rest] == [torch.Tensor] * 2
+    out, lse = fa3.flash_attn_func(q, kv, kv, causal=True, return_attn_probs=True)
+    answer = reference.attention(q.numpy(), kv.numpy(), kv.numpy(), cache_seqlens=np.array([9, 9]), causal=True)
+    np.testing.assert_allclose(out, answer.out, atol=2e-5)
+    np.testing.assert_allclose(lse, answer.lse, atol=2e-5)
+
+
+def test_varlen_with_used_lengths_and_pages(torch: Any) -> None:
+    """FlashAttention-3's and sglang's, on keys that are used in part."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, h, 32), np.float32) for n, h in ((5, 4), (20, 2), (20, 2)))
+    starts_q, starts_k, used = (np.array(x, np.int32) for x in ([0, 3, 3, 5], [0, 8, 12, 20], [6, 0, 8]))
+    k[6:12] = v[6:12] = np.nan
+    table = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0, 0], [12, 13, 14, 15, 16, 17, 18, 19]], np.int32)
+    answer = reference.attention(
+        q, k[:, None], v[:, None], page_table=table, cache_seqlens=used, cu_seqlens_q=starts_q, max_seqlen_q=3,
+        window_size=(4, 0),
+    )  # fmt: skip
+    tensors = [torch.from_numpy(x) for x in (q, k, v, starts_q, starts_k)]
+    lengths = torch.from_numpy(used)
+    options: dict[str, Any] = {"seqused_k": lengths, "window_size": (4, 0)}
+    out = fa3.flash_attn_varlen_func(*tensors, 3, 8, **options)
+    np.testing.assert_allclose(out, answer.out, atol=2e-5)
+    options |= {"max_seqlen_q": 3, "page_table": torch.from_numpy(table), "return_softmax_lse": True}
+    tensors[1:3] = [x[:, None] for x in tensors[1:3]]
+    out, lse, *_ = sgl.flash_attn_varlen_func(*tensors[:4], None, **options)
+    np.testing.assert_allclose(out, answer.out, atol=2e-5)
+    np.testing.assert_allclose(lse, answer.lse, atol=2e-5)
+
+
+def test_merge_state(torch: Any) -> None:
+    rng = np.random.default_rng(0)
+    v_a, v_b = rng.standard_normal((2, 5, 4, 64), np.float32)
+    s_a, s_b = rng.standard_normal((2, 5, 4), np.float32)
+    s_a[0] = -np.inf
+    s_a[1] = s_b[1] = -np.inf
+    weight_a, weight_b = np.exp(s_a.astype(np.float64))[..., None], np.exp(s_b.astype(np.float64))[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wanted = np.nan_to_num((v_a * weight_a + v_b * weight_b) / (weight_a + weight_b))
+        total = np.log(weight_a + weight_b)[..., 0]
+    for convert in (lambda x: x, torch.from_numpy):
+        states = [convert(x) for x in (v_a, s_a, v_b, s_b)]
+        out, lse = sgl_kernel.merge_state_v2(*states)
+        assert type(out) is type(states[0]) and lse.shape == (5, 4)
+        np.testing.assert_allclose(out, wanted, atol=2e-5)
+        np.testing.assert_allclose(lse, total, atol=2e-5)
+        given = convert(np.full_like(v_a, np.nan)), convert(np.full_like(s_a, np.nan))
+        again = sgl_kernel.merge_state_v2(*states, *given)
+        assert again[0] is given[0] and again[1] is given[1]
+        np.testing.assert_array_equal(given[0], out)
+        np.testing.assert_array_equal(given[1], lse)
+
+
+def test_names_and_order_are_theirs() -> None:
+    ours = list(inspect.signature(cuflash.flash_attn_with_kvcache).parameters)
+    theirs = list(inspect.signature(fa3.flash_attn_with_kvcache).parameters)
+    assert theirs == [*ours[: ours.index("return_softmax_lse") + 1], "sinks"]
+    last = ["sinks", "score_mod", "aux_tensors", "ver", "only_qv", "out"]
+    assert list(inspect.signature(sgl.flash_attn_with_kvcache).parameters) == [*theirs[:-1], *last]
+    plan = list(inspect.signature(fa3.get_scheduler_metadata).parameters)
+    assert list(inspect.signature(sgl.get_scheduler_metadata).parameters) == [
+        {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}.get(name, name) for name in plan
+    ]
+
+
+def test_errors(torch: Any) -> None:
+    q, kv = torch.randn(2, 1, 4, 64, requires_grad=True), torch.randn(2, 9, 2, 64)
+    with pytest.raises(RuntimeError, match="q requires a gradient.*no_grad"):
+        fa3.flash_attn_func(q, kv, kv)
+    with pytest.raises(RuntimeError, match="k_cache requires a gradient.*no_grad"):
+        fa3.flash_attn_with_kvcache(q.detach(), kv.clone().requires_grad_(), kv)
+    with torch.inference_mode():
+        assert not fa3.flash_attn_with_kvcache(q, kv, kv).requires_grad
+    q = q.detach()
+    with pytest.raises(NotImplementedError, match="score_mod"):
+        sgl.flash_attn_with_kvcache(q, kv, kv, score_mod=max)
+    with pytest.raises(ValueError, match="ver must be 3 or 4, got 2"):
+        sgl.flash_attn_with_kvcache(q, kv, kv, ver=2)
+    with pytest.raises(ValueError, match="qv"):
+        sgl.flash_attn_with_kvcache(None, None, kv, only_qv=True)
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="flash_attn_varlen_func: seqused_q"):
+        fa3.flash_attn_varlen_func(q[0], kv[0], kv[0], starts, starts, 1, 1, seqused_q=starts[1:])
+    with pytest.raises(TypeError, match="cache_seqlens must be an array"):
+        fa3.get_scheduler_metadata(2, 1, 9, 4, 2, 64, 9)
+    with pytest.raises(ValueError, match="q must have shape"):
+        fa3.flash_attn_with_kvcache(q[0, 0], kv, kv)

@@ -1,0 +1,109 @@
+"""Negative page numbers: inactive rows of a fixed batch, as CUDA graphs have them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from problems import Backend, expected
+
+import cuflash
+
+BATCH, PAGE, HEADS, KV_HEADS, DIM, TABLE = 4, 4, 4, 2, 32, 6
+STEPS = 50
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_a_padded_batch_leaves_pages_of_others_alone(csr: bool, backend: Backend) -> None:
+    """Sequences come and go for 50 steps of one batch size; every step appends, in inactive rows to nowhere."""
+    rng = np.random.default_rng(0)
+    pages = BATCH * TABLE + 5
+    free = list(rng.permutation(pages)[: BATCH * TABLE])  # the others belong to somebody else
+    shape = (pages, PAGE, KV_HEADS, DIM)
+    host = {name: rng.standard_normal(shape, np.float32) for name in ("k_cache", "v_cache")}
+    caches = {name: backend.to_native(cache.copy()) for name, cache in host.items()}
+    lengths, owned = np.zeros(BATCH, np.int32), [[] for _ in range(BATCH)]
+    active = np.zeros(BATCH, bool)
+    meta = None
+    steps = STEPS if backend.name != "sim" else 12
+    for step in range(steps):
+        for b in range(BATCH):
+            full = lengths[b] == TABLE * PAGE
+            if active[b] and (full or rng.random() < 0.1):
+                free += owned[b]
+                active[b], lengths[b], owned[b] = False, 0, []
+            elif not active[b] and rng.random() < 0.5:
+                active[b], lengths[b] = True, rng.integers(0, 2 * PAGE)
+                owned[b] = [free.pop() for _ in range(-(-int(lengths[b]) // PAGE))]
+            if active[b] and lengths[b] % PAGE == 0:
+                owned[b].append(free.pop())
+        table = np.full((BATCH, TABLE), -1, np.int32)
+        for b in range(BATCH):
+            table[b, : len(owned[b])] = owned[b]
+        indptr = np.arange(BATCH + 1, dtype=np.int32) * TABLE
+        q = rng.standard_normal((BATCH, 1, HEADS, DIM), np.float32)
+        k, v = rng.standard_normal((2, BATCH, 1, KV_HEADS, DIM), np.float32)
+        inputs = {"q": q, "k": k, "v": v, "cache_seqlens": lengths.copy()}
+        inputs["page_table"] = (indptr, table.ravel()) if csr else table
+        native = {
+            name: tuple(map(backend.to_native, x)) if isinstance(x, tuple) else backend.to_native(x)
+            for name, x in inputs.items()
+        }
+        meta = cuflash.get_scheduler_metadata(
+            BATCH, 1, TABLE * PAGE, HEADS, KV_HEADS, DIM, native["cache_seqlens"], qkv_dtype="float32",
+            page_size=PAGE, max_seqlen_k_new=1, out=meta,
+        )  # fmt: skip
+        out = backend.to_numpy(cuflash.flash_attn_with_kvcache(**native, **caches, scheduler_metadata=meta))
+        answer = expected(inputs | host)
+        np.testing.assert_allclose(out[active], answer.out[active], atol=2e-5, err_msg=f"step {step}")
+        host = {"k_cache": answer.k_cache, "v_cache": answer.v_cache}
+        for name, cache in caches.items():
+            assert backend.to_numpy(cache).tobytes() == host[name].tobytes(), f"{name} in step {step}"
+        lengths[active] += 1
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_nothing_is_read_of_a_sequence_without_pages(queries: int, backend: Backend) -> None:
+    """Every page is poison, page 0 too: rows that see keys of it have no meaning, all others stay right."""
+    rng = np.random.default_rng(1)
+    shape = (5, PAGE, KV_HEADS, DIM)
+    k_cache, v_cache = rng.standard_normal((2, *shape), np.float32)
+    k_cache[0], v_cache[0] = np.nan, np.nan
+    table = np.array([[1, 2, -1], [-1, -7, -(2**31)], [3, 4, -1]], np.int32)
+    inputs = {
+        "q": rng.standard_normal((3, queries, HEADS, DIM), np.float32),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        # The last query of the first sequence sees a key that is nowhere, those before it do not.
+        "cache_seqlens": np.array([2 * PAGE + (queries > 1), 3 * PAGE, 2 * PAGE], np.int32),
+        "page_table": table,
+        "causal": True,
+    }
+    native = {name: backend.to_native(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
+    out, lse = cuflash.flash_attn_with_kvcache(**native, return_softmax_lse=True)
+    answer = expected(inputs)
+    assert not answer.defined[1].all()
+    assert answer.defined[[0, 2]].sum() == HEADS * (2 * queries - (queries > 1))
+    out, lse = backend.to_numpy(out), backend.to_numpy(lse)
+    defined = answer.defined.swapaxes(-1, -2)
+    np.testing.assert_allclose(out[defined], answer.out[defined], atol=2e-5)
+    np.testing.assert_allclose(lse[answer.defined], answer.lse[answer.defined], atol=2e-5)
+
+
+def test_a_plan_for_a_full_batch_serves_fewer_sequences(backend: Backend) -> None:
+    """Refilled with lengths of 0 for rows that nobody has: those give 0 and -inf, the others are as ever."""
+    rng = np.random.default_rng(2)
+    lengths = np.array([17, 0, 24, 0], np.int32)
+    q = rng.standard_normal((BATCH, 1, HEADS, DIM), np.float32)
+    k_cache, v_cache = rng.standard_normal((2, BATCH, TABLE * PAGE, KV_HEADS, DIM), np.float32)
+    arguments = (BATCH, 1, TABLE * PAGE, HEADS, KV_HEADS, DIM)
+    full = backend.to_native(np.full(BATCH, TABLE * PAGE, np.int32))
+    meta = cuflash.get_scheduler_metadata(*arguments, full, qkv_dtype="float32")
+    native = backend.to_native(lengths)
+    meta = cuflash.get_scheduler_metadata(*arguments, native, qkv_dtype="float32", out=meta)
+    out, lse = cuflash.flash_attn_with_kvcache(
+        *map(backend.to_native, (q, k_cache, v_cache)), cache_seqlens=native, scheduler_metadata=meta,
+        return_softmax_lse=True,
+    )  # fmt: skip
+    answer = expected({"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths})
+    np.testing.assert_allclose(backend.to_numpy(out), answer.out, atol=2e-5)
+    assert np.isneginf(backend.to_numpy(lse)[[1, 3]]).all()

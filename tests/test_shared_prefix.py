@@ -1,0 +1,112 @@
+"""shared_prefix_attention: two calls that are one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import DTYPES, UNIT_ROUNDOFF, Backend, expected
+
+import cuflash
+
+PAGE, HEADS, KV_HEADS, DIM = 16, 8, 2, 64
+PREFIXES = (48, 0, 33)  # keys of three groups
+MEMBERS = (2, 1, 3)
+
+
+def _problem(dtype: str, queries: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of shared_prefix_attention, and those of one call that does not know of prefixes."""
+    rng = np.random.default_rng(0)
+    batch = sum(MEMBERS)
+    own = rng.integers(5, 40, batch).astype(np.int32)
+    counts = np.full(batch, queries) if isinstance(queries, int) else np.array(queries)
+    shape = (batch, queries) if isinstance(queries, int) else (int(counts.sum()),)
+    q = rng.standard_normal((*shape, HEADS, DIM), np.float32).astype(DTYPES[dtype])
+    # A prefix that ends inside of a page cannot be followed in the same table: whole keys lie contiguously instead.
+    keys = rng.standard_normal((2, batch, 3 * PAGE + 48, KV_HEADS, DIM), np.float32).astype(DTYPES[dtype])
+    group = np.repeat(np.arange(len(MEMBERS)), MEMBERS)
+    pages = np.zeros((2, 64, PAGE, KV_HEADS, DIM), DTYPES[dtype])
+    place = iter(rng.permutation(64))
+    prefix_table, suffix_table = np.full((3, 3), -1, np.int32), np.full((batch, 3), -1, np.int32)
+    first_of = np.searchsorted(group, np.arange(3))
+
+    def write(table: np.ndarray, b: int, begin: int, count: int) -> None:
+        for i in range(-(-count // PAGE)):
+            table[i] = next(place)
+            part = keys[:, b, begin + i * PAGE : begin + min(count, (i + 1) * PAGE)]
+            pages[:, table[i], : part.shape[1]] = part
+
+    for b in range(batch):
+        keys[:, b, : PREFIXES[group[b]]] = keys[:, first_of[group[b]], : PREFIXES[group[b]]]
+    for g, length in enumerate(PREFIXES):
+        write(prefix_table[g], first_of[g], 0, length)
+    for b in range(batch):
+        write(suffix_table[b], b, PREFIXES[group[b]], int(own[b]))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    rows = starts[np.concatenate([[0], np.cumsum(MEMBERS)])]
+    common: dict[str, Any] = {"q": q, "causal": True}
+    if not isinstance(queries, int):
+        common |= {"cu_seqlens_q": starts.astype(np.int32), "max_seqlen_q": int(counts.max())}
+    shared = common | {
+        "k_cache": pages[0],
+        "v_cache": pages[1],
+        "page_table": suffix_table,
+        "cache_seqlens": own,
+        "prefix_page_table": prefix_table,
+        "prefix_seqlens": np.array(PREFIXES, np.int32),
+        "prefix_cu_seqlens_q": rows.astype(np.int32),
+        "prefix_max_seqlen_q": int(np.diff(rows).max()),
+    }
+    plain = common | {"k_cache": keys[0], "v_cache": keys[1], "cache_seqlens": own + np.array(PREFIXES)[group]}
+    return shared, plain
+
+
+def _native(inputs: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    return {name: backend.to_native(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("queries", [1, 3, (1, 2, 1, 4, 0, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_is_one_call_over_all_keys(dtype: str, queries: Any, backend: Backend) -> None:
+    shared, plain = _problem(dtype, queries)
+    sinks = np.linspace(-1, 1, HEADS).astype(np.float32)
+    native = _native(shared | {"sinks": sinks}, backend)
+    out, lse = cuflash.shared_prefix_attention(**native, softmax_scale=0.2, return_softmax_lse=True)
+    answer = expected(plain | {"sinks": sinks, "softmax_scale": 0.2})
+    np.testing.assert_allclose(backend.to_numpy(lse), answer.lse, atol=2e-5)
+    tolerance = 4 * UNIT_ROUNDOFF[dtype] + 1e-5
+    np.testing.assert_allclose(backend.to_numpy(out).astype(np.float64), answer.out, atol=tolerance)
+
+
+def test_on_two_plans_into_the_callers_arrays(backend: Backend) -> None:
+    shared, plain = _problem("float32", 2)
+    native = _native(shared, backend)
+    batch, groups = len(shared["q"]), len(PREFIXES)
+    sizes = (HEADS, KV_HEADS, DIM)
+    prefix = cuflash.get_scheduler_metadata(
+        groups, shared["prefix_max_seqlen_q"], 48, *sizes, native["prefix_seqlens"], qkv_dtype="float32",
+        page_size=PAGE, cu_seqlens_q=native["prefix_cu_seqlens_q"],
+    )  # fmt: skip
+    suffix = cuflash.get_scheduler_metadata(
+        batch, 2, 48, *sizes, native["cache_seqlens"], qkv_dtype="float32", page_size=PAGE, causal=True
+    )
+    out = backend.to_native(np.full(shared["q"].shape, np.nan, np.float32))
+    prefix_lse = backend.to_native(np.full((HEADS, 2 * batch), np.nan, np.float32))
+    for _ in range(2):
+        found = cuflash.shared_prefix_attention(
+            **native, prefix_metadata=prefix, scheduler_metadata=suffix, out=out, prefix_lse=prefix_lse
+        )
+        assert found is out
+        np.testing.assert_allclose(backend.to_numpy(out), expected(plain).out, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"window_size": (3, 0)}, {"attention_chunk": 16}, {"cp_world_size": 2}, {"rotary_cos": np.ones((9, 8))}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_positions_from_the_beginning_are_refused(wrong: dict[str, Any], backend: Backend) -> None:
+    shared, _ = _problem("float32", 1)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        cuflash.shared_prefix_attention(**shared, **wrong)
