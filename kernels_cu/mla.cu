@@ -75,17 +75,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         cp_async_commit();
     };
     // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
-    const auto begin_tile = [&] {
+    const auto begin_tile = [&](u32 key, const Reach& reach_of_all) {
         if constexpr (kStages == 1) {
             __syncthreads();
             load(slot);
-            cp_async_wait<0>();
-            __syncthreads();
-        } else {
-            cp_async_wait<kStages - 2>();
-            __syncthreads();
-            load(free_slot);
         }
+        cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
+        if (reach_of_all.needs_mask(key)) loader.clear_rows(slot, block.segment, key);
+        __syncthreads();
+        if constexpr (kStages > 1) load(free_slot);
     };
 
     if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
@@ -106,7 +104,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             cp_async_wait<0>();
         }
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
-        const Reach reach(p, segment, row_warp * kWarpRows);
+        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
+        Reach reach_of_all(p, segment, 0, kRows);
+        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes);
@@ -114,12 +114,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
             const int begin = key;
-            begin_tile();
+            begin_tile(key, reach_of_all);
             if (begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin)) {
                 Scores scores;
                 math.scores(slot, p.qv != nullptr, scores);
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
-                if (begin < reach.full_begin || begin > reach.full_end) {
+                if (reach.needs_mask(begin)) {
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }

@@ -11,11 +11,6 @@ from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
-<<<<<<< HEAD
-    QUERY_DTYPES,
-=======
-    MAX_HEADDIM,
->>>>>>> main
     Problem,
     boolean,
     check_headdims,

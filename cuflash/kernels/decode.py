@@ -186,17 +186,13 @@ def attention_launch(
     if softmax_scale <= 0 and not problem.has_softcap:
         values["query_flip"] = 0x80000000 if operands.q.itemsize == 4 else 0x80008000
         values["query_keep"] = 0xFFFFFFFF if softmax_scale else 0
-<<<<<<< HEAD
-    arrays = {**arrays, "qv": arrays.get("q", "q")} if joint else arrays
-    arrays = {**arrays, "v_descale": "k_descale"} if cache.shares_scales else arrays
-    pointers = arrays if scratch else {**arrays, "partials": ABSENT, "counters": ABSENT}
-=======
     pointers = arrays | cache_arrays(cache)
+    if joint:
+        pointers["qv"] = arrays.get("q", "q")
     if cache.shares_scales:
         pointers["v_descale"] = "k_descale"
     if not scratch:
         pointers |= {"partials": ABSENT, "counters": ABSENT}
->>>>>>> main
     grid, threads = metadata.num_blocks, 32 * tiles.warps
     return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 

@@ -19,6 +19,7 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from .decode import attention_launch
+from .fields import mask_defines
 from .launch import Launch, Scratch
 from .source import Variant, element_defines
 from .tiles import RESERVED_SHARED
@@ -133,7 +134,11 @@ def _round_up(number: int, unit: int) -> int:
 
 def variant(problem: Problem, partition: Partition) -> Variant:
     """Return the kernel of a partition: of both spellings, with and without ``qv``."""
-    tiles = partition.tiles
+    return _variant(problem, partition.tiles)
+
+
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
     return Variant(
         "mla",
         (
@@ -152,7 +157,7 @@ def variant(problem: Problem, partition: Partition) -> Variant:
             ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
             ("CLUSTER", tiles.cluster),
             ("HAS_SOFTCAP", int(problem.has_softcap)),
-            ("HAS_CHUNK", int(problem.attention_chunk > 0)),
+            *mask_defines(problem, has_tree),
             ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
         ),
     )
@@ -162,5 +167,5 @@ def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
-    kernel = variant(problem, metadata.partition)
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
     return attention_launch(kernel, problem, operands, metadata, arrays, joint=problem.is_joint)

@@ -86,21 +86,30 @@ public:
 
     // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
     __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
-        using C = Copy<ValueRows>;
-        constexpr int kChunks = kColumnPairs * kColumnWarps * 2;
-        const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
+        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;
+        clear_part<kColumnPairs * kColumnWarps * 2, ValueRows>(to + slot, segment, first_key);
+    }
+
+    // The same of a tile whose rows are values and then the rest of the keys.
+    __device__ __forceinline__ void clear_rows(u32 slot, const Segment& segment, u32 first_key) const {
+        clear_part<kValueBytes / 16, KeyRows>(keys_to_ + slot, segment, first_key);
+    }
+
+private:
+    template <int kChunks, typename Rows>
+    __device__ __forceinline__ void clear_part(u32 to, const Segment& segment, u32 first_key) const {
+        using C = Copy<Rows>;
 #pragma unroll 1
         for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
             if (!sees_nothing(p_, segment, first_key + part_ + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
 #pragma unroll 1
             for (int c = 0; c < kChunks && lane_ % C::kLanes + c < kChunks; c += C::kLanes) {
-                const u32 chunk = C::row_address(to, i) + c / C::kLanes * ValueRows::kLaneStride;
+                const u32 chunk = C::row_address(to, i) + c / C::kLanes * Rows::kLaneStride;
                 store_shared(chunk, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
             }
         }
     }
 
-private:
     // What a part of a tile is filled with. Of rows past the end, which are masked, those of a part with others repeat the last
     // key; a whole part of them is zeros: nothing that no row sees is read, and little is read twice.
     enum class Fill { nothing, zeros, keys };
