@@ -28,7 +28,8 @@
 struct BlockState {
     Share share;
     Segment segment;
-    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
+    int clear_begin, clear_end;  // tiles that begin before or behind these keys may have some that no row sees
+    int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
 };
 // Warps meet while keys are read, the block folds after that: in the same place.
 constexpr int kMeetingBytes = (sizeof(Meeting) + 15) / 16 * 16;
@@ -75,13 +76,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         cp_async_commit();
     };
     // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
-    const auto begin_tile = [&](u32 key, const Reach& reach_of_all) {
+    const auto begin_tile = [&](int key) {
         if constexpr (kStages == 1) {
             __syncthreads();
             load(slot);
         }
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-        if (reach_of_all.needs_mask(key)) loader.clear_rows(slot, block.segment, key);
+        if (key < block.clear_begin || key > block.clear_end) loader.clear_rows(slot, block.segment, key);
         __syncthreads();
         if constexpr (kStages > 1) load(free_slot);
     };
@@ -91,7 +92,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     bool is_first = true;
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
-        if (threadIdx.x == 0) block.segment = segment;
+        if (threadIdx.x == 0) {
+            block.segment = segment;
+            const Reach reach(p, segment, 0, kRows);
+            const bool may_clear = may_see_nothing(p, segment);
+            block.clear_begin = may_clear ? reach.full_begin : 0;
+            block.clear_end = may_clear ? reach.full_end : segment.keys.end;
+        }
         load_latent_queries(p, segment, shared_address(queries));
         cp_async_commit();
         if (is_first) {  // after the queries, since tiles wait for the page table
@@ -105,8 +112,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         }
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
-        Reach reach_of_all(p, segment, 0, kRows);
-        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes);
@@ -114,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
             const int begin = key;
-            begin_tile(key, reach_of_all);
+            begin_tile(begin);
             if (begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin)) {
                 Scores scores;
                 math.scores(slot, p.qv != nullptr, scores);

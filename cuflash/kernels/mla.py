@@ -26,7 +26,7 @@ from .tiles import RESERVED_SHARED
 
 NAME = "mla"
 _MOST_STAGES = 6
-_SHARE_BYTES = 144  # struct BlockState in mla.cu
+_SHARE_BYTES = 160  # struct BlockState in mla.cu
 
 # (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
 # stages).

@@ -11,8 +11,9 @@
 
 template <typename T>
 class LatentMma {
-    // Scores are sums in several accumulators of which each waits for itself alone; fewer where outputs take 128 registers.
-    static constexpr int kMostChains = kRowTiles * kColumnTiles < 32 ? 4 : 2;
+    // Scores are sums in several accumulators of which each waits for itself alone; fewer where outputs take 128 registers,
+    // and splits before this one some more.
+    static constexpr int kMostChains = kRowTiles * kColumnTiles < 32 ? 4 : kHasSplitSize ? 1 : 2;
     static constexpr int kChains = kRowTiles * kKeyTiles >= kMostChains ? 1 : kMostChains / (kRowTiles * kKeyTiles);
     static_assert(kKeyTiles == 1 || kKeyTiles % 2 == 0, "an ldmatrix brings 16 keys of 16 columns, or 8 of 32");
     static_assert(kKeyBytes % 128 == 0, "rows are whole lines");
