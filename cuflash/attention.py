@@ -239,6 +239,22 @@ _SIGNATURE = memo.Signature(
 )  # fmt: skip
 
 
+def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
+    """Check everything, plan, attend, and remember nothing.
+
+    Args:
+        given: The arguments of ``flash_attn_with_kvcache`` by name; beside them ``cu_seqlens_k`` for packed keys.
+        max_seqlen_k: Upper bound of the key lengths.
+    """
+    problem, operands = arguments.attention(given, None)
+    backend, plan = backends.select(operands.q), None
+    if backend.uses_plan:
+        _refuse_planning_in_capture(operands.q)
+        plan, _ = make_metadata(problem, operands.lengths, max_seqlen_k, given["pack_gqa"])
+    backend.attend(problem, operands, plan)
+    return _results(given, operands.out, operands.softmax_lse)
+
+
 def _first_call(
     given: dict[str, Any], plan: SchedulerMetadata | None, calls: memo.Calls, key: Any, arrays: memo.Arrays
 ) -> Any:

@@ -50,7 +50,8 @@ class KVCache:
         k: (pages, page_size, heads_kv, headdim), or (rows, capacity, heads_kv, headdim) without a page table.
         v: The same with headdim_v.
         page_table: (rows, pages per sequence), or None.
-        page_indptr: (rows + 1,) where the pages of a row begin in the next array, or None.
+        page_indptr: (rows + 1,) where the pages of a row begin in the next array, or, without that, where its keys
+            begin in the only page; or None.
         page_indices: (n,) page numbers, or None.
         batch_idx: (batch,) row of the cache or of the page table, or None: a sequence's own number.
         dtype: Element type if it is a quantised one, else None; on a GPU the arrays may say uint8.
@@ -71,7 +72,12 @@ class KVCache:
     @property
     def is_paged(self) -> bool:
         """Whether a page table says where keys lie."""
-        return self.page_table is not None or self.page_indptr is not None
+        return self.page_table is not None or self.page_indices is not None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether keys lie one sequence after another: those of row i begin at ``page_indptr[i]`` of the only page."""
+        return self.page_indptr is not None and self.page_indices is None
 
     @property
     def joint(self) -> bool:
@@ -143,6 +149,9 @@ class KVCache:
             begin: First key; no page-table entry beyond the last key is looked at.
             end: End of the keys.
         """
+        if self.is_packed:
+            start = int(self.page_indptr[self.row(b)])  # type: ignore[index]
+            return array[0, start + begin : start + end]
         if not self.is_paged:
             return array[self.row(b), begin:end]
         first = begin // self.page_size

@@ -1,34 +1,7 @@
 """A paged KV cache of all layers, for sequences that come and go.
 
 Every layer has pages of its own, but they go together: page 7 of a sequence is page 7 in all of them, so that one page
-table and one plan serve a whole step of the model (:class:`~cuflash.DecodeStep`).
-
-A server whose sequences come and go, with a model that is left out:
-
-    import numpy as xp  # or, on a GPU: import cupy as xp
-
-    import cuflash
-
-    layers, heads, heads_kv, dim = 4, 8, 2, 64
-    cache = cuflash.PagedKVCache(layers, 60, 16, heads_kv, dim, "float16", xp=xp)
-    step = cuflash.DecodeStep(cache, heads)
-    waiting = [(300, 5), (20, 3), (500, 4), (400, 2)]  # requests: tokens of the prompt, and of the answer
-    left = {}  # what runs: tokens still to come, by sequence
-    while waiting or left:
-        tokens = dict.fromkeys(left, 1)  # one more for each sequence that runs
-        while waiting and sum(waiting[0]) <= cache.page_size * cache.num_free_pages:
-            prompt, answer = waiting.pop(0)
-            sequence = cache.add(prompt + answer)  # pages for all of it, so that none is missing half-way
-            tokens[sequence], left[sequence] = prompt, answer
-        step.begin(list(tokens), list(tokens.values()))  # pages, lengths and the plan, once for all layers
-        for layer in range(layers):
-            q = xp.ones((sum(tokens.values()), heads, dim), "float16")  # of the tokens, one sequence behind the other
-            k = v = xp.ones((sum(tokens.values()), heads_kv, dim), "float16")
-            out = step(layer, q, k, v)
-        step.commit()
-        left = {sequence: left[sequence] - 1 for sequence in tokens}
-        cache.free([sequence for sequence in left if not left[sequence]])
-        left = {sequence: number for sequence, number in left.items() if number}
+table and one plan serve a whole step of the model (:class:`~cuflash.DecodeStep`). The README has a server's loop.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .array_types import Array
 from .arrays import NativeArray, exporter, import_array
 from .attention import flash_attn_with_kvcache
+from .metadata import SchedulerMetadata
 from .problem import window_bounds
 
 # What both calls are given; everything else is the suffixes'.
@@ -16,16 +18,16 @@ _COMMON = (
 
 
 def shared_prefix_attention(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
     *,
-    prefix_page_table: Any,
-    prefix_seqlens: Any,
-    prefix_cu_seqlens_q: Any,
+    prefix_page_table: Array | tuple[Array, Array],
+    prefix_seqlens: Array,
+    prefix_cu_seqlens_q: Array,
     prefix_max_seqlen_q: int,
-    prefix_metadata: Any = None,
-    prefix_lse: Any = None,
+    prefix_metadata: SchedulerMetadata | None = None,
+    prefix_lse: Array | None = None,
     **suffix: Any,
 ) -> Any:
     """Attend to a prefix that groups of sequences share, and to each sequence's own keys behind it.

@@ -9,6 +9,7 @@
 //
 // The ring has kStages slots. Half-stage h is the keys (h even) or the values (h odd) of tile h / 2. While half-stage h is read,
 // half-stage h + kStages - 1 is copied to the slot of half-stage h - 1, which all warps have read: a block barrier says so.
+#define USES_WGMMA 0
 #include "params.cuh"
 #include "ptx/copies.cuh"
 #include "queries.cuh"

@@ -8,6 +8,7 @@ batches have nothing in common with their answer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Server:
         seed: Of all random numbers.
         scale: Factor of the scores.
         softcap: Cap of the scores.
+        in_graph: Whether calls are captured by ``torch.cuda.graph``, and what counts is a replay.
     """
 
     torch: Any
@@ -61,7 +63,8 @@ class Server:
     seed: int = 0
     scale: float = 0.11
     softcap: float = 0.0
-    metadata: dict[str, Any] = field(default_factory=dict)
+    in_graph: bool = False
+    graphs: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -114,6 +117,34 @@ class Server:
             **options,
         )  # fmt: skip
 
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Call; inside of a graph, on the stream that torch captures by default, if there shall be one."""
+        if not self.in_graph:
+            return call()
+        cuda = self.torch.cuda
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            call()  # compiles
+        cuda.current_stream().wait_stream(side)
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            result = call()
+        self.graphs.append(graph)  # its memory is that of the results
+        self.fill_free_memory()
+        graph.replay()
+        return result
+
+    def fill_free_memory(self) -> None:
+        """Write ones over what the allocators of torch and CuPy have free: nothing that a graph uses may lie there."""
+        import cupy
+
+        sizes = [512, 4096, 1 << 16, 1 << 20, 1 << 22]
+        junk = [self.torch.full((size,), 255, dtype=self.torch.uint8, device=self.device) for size in sizes * 4]
+        more = [cupy.full(size, 255, np.uint8) for size in sizes * 4]
+        self.torch.cuda.synchronize()
+        del junk, more
+
     def check(self, q: Any, out: Any, seen: Seen, lse: Any = None, sinks: Any = None, only: Any = slice(None)) -> None:
         """Hold results against those over the listed slots. ``lse`` is (heads, queries)."""
         table = np.zeros((len(seen), max(map(len, seen))), np.int32)
@@ -141,11 +172,12 @@ class Server:
         starts, q = self.starts([1] * batch), self.normal(batch, HEADS, DIM)
         out = self.torch.full_like(q, float("nan")) if given_out else None
         metadata = self.plan(batch, seqlens, starts) if planned else None
-        result = flash_attn_with_kvcache(
-            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=seqlens, cu_seqlens_q=starts,
-            max_seqlen_q=1, causal=True, window_size=(-1, -1) if window is None else (window, 0),
-            return_softmax_lse=False, scheduler_metadata=metadata, sinks=sinks, out=out, **self.numbers,
-        )  # fmt: skip
+        given = {
+            "page_table": self.pages(max(self.lengths)), "cache_seqlens": seqlens, "cu_seqlens_q": starts,
+            "max_seqlen_q": 1, "causal": True, "window_size": (-1, -1) if window is None else (window, 0),
+            "return_softmax_lse": False, "scheduler_metadata": metadata, "sinks": sinks, "out": out,
+        }  # fmt: skip
+        result = self.run(lambda: flash_attn_with_kvcache(q=q, **self.caches, **given, **self.numbers))
         assert out is None or result is out
         first = [0 if window is None else max(0, n - 1 - window) for n in self.lengths]
         seen = [row[f:n] for row, f, n in zip(self.table, first, self.lengths, strict=True)]
@@ -154,11 +186,12 @@ class Server:
     def extend(self, counts: tuple[int, ...], window: int | None = None) -> None:
         """The last ``counts`` tokens of each request, prefixes from the cache."""
         starts, q = self.starts(counts), self.normal(sum(counts), HEADS, DIM)
-        out, lse, *_ = flash_attn_with_kvcache(
-            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=self.ints(self.lengths),
-            cu_seqlens_q=starts, cu_seqlens_k_new=self.starts(self.lengths), max_seqlen_q=max(counts), causal=True,
-            window_size=(-1, -1) if window is None else (window, 0), return_softmax_lse=True, **self.numbers,
-        )  # fmt: skip
+        given = {
+            "page_table": self.pages(max(self.lengths)), "cache_seqlens": self.ints(self.lengths),
+            "cu_seqlens_q": starts, "cu_seqlens_k_new": self.starts(self.lengths), "max_seqlen_q": max(counts),
+            "causal": True, "window_size": (-1, -1) if window is None else (window, 0), "return_softmax_lse": True,
+        }  # fmt: skip
+        out, lse, *_ = self.run(lambda: flash_attn_with_kvcache(q=q, **self.caches, **given, **self.numbers))
         self.check(q, out, self.causal(counts, window), lse)
 
     def causal(self, counts: tuple[int, ...], window: int | None = None, chunk: int = 0) -> Seen:
@@ -179,18 +212,24 @@ class Server:
         for pool in (self.keys, self.values):
             pool[self.tensor(own.ravel())] = self.normal(own.size, KV_HEADS, DIM)
         q = self.normal(batch * branches, HEADS, DIM)
-        common = {"causal": False, "window_size": (-1, -1), "return_softmax_lse": True, **self.numbers}
-        out, lse, *_ = flash_attn_with_kvcache(
-            q=q, **self.caches, page_table=self.pages(max(self.lengths)), cache_seqlens=self.ints(self.lengths),
-            cu_seqlens_q=self.starts([branches] * batch), max_seqlen_q=branches, **common,
-        )  # fmt: skip
+        common = {"q": q, "causal": False, "window_size": (-1, -1), "return_softmax_lse": True, **self.numbers}
+        prefix = {
+            "page_table": self.pages(max(self.lengths)), "cache_seqlens": self.ints(self.lengths),
+            "cu_seqlens_q": self.starts([branches] * batch), "max_seqlen_q": branches,
+        }  # fmt: skip
         shape = (-1, 1, KV_HEADS, DIM)
-        own_out, own_lse, *_ = flash_attn_with_kvcache(
-            q=q, k_cache=self.keys.view(shape), v_cache=self.values.view(shape), page_table=self.tensor(own),
-            cache_seqlens=self.ints([depth] * len(own)), cu_seqlens_q=self.starts([1] * len(own)),
-            cu_seqlens_k_new=self.starts([depth] * len(own)), max_seqlen_q=1, **common,
-        )  # fmt: skip
-        merged, total = merge_state_v2(out, lse.T.contiguous(), own_out, own_lse.T.contiguous())
+        drafts = {
+            "k_cache": self.keys.view(shape), "v_cache": self.values.view(shape), "page_table": self.tensor(own),
+            "cache_seqlens": self.ints([depth] * len(own)), "cu_seqlens_q": self.starts([1] * len(own)),
+            "cu_seqlens_k_new": self.starts([depth] * len(own)), "max_seqlen_q": 1,
+        }  # fmt: skip
+
+        def call() -> Any:
+            out, lse, *_ = flash_attn_with_kvcache(**self.caches, **prefix, **common)
+            own_out, own_lse, *_ = flash_attn_with_kvcache(**drafts, **common)
+            return merge_state_v2(out, lse.T.contiguous(), own_out, own_lse.T.contiguous())
+
+        merged, total = self.run(call)
         seen = [
             np.concatenate([self.table[i // branches, : self.lengths[i // branches]], own[i]]) for i in range(len(q))
         ]
@@ -200,11 +239,12 @@ class Server:
         """Tokens of a decoder see all of what an encoder left, some of them nothing."""
         batch, encoded = len(self.lengths), [length - 1 for length in self.lengths]
         q = self.normal(batch, HEADS, DIM)
-        out = flash_attn_with_kvcache(
-            q=q, **self.caches, page_table=self.pages(max(encoded)), cache_seqlens=self.ints(encoded),
-            cu_seqlens_q=self.starts([1] * batch), cu_seqlens_k_new=self.starts(encoded), max_seqlen_q=1, causal=False,
-            window_size=(-1, -1), **self.numbers,
-        )  # fmt: skip
+        given = {
+            "page_table": self.pages(max(encoded)), "cache_seqlens": self.ints(encoded), "causal": False,
+            "cu_seqlens_q": self.starts([1] * batch), "cu_seqlens_k_new": self.starts(encoded), "max_seqlen_q": 1,
+            "window_size": (-1, -1),
+        }  # fmt: skip
+        out = self.run(lambda: flash_attn_with_kvcache(q=q, **self.caches, **given, **self.numbers))
         self.check(q, out, [row[:n] for row, n in zip(self.table, encoded, strict=True)])
 
     def local(self, counts: tuple[int, ...], chunk: int) -> None:
@@ -222,11 +262,11 @@ class Server:
                 tables.append(row[columns.clip(max=len(row) - 1)])
                 position = end
         q = self.normal(sum(counts), HEADS, DIM)
-        out = flash_attn_with_kvcache(
-            q=q, **self.caches, page_table=self.ints(tables), cache_seqlens=self.ints(num_k),
-            cu_seqlens_q=self.starts(num_q), cu_seqlens_k_new=None, max_seqlen_q=max(num_q), causal=True,
-            window_size=(-1, -1), **self.numbers,
-        )  # fmt: skip
+        given = {
+            "page_table": self.ints(tables), "cache_seqlens": self.ints(num_k), "cu_seqlens_q": self.starts(num_q),
+            "cu_seqlens_k_new": None, "max_seqlen_q": max(num_q), "causal": True, "window_size": (-1, -1),
+        }  # fmt: skip
+        out = self.run(lambda: flash_attn_with_kvcache(q=q, **self.caches, **given, **self.numbers))
         self.check(q, out, self.causal(counts, chunk=chunk))
 
     def prefix_chunks(self, counts: tuple[int, ...]) -> None:
@@ -235,17 +275,29 @@ class Server:
         prefixes = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         common = {"max_seqlen_q": max(counts), "softmax_scale": self.scale, "softcap": self.softcap,
                   "return_softmax_lse": True}  # fmt: skip
-        states = []
+        halves = []
         for first, last, causal in ((prefixes, self.lengths, True), ([0] * len(counts), prefixes, False)):
             slots = np.concatenate([row[a:b] for row, a, b in zip(self.table, first, last, strict=True)])
             lengths = [b - a for a, b in zip(first, last, strict=True)]
             index = self.tensor(slots.astype(np.int64))
-            out, lse, *_ = flash_attn_varlen_func(
-                q=q, k=self.keys[index], v=self.values[index], cu_seqlens_q=starts, cu_seqlens_k=self.starts(lengths),
-                max_seqlen_k=max(lengths), causal=causal, **common,
-            )  # fmt: skip
-            states += [out, lse.T.contiguous()]
-        merged, total = merge_state_v2(*states)
+            halves.append(
+                {
+                    "k": self.keys[index],
+                    "v": self.values[index],
+                    "cu_seqlens_k": self.starts(lengths),
+                    "max_seqlen_k": max(lengths),
+                    "causal": causal,
+                }  # fmt: skip
+            )
+
+        def call() -> Any:
+            states = []
+            for half in halves:
+                out, lse, *_ = flash_attn_varlen_func(q=q, cu_seqlens_q=starts, **half, **common)
+                states += [out, lse.T.contiguous()]
+            return merge_state_v2(*states)
+
+        merged, total = self.run(call)
         self.check(q, merged, self.causal(counts), total.T)
 
 

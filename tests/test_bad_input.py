@@ -178,7 +178,7 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (contiguous, "num_heads_q", {"q": Change(lambda q: q[:, :, :0])}, ValueError),
     (contiguous, "headdim", {"q": Change(lambda q: q[..., :63])}, ValueError),
     (contiguous, "headdim", {"q": Change(lambda q: q[..., :0])}, ValueError),
-    (contiguous, "headdim", {"q": zeros((BATCH, SEQLEN_Q, HEADS, 264), np.float32)}, ValueError),
+    (contiguous, "headdim", {"q": zeros((BATCH, SEQLEN_Q, HEADS, 584), np.float32)}, ValueError),
     (contiguous, "k_cache", {"q": first_half}, ValueError),
     # -- caches
     (contiguous, "k_cache", {"k_cache": None}, TypeError),

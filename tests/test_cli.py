@@ -309,6 +309,7 @@ def test_advice_is_what_the_extras_are():
     for major, requirements in packages.CUDA.items():
         assert list(requirements) == extras[f"cuda{major}"]
     assert {*packages.SIMULATOR, packages.MATPLOTLIB} <= {*extras["sim"], *extras["plot"]}
+    assert {*packages.MPI, packages.NCCL} <= {*extras["mpi"], *extras["nccl"], *extras["test"]}
 
 
 def test_no_message_advises_extras():

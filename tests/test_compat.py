@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from conftest import HAS_SIMULATOR
 from problems import Backend
 from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server
 
@@ -114,8 +115,13 @@ def call(backend: Backend, **changes: Any) -> tuple[dict[str, Any], dict[str, An
 
 
 @pytest.mark.parametrize("max_seqlen_k", [1, 320, 2**31 - 1])
-def test_nothing_follows_from_the_longest_keys(backend: Backend, max_seqlen_k: int) -> None:
+def test_nothing_follows_from_the_longest_keys(
+    backend: Backend, max_seqlen_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUFLASH_NUM_SM", "132")  # so many that the library's own plan has clusters for 320 keys
     plan, attend, answer = call(backend, max_seqlen_k=max_seqlen_k)
+    own = cuflash.get_scheduler_metadata(**plan)
+    assert (own.partition.cluster > 1) == (max_seqlen_k == 320) or own.device.arch < 90
     metadata = fa3.get_scheduler_metadata(**plan)
     assert type(metadata) is type(attend["q"]) and metadata.dtype == np.int32
     buffer = backend.to_native(np.full(scheduler_metadata_size(64), -1, np.int32))
@@ -309,3 +315,25 @@ def test_errors(torch: Any) -> None:
         fa3.get_scheduler_metadata(2, 1, 9, 4, 2, 64, 9)
     with pytest.raises(ValueError, match="q must have shape"):
         fa3.flash_attn_with_kvcache(q[0, 0], kv, kv)
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+@pytest.mark.skipif(not HAS_SIMULATOR, reason="no simulator")
+@pytest.mark.parametrize("pattern", ["decode", "cascade", "prefix_chunks", "graph buffers"])
+def test_kernels(torch: Any, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those calls that depend on a plan or on what compat makes of arguments, on the simulator."""
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    monkeypatch.setenv("CUFLASH_NUM_SM", "8")
+    server = Server(torch, "cpu", "float16", page_size=16, lengths=(40, 1, 17))
+    if pattern == "decode":
+        server.decode(planned=True)
+    elif pattern == "cascade":
+        server.cascade(branches=2, depth=3)
+    elif pattern == "prefix_chunks":
+        server.prefix_chunks((5, 1, 8))
+    else:
+        buffers = GraphBuffers(server, 2, most=4, window=20)
+        for requests in ([1], [2, 0]):
+            buffers.fill(requests)
+            buffers.run()
+            buffers.check()

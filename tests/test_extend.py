@@ -1,6 +1,6 @@
-"""The kernel family of many query rows, and how the host chooses between families.
+"""The kernel families of many query rows, and how the host chooses between families.
 
-Every problem here runs in that family, also those with few rows: on the simulator with every check, in random order,
+Every problem here runs in one of them, also those with few rows: on the simulator with every check, in random order,
 with copies that land early, late or at random.
 """
 
@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from problems import Backend, Case, all_pairs, check, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
+from test_extremes import _check, _patterns, _problem
 
 import cuflash
 from cuflash import kernels, simulator
 from cuflash.device import Device
-from cuflash.kernels import decode, extend
+from cuflash.kernels import decode, extend, extend_wgmma
 from cuflash.problem import Problem, make_problem
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
@@ -28,10 +29,20 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is Non
 COPIES = ("random", "early", "late")
 
 
+BOTH = pytest.mark.parametrize("arch", ["90", "90a"])  # by mma.sync, by wgmma
+
+
 @pytest.fixture
-def sim(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """A small simulated GPU, on which all problems run in the family of many rows."""
-    monkeypatch.setattr(kernels, "FAMILIES", (extend,))
+def arch() -> str:
+    """The architecture: "90a" is the family of sm_90a."""
+    return "90"
+
+
+@pytest.fixture
+def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A small simulated GPU, on which all problems run in a family of many rows."""
+    monkeypatch.setattr(kernels, "FAMILIES", (extend_wgmma if arch == "90a" else extend,))
+    monkeypatch.setenv("CUFLASH_ARCH", arch.rstrip("a"))
     monkeypatch.setenv("CUFLASH_BACKEND", "sim")
     monkeypatch.setenv("CUFLASH_NUM_SM", "4")
     return Backend("sim", lambda array: array, np.asarray)
@@ -42,7 +53,12 @@ def launched(case: Case, number: int = 0) -> Iterator[Any]:
     """Record launches, and see that the kernel was among them."""
     with simulator.record(seed=case.seed, cp_async=COPIES[number % 3]) as launches:
         yield launches
-    assert any(launch.kernel == "extend" for launch in launches)
+    assert attention(launches).kernel in ("extend", "extend_wgmma")
+
+
+def attention(launches: list[Any]) -> Any:
+    """Return the launch that attends."""
+    return next(launch for launch in launches if launch.kernel not in ("plan", "append"))
 
 
 # ------------------------------------------------------------------------------------------------------- all features
@@ -71,15 +87,19 @@ FEATURES: dict[str, list[Any]] = {
     "softcap": [0.0, 3.0],
     "sinks": [False, True],
     "scale": [None, -0.2, 0.0],
-    "arch": [80, 90, 120],
+    "arch": ["80", "90", "120", "90a"],
 }
 
 
-def _cases() -> list[tuple[Case, int]]:
+def _is_valid(choice: dict[str, Any]) -> bool:
+    return choice["arch"] != "90a" or max(choice["headdim"]) <= 256
+
+
+def _cases() -> list[tuple[Case, str]]:
     named = {"mask": MASKS, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
     named["cache"] = CACHES | {"pages of 128": {"page_size": 128}}
     cases = []
-    for seed, choice in enumerate(all_pairs(FEATURES, lambda choice: True)):
+    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
         arch = choice.pop("arch")
         options: dict[str, Any] = {"seed": seed}
         for name, value in choice.items():
@@ -90,25 +110,28 @@ def _cases() -> list[tuple[Case, int]]:
 
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 12 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases())
 ]
 
 
 @pytest.mark.parametrize(("case", "arch"), PAIRS)
-def test_pairs(case: Case, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs(case: Case, sim: Backend) -> None:
     """Every two features together at least once."""
-    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
     with launched(case, case.seed):
         check(case, make_inputs(case), sim)
 
 
-@pytest.mark.parametrize("headdim", [(128, 128), pytest.param((256, 256), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("arch", "headdim"),
+    [("90", (128, 128)), ("90a", (128, 128))]
+    + [pytest.param(arch, (256, 256), marks=pytest.mark.slow) for arch in ("90", "90a")],
+)
 @pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend) -> None:
     """33 to 256 rows; a step of 17 meets every residue modulo 16."""
     rows = tuple(range(33, 257, step))
-    lengths = tuple(5 + 7 * row % 90 for row in rows)
+    lengths = tuple(5 + 37 * row % 300 for row in rows)
     for causal in (False, True):
         case = Case(
             dtype="bfloat16",
@@ -123,7 +146,8 @@ def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend)
             check(case, make_inputs(case), sim)
 
 
-@pytest.mark.parametrize("page_size", [None, 16, pytest.param(1, marks=pytest.mark.slow)])
+@BOTH
+@pytest.mark.parametrize("page_size", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (None, 1))])
 def test_every_length(page_size: int | None, sim: Backend) -> None:
     """Lengths 0 to 129: every residue modulo a tile, together in one batch."""
     case = Case(
@@ -133,7 +157,9 @@ def test_every_length(page_size: int | None, sim: Backend) -> None:
         check(case, make_inputs(case), sim)
 
 
-@pytest.mark.parametrize("headdim", [(64, 64), pytest.param((512, 512), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("arch", "headdim"), [("90", (64, 64)), ("90a", (64, 64)), pytest.param("90", (512, 512), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("split_size", [None, 128])
 def test_items_in_many_blocks(split_size: int | None, headdim: tuple[int, int], sim: Backend, monkeypatch: Any) -> None:
     """A tree of three levels, or a fold of 24 splits: right, and the same bits in whichever order blocks arrive."""
@@ -147,13 +173,13 @@ def test_items_in_many_blocks(split_size: int | None, headdim: tuple[int, int], 
     for seed in range(3):
         with simulator.record(seed=seed, cp_async=COPIES[seed]) as launches:
             results.append(run(case, inputs, sim)[:2])
-        launch = next(launch for launch in launches if launch.kernel == "extend")
-        assert launch.counters.atomics > 16  # blocks that met
+        assert attention(launches).counters.atomics > 16  # blocks that met
     check(case, inputs, sim)
     for out, lse in results[1:]:
         assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
 
 
+@BOTH
 def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
     """A sequence alone, in a batch, on few blocks and on many: folded by one block or by several."""
     case = Case(
@@ -177,6 +203,7 @@ def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
         assert together == alone
 
 
+@BOTH
 @pytest.mark.parametrize("length", [2**31 - 1, 2**31 - 70])
 def test_lengths_up_to_2_31(length: int, sim: Backend) -> None:
     """A sequence as long as an int32 says, in a table that names one page again and again: no key number overflows."""
@@ -195,20 +222,28 @@ def test_lengths_up_to_2_31(length: int, sim: Backend) -> None:
     np.testing.assert_allclose(out[0, 0], wanted, atol=2e-3)
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "size", [4e7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1.0, 3e5, 1e13, 2e38))]
+)
+def test_scores_of_any_size(size: float, sim: Backend) -> None:
+    for scores in _patterns(size).values():
+        _check(_problem("bfloat16", scores), sim, "bfloat16", softmax_scale=0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize(
     ("headdim", "rows", "arch"),
-    [(128, 64, 90), (128, 128, 90)]
+    [(128, 64, "90"), (128, 128, "90"), (128, 128, "90a")]
     + [
         pytest.param(d, rows, arch, marks=pytest.mark.slow)
-        for d in (64, 128, 192, 256, 512) for rows in (40, 64, 128) for arch in (80, 90, 120)
-        if (rows == 64 or d <= 256) and (d, arch) != (128, 90)
+        for d in (64, 128, 192, 256, 512) for rows in (40, 64, 128) for arch in ("80", "90", "120", "90a")
+        if d <= 256 or (rows == 64 and arch != "90a")
     ],
 )  # fmt: skip
-def test_counts(headdim: int, rows: int, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts(headdim: int, rows: int, arch: str, sim: Backend) -> None:
     """Keys and values are asked for once, in whole sectors, and no two lanes meet in a bank."""
-    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
-    if arch == 120 and (rows > 64 and headdim > 128 or headdim > 256):
+    if arch == "120" and (rows > 64 and headdim > 128 or headdim > 256):
         pytest.skip("row blocks are smaller where shared memory is")
     lengths = (1800, 1003, 777, 1311)
     case = Case(
@@ -216,7 +251,7 @@ def test_counts(headdim: int, rows: int, arch: int, sim: Backend, monkeypatch: p
     )
     with simulator.record(simulator.Checks.cheap()) as launches:
         run(case, make_inputs(dataclasses.replace(case, poison=False)), sim)
-    counters = next(launch.counters for launch in launches if launch.kernel == "extend")
+    counters = attention(launches).counters
     visible = sum(lengths) * headdim * 2
     for name in ("k_cache", "v_cache"):
         assert counters.arrays[name].read_bytes <= 1.02 * visible
@@ -229,7 +264,7 @@ def test_counts(headdim: int, rows: int, arch: int, sim: Backend, monkeypatch: p
 H200 = Device(132, 90)
 
 
-def _problem(rows: int, headdim: int | tuple[int, int] = 128, **options: Any) -> Problem:
+def _rows(rows: int, headdim: int | tuple[int, int] = 128, **options: Any) -> Problem:
     d, dv = headdim if isinstance(headdim, tuple) else (headdim, headdim)
     return make_problem(4, rows // 4, 32, 8, d, headdim_v=dv, **options)
 
@@ -238,21 +273,21 @@ def test_few_rows_decode_and_many_extend() -> None:
     """Keys are read once per row block: the family with fewer of them, and the smaller one where they are alike."""
     for rows, family in ((4, decode), (16, decode), (32, decode), (36, extend), (64, extend), (512, extend)):
         for arch in (80, 86, 90, 120):
-            assert kernels.choose(_problem(rows), Device(132, arch), 4096).family == family.NAME
-    assert kernels.choose(_problem(16, 256), H200, 4096).family == "decode"
-    assert kernels.choose(_problem(32, 256), H200, 4096).family == "extend"  # decode has 16 rows at most
+            assert kernels.choose(_rows(rows), Device(132, arch), 4096).family == family.NAME
+    assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
+    assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend"  # decode has 16 rows at most
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_wide_heads_extend(arch: int) -> None:
     for headdim in (264, 320, 512, (512, 64), (72, 512)):
-        assert kernels.choose(_problem(4, headdim), Device(132, arch), 4096).family == "extend"
+        assert kernels.choose(_rows(4, headdim), Device(132, arch), 4096).family == "extend"
 
 
 def test_what_extend_does_not_have() -> None:
-    assert kernels.choose(_problem(512, qkv_dtype="float32"), H200, 4096).family == "decode"
+    assert kernels.choose(_rows(512, qkv_dtype="float32"), H200, 4096).family == "decode"
     with pytest.raises(ValueError, match="headdim"):
-        kernels.choose(_problem(4, 512, qkv_dtype="float32"), H200, 4096)
+        kernels.choose(_rows(4, 512, qkv_dtype="float32"), H200, 4096)
 
 
 def test_with_split_size_the_batch_does_not_choose() -> None:

@@ -34,7 +34,9 @@ print(time.perf_counter() - begin)
     assert min(float(run(code)) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("module", ["cupy", "torch", "jax", "matplotlib", "cuda", "scipy", "cuflash.simulator"])
+@pytest.mark.parametrize(
+    "module", ["cupy", "torch", "jax", "matplotlib", "cuda", "scipy", "mpi4py", "nccl", "cuflash.simulator"]
+)
 def test_import_brings_nothing_else(module):
     assert run(f"import sys, cuflash; print({module!r} in sys.modules)") == "False\n"
 
@@ -43,7 +45,7 @@ def test_works_without_optional_packages():
     """Planning and attention on NumPy with every optional package missing."""
     out = run("""
 import sys
-for name in ("cupy", "torch", "jax", "matplotlib", "cuda", "scipy", "platformdirs"):
+for name in ("cupy", "torch", "jax", "matplotlib", "cuda", "scipy", "platformdirs", "mpi4py", "nccl"):
     sys.modules[name] = None  # import raises ModuleNotFoundError
 import numpy as np, cuflash
 q, k, v = np.ones((2, 1, 4, 64), np.float32), *np.ones((2, 2, 32, 2, 64), np.float32)
@@ -61,12 +63,15 @@ except ImportError as error:
 
 def test_public_names():
     assert set(cuflash.__all__) == {
+        "ContextParallel",
+        "ContextParallelError",
         "DecodeStep",
         "OutOfPages",
         "PagedKVCache",
         "SchedulerMetadata",
         "__version__",
         "compile",
+        "flash_attn_varlen_func",
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attn_states",

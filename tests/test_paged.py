@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import pickle
-import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -499,17 +498,6 @@ def test_copies_are_of_all_that_a_page_has(options):
         assert array[:, new].tobytes() == was[:, old].tobytes()
         rest = np.arange(5) != new
         assert array[:, rest].tobytes() == was[:, rest].tobytes()
-
-
-def test_the_example_of_a_server():
-    """The loop in the module's docstring serves all requests, in at most 25 lines."""
-    text = textwrap.dedent(paged.__doc__[paged.__doc__.index("    import numpy") :])
-    assert len([line for line in text.splitlines() if line.strip()]) <= 25
-    names: dict[str, Any] = {}
-    exec(compile(text, "paged.py", "exec"), names)
-    assert not names["waiting"] and not names["left"]
-    assert names["cache"].num_free_pages == 60 and not names["cache"].sequences
-    assert (names["out"] == 1).all()
 
 
 @pytest.mark.parametrize("module", [array_types, paged, step])

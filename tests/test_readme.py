@@ -1,4 +1,4 @@
-"""What the README says runs; its two set-up commands are run by ``.ci/run``."""
+"""What the README and the pages beside it say runs; the README's two set-up commands are run by ``.ci/run``."""
 
 from __future__ import annotations
 
@@ -9,43 +9,78 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import api_page
 import pytest
+from bench import chart
 
 from cuflash.cli import main
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+# What a clone has beside the README; a package of the sources has them too.
+PAGES = ["README.md", "notebooks/semantics.md", "notebooks/how_it_works.md", "notebooks/coming_from.md"]
+LINKING = [*PAGES, "notebooks/api.md", "BENCHMARKS.md", "kernels_cu/README.md"]
 
 
-def test_blocks_have_a_language_that_is_tested():
-    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+def blocks_of(page: str, language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert {name for name, _ in blocks} <= {"python", "bash", "diff"}
+    return [text for name, text in blocks if name == language]
+
+
+COMMANDS = [line for text in blocks_of("README.md", "bash") for line in text.splitlines()]
+GPU_BLOCKS = [text for page in PAGES for text in blocks_of(page, "python") if "import cupy\n" in text]
+
+
+def test_commands_are_tested():
     setup = [command for command in COMMANDS if command.startswith("python3 -m venv .venv && ")]
     assert len(setup) == 2
     others = set(COMMANDS) - set(setup)
     assert others and all(command.startswith("python -m cuflash") for command in others)
 
 
-def test_python_blocks():
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks(page):
     """Those that need no GPU, one after the other in one namespace; ``print`` shows what a comment behind it says."""
     names: dict[str, Any] = {}
-    blocks = [text for text in PYTHON if "import cupy\n" not in text]
+    blocks = [text for text in blocks_of(page, "python") if "import cupy\n" not in text]
     if any("cuflash.simulator" in text for text in blocks):
         pytest.importorskip("cuda.bindings", reason='pip install "cuflash[sim]"')
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for text in blocks:
-            exec(compile(text, "README.md", "exec"), names)
-    assert "efficiency" in printed.getvalue()
-    for comment in ("scheduler_metadata was made for page_size=16, but this call has page_size=None", "[0. 2. 4.] []"):
-        assert f"# {comment}\n" in "".join(blocks)
-        assert comment in printed.getvalue()
+            exec(compile(text, page, "exec"), names)
+    for comment in re.findall(r"^ *print\(.*\)  # (.*)", "".join(blocks), re.MULTILINE):
+        if ";" not in comment:  # a list of what is shown
+            assert comment.split(": ")[0] in printed.getvalue()
+
+
+def test_the_call_of_flashattention():
+    """The new side of the README's comparison runs on the arrays of the first example."""
+    (diff,) = blocks_of("README.md", "diff")
+    new = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
+    old = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("+"))
+    names: dict[str, Any] = {}
+    exec(compile(blocks_of("README.md", "python")[0] + new, "README.md", "exec"), names)
+    assert names["out"].shape == (2, 1, 32, 128)
+    assert "from flash_attn_interface import" in old and len(old) > 200
+
+
+def test_the_serving_loop():
+    """It serves all requests, in at most 25 lines."""
+    (text,) = [text for text in blocks_of("README.md", "python") if "DecodeStep" in text]
+    assert len([line for line in text.splitlines() if line.strip()]) <= 25
+    names: dict[str, Any] = {}
+    exec(compile(text, "README.md", "exec"), names)
+    assert not names["waiting"] and not names["left"]
+    assert names["cache"].num_free_pages == 60 and not names["cache"].sequences
+    assert (names["out"] == 1).all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block", [text for text in PYTHON if "import cupy\n" in text])
+@pytest.mark.parametrize("block", GPU_BLOCKS)
 def test_gpu_blocks(block):
+    if "import torch\n" in block and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("a torch without CUDA")
     exec(compile(block, "README.md", "exec"), {"cuflash": __import__("cuflash")})
 
 
@@ -65,9 +100,39 @@ def test_commands(command, capsys, monkeypatch, tmp_path):
         assert (tmp_path / picture).exists() and (ROOT / picture).exists()
 
 
-def test_links():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """Where links into a page can point to, as GitHub makes them of its headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links(page):
+    text = (ROOT / page).read_text()
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
     for path in re.findall(r"`((?:cuflash|kernels_cu|tests|notebooks|\.ci)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_pictures_have_alternative_texts():
+    pictures = [found for page in LINKING for found in re.findall(r"!\[([^\]]*)\]", (ROOT / page).read_text())]
+    assert len(pictures) >= 2 and all(len(text) > 40 for text in pictures)
+
+
+def test_the_api_page_is_up_to_date():
+    assert api_page.PAGE.read_text() == api_page.page(), "python tests/api_page.py"
+
+
+def test_tables_and_chart_are_those_of_the_committed_figures(tmp_path):
+    assert chart.with_tables(chart.PAGE.read_text()) == chart.PAGE.read_text(), "python -m tests.bench chart"
+    pytest.importorskip("matplotlib", reason='pip install "cuflash[plot]"')
+    chart.draw(tmp_path / "times.svg")
+    drawn, committed = ((path.read_text()) for path in (tmp_path / "times.svg", chart.CHART))
+    texts = [re.findall(r"<text[^>]*>([^<]*)", text) for text in (drawn, committed)]
+    assert texts[0] == texts[1] and "124.5 µs" in texts[0], "python -m tests.bench chart"

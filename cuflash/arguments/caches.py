@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..arrays import (
     NativeArray,
     address_of,
+    checks_values,
     import_array,
     is_on_device,
     is_writeable,
@@ -17,6 +18,7 @@ from ..dtypes import dtype_name, numpy_dtype
 from ..kv_cache import KVCache
 from ..problem import Problem
 from .common import UNIT, Given, expect_shape, import_codes, index
+from .values import check_packed
 
 # 32 bits of 16-byte units, the kernels' reach; the last unit means "none" there.
 _MAX_CACHE_BYTES = 64 * 2**30 - 16
@@ -42,6 +44,11 @@ def cache_of(given: Given) -> KVCache:
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v_cache must have the shape of k_cache but for the head dim, got {v.shape} (NHD)")
     batch_idx = index("cache_batch_idx", given["cache_batch_idx"], 1)
+    if given.get("cu_seqlens_k") is not None:
+        starts = index("cu_seqlens_k", given["cu_seqlens_k"], 1)
+        if checks_values(is_on_device(k)):
+            check_packed(starts, k.shape[1])
+        return KVCache(k, v, page_indptr=starts, dtype=dtypes[0])
     table = given["page_table"]
     if not isinstance(table, tuple):
         return KVCache(k, v, index("page_table", table, 2, wraps=True), batch_idx=batch_idx, dtype=dtypes[0])
@@ -99,7 +106,7 @@ def check_rows(problem: Problem, cache: KVCache) -> None:
     """Check that every sequence has a row of the cache, or of the page table."""
     expect_shape("cache_batch_idx", cache.batch_idx, (problem.batch_size,))
     if cache.batch_idx is None and cache.num_rows != problem.batch_size:
-        name = "page_table" if cache.is_paged else "k_cache"
+        name = "page_table" if cache.is_paged else "cu_seqlens_k" if cache.is_packed else "k_cache"
         pages = "" if cache.is_paged else f"; if these are pages of {cache.page_size} keys, page_table is missing"
         raise ValueError(
             f"{name} must have a row per sequence ({problem.batch_size}) or cache_batch_idx, "

@@ -69,6 +69,8 @@ def call_lengths(
     if k is None:
         index("cu_seqlens_k_new", mine.pop("cu_seqlens_k_new"), 1)  # without new keys it says nothing
         mine["cu_seqlens_k_new"] = None
+    if cache.is_packed and mine["cache_seqlens"] is None:  # keys lie between the sequences' beginnings
+        mine |= {"cache_seqlens": 0, "cu_seqlens_k_new": cache.page_indptr}
     number = mine["cache_seqlens"]
     if number is None and problem.cp_world_size > 1:
         raise ValueError(f"cache_seqlens must be given with cp_world_size={problem.cp_world_size}, got None")
@@ -78,7 +80,8 @@ def call_lengths(
         number = cache.capacity if number is None else integer("cache_seqlens", number, 0)
         kept = None if plan is None else plan.kept
         mine["cache_seqlens"] = filled(problem.batch_size, number, q, kept)
-    return lengths(problem, mine, 0 if k is None or mine["cu_seqlens_k_new"] is not None else k.shape[1])
+    ragged = mine["cu_seqlens_k_new"] is not None
+    return lengths(problem, mine, 0 if k is None or ragged else k.shape[1])
 
 
 def filled(

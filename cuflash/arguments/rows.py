@@ -72,11 +72,14 @@ def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | N
     if given["tree_mask"] is None:
         return None
     mask = import_array("tree_mask", given["tree_mask"])
-    for name in ("causal", "window_size", "attention_chunk", "rotary_cos"):
-        value = given[name]
-        if name == "window_size":
-            value = window_bounds(value) != (-1, -1)
-        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+    others = {
+        "causal": bool(given["causal"]),
+        "window_size": window_bounds(given["window_size"]) != (-1, -1),
+        "attention_chunk": problem.attention_chunk > 0,
+        "rotary_cos": given["rotary_cos"] is not None,
+    }
+    for name, is_given in others.items():
+        if is_given:
             raise ValueError(f"tree_mask must be alone: {name} must not be given with it, got {given[name]!r}")
     if mask.dtype not in (np.bool_, np.uint32):
         raise TypeError(f"tree_mask must be bool, or packed as uint32, got {mask.dtype}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import to_host
+from ..arrays import NativeArray, to_host
 from ..operands import Lengths, Operands
 from ..problem import Problem
 
@@ -39,6 +39,18 @@ def check_lengths(problem: Problem, lengths: Lengths) -> None:
                 _refuse(name, f"grow by at most max_seqlen_q={most}", starts, steps > most)
 
 
+def check_packed(starts: NativeArray, total: int) -> None:
+    """Check where packed keys begin.
+
+    Raises:
+        ValueError: Naming the rule and the first value that breaks it.
+    """
+    values = to_host(starts).astype(np.int64)
+    _refuse("cu_seqlens_k", "begin with 0", values, values[:1] != 0)
+    _refuse("cu_seqlens_k", "never decrease", values, np.diff(values) < 0)
+    _refuse("cu_seqlens_k", f"end by k's {total} rows", values, values > total)
+
+
 def check_call(problem: Problem, operands: Operands) -> None:
     """Check lengths against the arrays of a call, and the pages that it follows.
 
@@ -48,9 +60,10 @@ def check_call(problem: Problem, operands: Operands) -> None:
     lengths, cache = operands.lengths, operands.cache
     seqlens = to_host(lengths.cache_seqlens).astype(np.int64)
     queries, new = np.full(problem.batch_size, problem.max_seqlen_q), np.full(problem.batch_size, lengths.seqlen_k_new)
+    rows_of_keys = cache.k.shape[1] if operands.k is None else operands.k.shape[0]
     for name, array, rows in (
         ("cu_seqlens_q", lengths.cu_seqlens_q, operands.q.shape[0]),
-        ("cu_seqlens_k_new", lengths.cu_seqlens_k_new, 0 if operands.k is None else operands.k.shape[0]),
+        ("cu_seqlens_k_new", lengths.cu_seqlens_k_new, rows_of_keys),
     ):
         if array is not None:
             starts = to_host(array).astype(np.int64)
@@ -68,7 +81,9 @@ def check_call(problem: Problem, operands: Operands) -> None:
         _refuse("cache_batch_idx", f"be in [0, {cache.num_rows})", row, (row < 0) | (row >= cache.num_rows))
     held = problem.mask.shard.held(total)
     capacity = np.full(problem.batch_size, cache.capacity)
-    if cache.page_indptr is not None:
+    if cache.is_packed:
+        capacity = np.diff(to_host(cache.page_indptr).astype(np.int64))
+    elif cache.page_indptr is not None:
         indptr = to_host(cache.page_indptr).astype(np.int64)
         _refuse("page_table[0]", "begin with 0 or more", indptr, indptr[:1] < 0)
         _refuse("page_table[0]", "never decrease", indptr, np.diff(indptr) < 0)

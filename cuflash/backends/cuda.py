@@ -11,12 +11,14 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cupy.cuda.nvrtc import NVRTCError
 
 from ..arrays import NativeArray
 from ..device import Device
 from ..kernels.launch import Launch, Scratch
 from ..kernels.source import Variant, source
-from .driver import launch
+from .cubin import cubin
+from .driver import launch, relaxed_capture
 from .machine import KernelBackend, Machine
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
@@ -63,16 +65,19 @@ def _device(number: int) -> Device:
 
 @lru_cache(maxsize=None)
 def _function(variant: Variant, number: int) -> Any:
-    """Compile and load a variant on the current device, ``number``; CuPy keeps the binary in its disk cache."""
-    module = cupy.RawModule(code=source(variant.file), options=variant.options)
+    """Compile and load a variant on the current device, ``number``; the binary lies in CuPy's disk cache."""
+    arch = f"sm_{_device(number).arch}{variant.arch_suffix}"
     try:
-        kernel = module.get_function(variant.kernel)
-    except cupy.cuda.compiler.CompileException as error:
+        with relaxed_capture():
+            if variant.arch_suffix:  # CuPy itself compiles for sm_90, not for sm_90a
+                module = cupy.RawModule(path=str(cubin(source(variant.file), variant.options, arch)))
+            else:
+                module = cupy.RawModule(code=source(variant.file), options=variant.options)
+            kernel = module.get_function(variant.kernel)
+    except (cupy.cuda.compiler.CompileException, NVRTCError) as error:
         lines = str(error).splitlines()
         reasons = [line for line in lines if "error" in line] or lines
-        raise CompileError(
-            f"{variant} does not compile for sm_{_device(number).arch}:\n" + "\n".join(reasons[:8])
-        ) from error
+        raise CompileError(f"{variant} does not compile for {arch}:\n" + "\n".join(reasons[:8])) from error
     # Dynamic shared memory above 48 KB must be allowed: as much as a launch may ever want, so that no launch has to
     # ask. And shared memory rather than L1, so that all blocks that a plan counts on are resident.
     most = cupy.cuda.Device(number).attributes["MaxSharedMemoryPerBlockOptin"]
@@ -104,7 +109,7 @@ class _Workspaces:
             array = self._arrays.get(key)
             if array is None or array.size < size:
                 # On a stream of its own, so that a capture in progress does not record the zeroing instead of doing it.
-                with cupy.cuda.Stream(non_blocking=True) as own:
+                with relaxed_capture(), cupy.cuda.Stream(non_blocking=True) as own:
                     new = cupy.empty(1 << (size - 1).bit_length(), np.uint8)
                     if zero:
                         new.data.memset_async(0, new.nbytes)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from cupy.cuda import driver
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class _Attribute(ctypes.Structure):
@@ -40,8 +43,32 @@ _EARLY = ctypes.pointer(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
 
 
 @lru_cache(maxsize=None)
+def _library() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Let this thread allocate memory and load kernels while a stream is captured in whatever mode.
+
+    CuPy captures in the mode that allows that; torch's default forbids it to everybody.
+    """
+    mode = ctypes.c_int(_RELAXED)
+    _check(_library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        yield
+    finally:
+        _check(_library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+
+
+def _check(status: int) -> None:
+    if status:
+        driver.check_status(status)
+
+
+@lru_cache(maxsize=None)
 def _driver() -> Any:
-    function = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernelEx
+    function = _library().cuLaunchKernelEx
     function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
     return function
 

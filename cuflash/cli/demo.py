@@ -46,11 +46,21 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and values (default 0)")
+    parser.add_argument(
+        "--context-parallel", action="store_true", help="spread every sequence over the ranks that mpiexec has started"
+    )
+    parser.add_argument(
+        "--interleave", type=positive, default=16, help="with it: neighbouring keys that a rank holds (default 16)"
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; the exit code is 1 if the results are wrong."""
+    if arguments.context_parallel:
+        from . import context_parallel
+
+        return context_parallel.run(arguments)
     with environment(CUFLASH_BACKEND=arguments.backend):
         simulates = os.environ.get("CUFLASH_BACKEND") == "sim"
         # A simulated GPU is small, so that a small problem fills it.

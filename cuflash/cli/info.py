@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "Optional": {
             "matplotlib": lambda: _version("matplotlib", packages.MATPLOTLIB, "pictures of schedules"),
+            "mpi4py": lambda: _version("mpi4py", packages.MPI[0], "context parallelism"),
+            "nccl4py": lambda: _version("nccl4py", packages.NCCL, "context parallelism on GPUs"),
             "C++ compiler": _compiler,
             "cuda-bindings": lambda: _version("cuda-bindings", packages.SIMULATOR[0], "the simulator"),
             **{

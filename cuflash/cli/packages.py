@@ -26,6 +26,8 @@ CUDA = {
 }
 SIMULATOR = ("cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
 MATPLOTLIB = "matplotlib>=3.8"
+MPI = ("mpi4py>=4.1", "mpich>=5")
+NCCL = "nccl4py>=0.6,<0.7"
 
 
 def install(*requirements: str) -> str:

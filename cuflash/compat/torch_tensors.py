@@ -27,15 +27,27 @@ def stream_of(x: Any) -> Iterator[None]:
     import cupy
 
     number = x.get_device()
-    with cupy.cuda.Device(number), _stream(sys.modules["torch"].cuda.current_stream(number).cuda_stream, number):
-        yield
+    with cupy.cuda.Device(number):
+        with _stream(sys.modules["torch"].cuda.current_stream(number).cuda_stream, number):
+            yield
 
 
 @lru_cache(maxsize=None)
 def _stream(pointer: int, device: int) -> Any:
+    """Return CuPy's view of a stream on the current device. It is kept: CuPy destroys a stream with its last view."""
     import cupy
 
-    return cupy.cuda.ExternalStream(pointer, device) if pointer else cupy.cuda.Stream.null
+    return cupy.cuda.Stream.from_external(_Foreign(pointer)) if pointer else cupy.cuda.Stream.null
+
+
+class _Foreign:
+    """A stream as CuPy takes one over."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
 
 
 def is_captured(x: Any) -> bool:

@@ -35,6 +35,8 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     Raises:
         ValueError: If none fits.
     """
+    if max_seqlen_k is not None:
+        max_seqlen_k = -(-max_seqlen_k // problem.cp_world_size)  # of the rank, give or take an interleave
     choices = [family.partition(problem, device, max_seqlen_k) for family in FAMILIES]
     fitting: list[Partition] = [partition for partition in choices if partition is not None]
     if not fitting and problem.is_joint and problem.is_quantised:

@@ -24,7 +24,7 @@ from .tiles import RESERVED_SHARED
 
 NAME = "extend"
 PADDED_HEADDIMS = (64, 96, 128, 192, 256, 384, 512)
-_MOST_STAGES = 8
+MOST_STAGES = 8
 _SHARE_BYTES = 128  # struct BlockState in extend.cu
 
 
@@ -43,6 +43,7 @@ class Tiles:
         stages: Half-stages of the ring, at least 2.
         blocks_per_sm: Blocks meant to be resident on one multiprocessor.
         shared_bytes: Dynamic shared memory of a block.
+        loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -56,17 +57,24 @@ class Tiles:
     stages: int
     blocks_per_sm: int
     shared_bytes: int
+    loader_warps: int = 0
     cluster: int = 1
 
     @property
     def warps(self) -> int:
         """Warps of a block."""
+        return self.math_warps + self.loader_warps
+
+    @property
+    def math_warps(self) -> int:
+        """Warps of a block that multiply."""
         return self.row_warps * self.column_warps
 
     @property
     def block_state_bytes(self) -> int:
         """Shared memory for what a block's threads have in common."""
-        return _block_state_bytes(self.rows, self.warps, self.column_warps, self.tile_keys)
+        barriers = 16 * self.stages if self.loader_warps else 0
+        return state_bytes(self.rows, self.math_warps, self.column_warps, self.tile_keys) + barriers
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
@@ -100,9 +108,9 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         slot = tile_keys * max(d, dv) * itemsize
         if tile_keys // warps < (4 if max(d, dv) % 64 == 0 and min(d, dv) % 64 == 0 else 8):
             continue  # a warp copies whole passes of rows
-        fixed = rows * d * itemsize + _block_state_bytes(rows, warps, column_warps, tile_keys)
+        fixed = rows * d * itemsize + state_bytes(rows, warps, column_warps, tile_keys)
         room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
-        stages = min(_MOST_STAGES, (room - fixed) // slot)
+        stages = min(MOST_STAGES, (room - fixed) // slot)
         if stages >= (3 if blocks_per_sm > 1 or rows > 64 else 2):
             row_blocks = max(1, -(-problem.rows // rows))
             shared = fixed + stages * slot
@@ -110,42 +118,43 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     return None
 
 
-def _block_state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
-    """Return room for a share and a segment, and for structs Meeting or FoldState of extend.cu."""
+def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
+    """Return room for a share and a segment, and for a struct Meeting or FoldState, of extend.cu."""
     if column_warps == 1:
         return _SHARE_BYTES + 36 * rows + 16
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
 
 
-@lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
-    return Variant(
-        "extend",
-        (
-            *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-            ("KEY_SCALES", 0),
-            ("HEAD_DIM", problem.headdim),
-            ("HEAD_DIM_V", problem.headdim_v),
-            ("PADDED_HEAD_DIM", tiles.headdim),
-            ("PADDED_HEAD_DIM_V", tiles.headdim_v),
-            ("ROWS", tiles.rows),
-            ("TILE_KEYS", tiles.tile_keys),
-            ("WARPS", tiles.warps),
-            ("COLUMN_WARPS", tiles.column_warps),
-            ("USES_WGMMA", 0),
-            ("STAGES", tiles.stages),
-            ("BLOCKS_PER_SM", tiles.blocks_per_sm),
-            ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
-            ("CLUSTER", tiles.cluster),
-            ("HAS_SOFTCAP", int(problem.has_softcap)),
-            *mask_defines(problem, has_tree),
-            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
-        ),
+def defines(problem: Problem, tiles: Tiles, has_tree: bool) -> tuple[tuple[str, str | int], ...]:
+    """Return the macros of a kernel of this family: everything not named here is a run-time value."""
+    return (
+        *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+        ("KEY_SCALES", 0),
+        ("HEAD_DIM", problem.headdim),
+        ("HEAD_DIM_V", problem.headdim_v),
+        ("PADDED_HEAD_DIM", tiles.headdim),
+        ("PADDED_HEAD_DIM_V", tiles.headdim_v),
+        ("ROWS", tiles.rows),
+        ("TILE_KEYS", tiles.tile_keys),
+        ("WARPS", tiles.math_warps),
+        ("COLUMN_WARPS", tiles.column_warps),
+        ("STAGES", tiles.stages),
+        ("BLOCKS_PER_SM", tiles.blocks_per_sm),
+        ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
+        ("CLUSTER", tiles.cluster),
+        ("HAS_SOFTCAP", int(problem.has_softcap)),
+        *mask_defines(problem, has_tree),
+        ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
     )
 
 
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+    return Variant(NAME, defines(problem, tiles, has_tree))
+
+
 def variant(problem: Problem, partition: Partition) -> Variant:
-    """Return the kernel of a partition: everything not named in it is a run-time value."""
+    """Return the kernel of a partition."""
     return _variant(problem, partition.tiles)
 
 

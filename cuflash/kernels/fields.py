@@ -77,12 +77,14 @@ def cache_fields(cache: KVCache) -> dict[str, int]:
     for name, array in (("k", cache.k), ("v", cache.v)):
         for axis, stride in zip(("page", "row", "head"), strides_of(array)):
             values[f"cache.{name}.{axis}"] = stride // _UNIT
+        if cache.is_packed:  # a sequence begins at a key, as at a page
+            values[f"cache.{name}.page"] = values[f"cache.{name}.row"]
     return values
 
 
 def cache_arrays(cache: KVCache) -> dict[str, str]:
     """Return the arrays of a KVCache of paging.cuh that are not called as its pointers."""
-    return {} if cache.page_indptr is None else {"page_table": "page_indices"}
+    return {} if cache.page_indices is None else {"page_table": "page_indices"}
 
 
 def scale_fields(name: str, scales: Scales) -> dict[str, int]:

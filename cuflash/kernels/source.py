@@ -126,10 +126,12 @@ class Variant:
     Attributes:
         kernel: Name of the ``extern "C"`` function, and of its file.
         defines: (macro, value) pairs.
+        arch_suffix: "a" for code that one architecture alone runs, which its name then says: sm_90a.
     """
 
     kernel: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    arch_suffix: str = ""
 
     @property
     def file(self) -> str:

@@ -20,7 +20,8 @@ struct CacheStrides {
 
 struct KVCache {
     const int* page_table;       // (rows, pages per sequence), or (n,) with page_indptr, or null: contiguous
-    const int* page_indptr;      // (rows + 1,) where in page_table the pages of each row begin, or null
+    const int* page_indptr;      // (rows + 1,) where in page_table the pages of each row begin; without a table where in the
+                                 // cache its keys begin (packed keys: pages of one key that lie in order); or null
     const int* cache_batch_idx;  // (batch,) or null: the sequence's row of the page table or of the cache, else row b
     long long page_table_stride;
     CacheStrides k;
@@ -48,7 +49,8 @@ public:
     // Moves to a sequence; seek() must follow before its keys are read.
     __device__ __forceinline__ void enter(const KVCache& cache, int sequence) {
         page_ = cache.row_of(sequence);
-        pages_ = cache.page_table + (cache.page_indptr ? cache.page_indptr[page_] : page_ * cache.page_table_stride);
+        if (cache.page_indptr && !cache.page_table) page_ = cache.page_indptr[page_];
+        else pages_ = cache.page_table + (cache.page_indptr ? cache.page_indptr[page_] : page_ * cache.page_table_stride);
     }
 
     // Moves to a slot of the sequence, 0 <= slot < 2^31.

@@ -58,9 +58,9 @@ public:
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
         const u32 units = place_.units(p_.cache.k) + key_head_;
         value_units_ = place_.units(p_.cache.v) + value_head_;
-        fill_ = key_ >= end_ ? Fill::nothing : key_ + part_ >= end_ ? Fill::zeros : Fill::keys;
+        rows_ = rows_of_part();
         copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, KeyRows>(keys_from_, units, keys_to_ + slot);
-        if (fill_ == Fill::nothing) return;
+        if (rows_ == kNoTile) return;
         key_ += kTileKeys;
         find_tile();
     }
@@ -69,11 +69,11 @@ public:
     __device__ __forceinline__ void load_rows(u32 slot) {
         constexpr int kChunkElements = 16 / CacheElement::kBytes;
         const u32 units = place_.units(p_.cache.k) + key_head_, value_units = place_.units(p_.cache.v) + value_head_;
-        fill_ = key_ >= end_ ? Fill::nothing : key_ + part_ >= end_ ? Fill::zeros : Fill::keys;
+        rows_ = rows_of_part();
         copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
         copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
             keys_from_ + p_.key_column * CacheElement::kBytes, units, keys_to_ + slot + kValueBytes);
-        if (fill_ == Fill::nothing) return;
+        if (rows_ == kNoTile) return;
         key_ += kTileKeys;
         find_tile();
     }
@@ -96,6 +96,11 @@ public:
     }
 
 private:
+    // Rows of this warp's part of the next tile that there are.
+    __device__ __forceinline__ int rows_of_part() const {
+        return has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;
+    }
+
     template <int kChunks, typename Rows>
     __device__ __forceinline__ void clear_part(u32 to, const Segment& segment, u32 first_key) const {
         using C = Copy<Rows>;
@@ -109,10 +114,6 @@ private:
             }
         }
     }
-
-    // What a part of a tile is filled with. Of rows past the end, which are masked, those of a part with others repeat the last
-    // key; a whole part of them is zeros: nothing that no row sees is read, and little is read twice.
-    enum class Fill { nothing, zeros, keys };
 
     __device__ __forceinline__ void enter(const Segment& segment) {
         const u32 first_slot = segment.lengths.leftpad;
@@ -134,41 +135,54 @@ private:
         place_.seek(p_.cache, min(key_ + part_ + lane_ % kPartKeys, end_ - 1));
     }
 
-    // Copies kDim elements of each row. Steps of an MMA may reach further, to kFilled chunks: zeros.
+    // Copies kDim elements of each row that exists; what does not is zeros, as are further chunks up to kFilled, which steps of
+    // an MMA reach. Nothing that no row sees is read.
     template <int kDim, int kFilled, typename Rows>
     __device__ __forceinline__ void copy_part(const char* lane_from, u32 units, u32 lane_to) {
         using C = Copy<Rows>;
         constexpr int kDimChunks = kDim * CacheElement::kBytes / 16;
         constexpr int kPasses = kPartKeys / C::kRowsAtOnce;
         const int chunk = lane_ % C::kLanes;
-        const bool is_read = fill_ == Fill::keys;
+        // Where this lane's chunk of a pass comes from, and goes to.
+        const auto from_of = [&](int i) {
+            return offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
+        };
+        // For each run of chunks of a row that lanes copy together: copy(offsets of its first chunk in the row from where it
+        // comes and where it goes, whether this lane has one, whether that is of the row and not beyond it).
+        const auto for_runs = [&](auto copy) {
+#pragma unroll
+            for (int c = 0; c < kFilled; c += C::kLanes) {
+                copy(c * 16, c / C::kLanes * Rows::kLaneStride, c + C::kLanes <= kFilled || chunk + c < kFilled,
+                     c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks));
+            }
+        };
+        const bool all = rows_ == kPartKeys;
         const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
+        for_each<kPasses>([&](int i) { from[i] = from_of(i); });
         for_each<kPasses>([&](int i) {
-            from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units, lane_ / C::kLanes + i * C::kRowsAtOnce));
-        });
-#pragma unroll
-        for (int i = 0; i < kPasses; ++i) {
             const u32 to = C::row_address(lane_to, i);
-#pragma unroll
-            for (int c = 0; c < kFilled; c += C::kLanes) {
-                const bool wanted = is_read && (c + C::kLanes <= kFilled || chunk + c < kFilled);
-                if (c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks)) {
-                    cp_async_16_if(wanted, to + c / C::kLanes * Rows::kLaneStride, from[i] + c * 16, policy_);
+            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                if (of_row) {
+                    cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
                 } else {
-                    cp_async_zero_if(wanted, to + c / C::kLanes * Rows::kLaneStride, lane_from);
+                    cp_async_zero_if(all && wanted, to + in_slot, lane_from);
                 }
-            }
-        }
-        if (fill_ != Fill::zeros) return;  // the same in all lanes
-#pragma unroll
+            });
+        });
+        if (all || rows_ == kNoTile) return;  // the same in all lanes
+#pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
-#pragma unroll
-            for (int c = 0; c < kFilled; c += C::kLanes) {
-                const bool wanted = c + C::kLanes <= kFilled || chunk + c < kFilled;
-                cp_async_zero_if(wanted, C::row_address(lane_to, i) + c / C::kLanes * Rows::kLaneStride, lane_from);
-            }
+            const char* const from = from_of(i);
+            const u32 to = C::row_address(lane_to, i);
+            const bool row_exists = lane_ / C::kLanes + i * C::kRowsAtOnce < rows_;
+            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                cp_async_16_if(row_exists && of_row && wanted, to + in_slot, from + in_row, policy_);
+                cp_async_zero_if(!(row_exists && of_row) && wanted, to + in_slot, lane_from);
+            });
         }
     }
+
+    static constexpr int kNoTile = -1;
 
     const DecodeParams& p_;
     const Share& share_;
@@ -179,8 +193,8 @@ private:
     PageCursor place_;         // of the row of the next tile that this lane looks up
     u32 keys_to_, values_to_;  // the same in a slot
     int lane_;
-    u32 part_;       // first row of a tile that this warp copies
+    int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     u32 key_head_, value_head_, value_units_;
-    Fill fill_ = Fill::nothing;  // of the tile loaded last
+    int rows_ = kNoTile;  // of this warp's in the tile loaded last
 };

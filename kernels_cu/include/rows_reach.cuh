@@ -1,4 +1,4 @@
-// Which tiles of a segment some rows can leave out, and which they need not mask.
+// Which tiles of a segment a warp can leave out, and which it need not mask.
 #pragma once
 #include "rows_tiles.cuh"
 #include "segment.cuh"

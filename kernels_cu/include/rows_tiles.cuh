@@ -13,10 +13,12 @@ constexpr int kWarpKeys = kTileKeys / kColumnWarps;  // keys of a tile that a wa
 constexpr int kRowTiles = kWarpRows / 16;           // MMA row tiles of a warp
 constexpr int kKeyTiles = kWarpKeys / 8;            // MMA column tiles of its scores
 
-// Tiles of 8 value columns of a warp, and pairs of them. Warps that divide the columns begin at whole lines of 128 bytes.
+// Tiles of 8 value columns of a warp, and pairs of them. Warps that divide the columns begin at whole lines of 128 bytes, and
+// wgmma has whole lines.
+constexpr bool kHasWholeLines = kColumnWarps > 1 || USES_WGMMA;
 constexpr int kColumnPairs =
-    kColumnWarps == 1 ? (kHeadDimV + 15) / 16 : (kHeadDimV + 64 * kColumnWarps - 1) / (64 * kColumnWarps) * 4;
-constexpr int kColumnTiles = kColumnWarps == 1 ? kHeadDimV / 8 : 2 * kColumnPairs;
+    kHasWholeLines ? (kHeadDimV + 64 * kColumnWarps - 1) / (64 * kColumnWarps) * 4 : (kHeadDimV + 15) / 16;
+constexpr int kColumnTiles = kHasWholeLines ? 2 * kColumnPairs : kHeadDimV / 8;
 
 // Fragments of a warp; what a lane holds stands in ptx/matrices.cuh.
 using Scores = float[kRowTiles][kKeyTiles][4];      // C, 16 rows x 8 keys

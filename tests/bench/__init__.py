@@ -18,6 +18,7 @@ _INSTRUMENTS = {
     "cpu": "time of the NumPy backend beside torch on the CPU",
     "counters": "memory traffic, bank conflicts and instructions of the kernels on the simulator (no GPU)",
     "schedule": "how evenly plans share out the keys, beside FlashAttention-3 and FlashInfer",
+    "chart": "nothing: the committed figures become the tables of BENCHMARKS.md and the chart of the README",
     "resources": "registers, memory and instructions of the kernels, from their machine code (no GPU)",
 }
 

@@ -1,0 +1,77 @@
+"""The family of many rows on sm_90a, ``extend_wgmma.cu``: warpgroups that multiply, and one that copies.
+
+Every warpgroup that multiplies has 64 rows of a row block. Up to 64 rows there is one of them, and two blocks share a
+multiprocessor where head dims allow; beyond there are two, which share the tiles.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..device import Device
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..partition import Partition
+from ..problem import Problem
+from . import extend
+from .decode import attention_launch
+from .extend import MOST_STAGES, Tiles, defines, state_bytes
+from .launch import Launch, Scratch
+from .source import Variant
+from .tiles import RESERVED_SHARED
+
+NAME = "extend_wgmma"
+_MOST_HEADDIM = 256
+_LOADER_WARPS = 4
+# Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
+# multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
+_REGISTERS = {(1, 2): (56, 200), (2, 1): (56, 224), (1, 1): (0, 0)}
+
+
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
+    """Return how the family cuts a problem for a device; None if it cannot."""
+    tiles = tiling(problem, device)
+    if tiles is None:
+        return None
+    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
+    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device) -> Tiles | None:
+    """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
+    widest = max(problem.headdim, problem.headdim_v)
+    if device.arch != 90 or widest > _MOST_HEADDIM or extend.tiling(problem, device) is None:
+        return None
+    d, dv = (-(-n // 64) * 64 for n in (problem.headdim, problem.headdim_v))
+    rows = 128 if problem.rows > 64 and problem.split_size is None else 64
+    is_wide = max(d, dv) > 128
+    tile_keys, row_warps, blocks_per_sm = 64 if is_wide else rows, rows // 16, 2 if rows == 64 and not is_wide else 1
+    state = state_bytes(rows, row_warps, 1, tile_keys) + 16 * MOST_STAGES
+    fixed, slot = rows * d * 2 + state, tile_keys * max(d, dv) * 2
+    room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+    stages = min(MOST_STAGES, (room - fixed) // slot)
+    row_blocks, shared = max(1, -(-problem.rows // rows)), fixed + stages * slot
+    return Tiles(
+        d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, loader_warps=_LOADER_WARPS
+    )
+
+
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+    of_loader, of_math = _REGISTERS[tiles.row_warps // 4, tiles.blocks_per_sm]
+    registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
+    return Variant(NAME, (*defines(problem, tiles, has_tree), *registers), arch_suffix="a")
+
+
+def variant(problem: Problem, partition: Partition) -> Variant:
+    """Return the kernel of a partition."""
+    return _variant(problem, partition.tiles)
+
+
+def launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return attention_launch(kernel, problem, operands, metadata, arrays)

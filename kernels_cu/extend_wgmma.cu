@@ -1,0 +1,197 @@
+// extend.cu for sm_90a: products of whole warpgroups, and a warpgroup that does nothing but copy.
+//
+// The first kWarps warps multiply, 64 rows a warpgroup; the last four fill the ring (rows_loader.cuh). Instead of block barriers
+// there are two mbarriers for each of its slots: `full` when the copies have landed, `empty` when all warps have read them. The
+// scores of a tile are multiplied ahead of the values of the one before it, and the softmax runs beside those.
+#define USES_WGMMA 1
+#include "params.cuh"
+#include "ptx/barriers.cuh"
+#include "ptx/copies.cuh"
+#include "queries.cuh"
+#include "rows_combine.cuh"
+#include "rows_loader.cuh"
+#include "rows_partners.cuh"
+#include "rows_reach.cuh"
+#include "rows_softmax.cuh"
+#include "rows_tiles.cuh"
+#include "rows_wgmma.cuh"
+#include "segment.cuh"
+#include "stream.cuh"
+using Math = WgmmaMath<Element>;
+
+constexpr int kLoaderThreads = kLoaderWarps * 32;
+constexpr int kBlockThreads = kThreads + kLoaderThreads;
+// Registers of a thread of either kind; 0: all have what the launch gives them.
+constexpr int kLoaderRegisters = LOADER_REGISTERS, kMathRegisters = MATH_REGISTERS;
+
+// What the threads of a block have in common beside the tiles.
+struct BlockState {
+    u64 full[kStages], empty[kStages];  // mbarriers of the slots
+    Share share;
+    Segment segment;
+    FoldState fold;
+    int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
+};
+static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+
+// A place in the ring that moves on by half-stages, and the parity of its barriers' phases.
+struct Place {
+    int slot;
+    u32 parity = 0;
+
+    __device__ __forceinline__ void advance(int half_stages) {
+        slot += half_stages;
+        if (slot >= kStages) slot -= kStages, parity ^= 1;
+    }
+};
+
+// Fills the ring with all tiles of the share.
+__device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& block, u32 ring) {
+    const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
+    Loader loader(p, block.share, warp, lane);
+    Walker walker(block.share);
+    Segment segment;
+    if (!walker.next(p, block.share, segment)) return;
+    loader.start(walker, segment);
+    Place place = {0};
+    const auto load = [&](auto copy) {
+        wait_for_phase(block.empty[place.slot], place.parity ^ 1);  // of a slot never filled it is over
+        copy(ring + place.slot * kSlotBytes);
+        arrive_with_copies(block.full[place.slot]);
+        place.advance(1);
+    };
+    while (loader.has_tile()) {
+        load([&](u32 slot) { loader.load_keys(slot); });
+        load([&](u32 slot) { loader.load_values(slot); });
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+}
+
+// Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh.
+__device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, u32 first_key, u32 slot) {
+#pragma unroll 1
+    for (int row = threadIdx.x; row < kTileKeys; row += kThreads) {
+        if (!sees_nothing(p, segment, first_key + row)) continue;
+#pragma unroll 1
+        for (int chunk = 0; chunk < 2 * kColumnPairs; ++chunk) {
+            store_shared(slot + ValueRows::offset(row, chunk), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
+    extend_wgmma(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
+    BlockState& block = *reinterpret_cast<BlockState*>(queries + kRows * kQueryBytes);
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const u32 ring = shared_address(shared);
+    if (threadIdx.x < kStages) {
+        init_barrier(block.full[threadIdx.x], kLoaderThreads);
+        init_barrier(block.empty[threadIdx.x], kWarps);
+    }
+    wait_for_turn();
+    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
+    if (p.total_q && (rows_edge == 0 || rows_edge == 1)) {
+        (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];
+    }
+    __syncthreads();
+    if (warp >= kWarps) {
+        if constexpr (kLoaderRegisters > 0) keep_registers<kLoaderRegisters>();
+        load_share(p, block, ring + zero_of_each_lane());
+        return;
+    }
+    if constexpr (kMathRegisters > 0) take_registers<kMathRegisters>();
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
+
+    Math math;
+    Softmax softmax(p);
+    Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
+    Place keys = {0}, values = {1};
+    const auto full = [&](const Place& place) {
+        wait_for_phase(block.full[place.slot], place.parity);
+        return ring + place.slot * kSlotBytes;
+    };
+    const auto leave = [&](Place& place) {
+        __syncwarp();
+        if (lane == 0) arrive(block.empty[place.slot]);
+        place.advance(2);
+    };
+    Walker walker(block.share);
+    [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
+    for (Segment segment; walker.next(p, block.share, segment);) {
+        if (threadIdx.x == 0) block.segment = segment;
+        load_queries<QueryRows>(p, segment, shared_address(queries));
+        cp_async_commit();
+        cp_async_wait<0>();
+        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        fence_for_wgmma();
+        worker_barrier();
+
+        math.begin_item(shared_address(queries) + warp / 4 * 64 * kQueryBytes);
+        softmax.reset();
+        const Reach reach(p, segment, warp * kWarpRows, kWarpRows);
+        Reach reach_of_all(p, segment, 0, kRows);
+        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
+        const int first_row = segment.first_row + warp * kWarpRows;
+        Scores scores;
+        Weights weights;
+        // What follows the products of a tile that begins at `key`, and may run beside those of the values before it.
+        const auto weigh = [&](u32 key) {
+            if constexpr (kHasSoftcap) cap_scores(p, scores);
+            if (reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
+            softmax.update(scores, math, partners);
+        };
+        // The slot of the values of a tile that begins at `key`, ready to be read.
+        const auto values_of = [&](u32 key) {
+            const u32 slot = full(values);
+            if (reach_of_all.needs_mask(key)) {  // the same for all warps
+                clear_values(p, block.segment, key, slot);
+                fence_for_wgmma();
+                worker_barrier();
+            }
+            return slot;
+        };
+        // Key numbers are unsigned: behind the last tile they may pass 2^31.
+        const u32 begin = segment.keys.begin, end = segment.keys.end;
+        if (warp / 4 * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
+            for (u32 key = begin; key < end; key += kTileKeys) {
+                full(keys), leave(keys);
+                values_of(key), leave(values);
+            }
+        } else if (begin < end) {
+            math.start_scores(full(keys), scores);
+            math.wait_for_scores(scores, false);
+            leave(keys);
+            weigh(begin);
+            pack_weights(scores, weights);
+            u32 key = begin + kTileKeys;
+            for (; key < end; key += kTileKeys) {
+                math.start_scores(full(keys), scores);
+                math.start_values(values_of(key - kTileKeys), weights);
+                math.wait_for_scores(scores, true);
+                leave(keys);
+                weigh(key);
+                math.wait_for_values();
+                leave(values);
+                pack_weights(scores, weights);
+            }
+            math.start_values(values_of(key - kTileKeys), weights);
+            math.wait_for_values();
+            leave(values);
+        }
+
+        launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
+        RowStates states;
+        softmax.finish(math, partners, states);
+        RowResults results(p, block.segment, math.output(), states, warp, lane);
+        if constexpr (kHasSplitSize) {
+            hand_on_split(p, block.share, block.segment, results, folded, block.fold);
+        } else {
+            hand_on(p, block.share, block.segment, results, block.fold);
+        }
+        worker_barrier();  // all have read the queries and the segment, which now change
+    }
+}

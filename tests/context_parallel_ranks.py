@@ -1,0 +1,293 @@
+"""What one rank of test_context_parallel.py does: ``mpiexec -n 3 python context_parallel_ranks.py SCENARIO``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import reference
+from cases import DTYPES, Case
+from inputs import make_inputs
+from mpi4py import MPI
+from problems import UNIT_ROUNDOFF
+
+import cuflash
+
+WORLD = MPI.COMM_WORLD
+RANK, SIZE = WORLD.rank, WORLD.size
+LAST = SIZE - 1
+TIMEOUT = 2.0  # of ranks that wait for one that is missing
+PATIENT = 60.0  # of others: a busy machine may let a rank stand still for a while
+HEADS = (12, 2)  # shares for 1, 2, 3 and 4 ranks
+
+CASES = [
+    Case(seqlens=(77, 0, 1, 130), sinks=True, softcap=3.0),
+    Case(seqlens=(70, 3, 64), seqlens_q=3, causal=True, new=3, rotary="half", dtype="bfloat16"),
+    Case(seqlens=(66, 0, 17), seqlens_q=2, window=(19, 1), page_size=16, new=(1, 0, 5), layout="HND"),
+    Case(seqlens=(40, 90), seqlens_q=(1, 5), unowned=(1, 2), chunk=17, sinks=True, merge=True),
+    Case(seqlens=(33, 9, 20), seqlens_q=4, tree="words", page_size=3, csr=True, dtype="float16", merge=True),
+    Case(seqlens=(50, 5), seqlens_q=(2, 3), causal=True, window=(16, 0), headdim=(96, 64), mla="joint", heads=(12, 1)),
+    Case(seqlens=(50, 5), seqlens_q=2, causal=True, headdim=(64, 256), mla="qv", heads=(12, 1), batch_idx=True),
+    Case(seqlens=(0, 0), seqlens_q=1),
+]
+
+
+# ------------------------------------------------------------------------------------------------ results
+def whole_inputs(case: Case) -> dict[str, Any]:
+    """Return the arguments of one call that has all keys."""
+    options = {name: getattr(case, name) for name in case.__dataclass_fields__} | {"seed": 1}
+    if case.heads == Case().heads:
+        options["heads"] = HEADS
+    inputs = make_inputs(Case(**options))
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def own_inputs(case: Case, interleave: int) -> dict[str, Any]:
+    """Return what this rank has of them: a cache of its own, in which its keys lie in order; the rest of it is NaN."""
+    whole = whole_inputs(case)
+    call = reference.Call(**{name: x for name, x in whole.items() if name not in reference.NOT_PART_OF_IT})
+    sequences = reference.sequences_of(call)
+    slots = reference.Slots(call.k_cache, call.layout, call.cache_batch_idx, call.page_table)
+    page_size, num_heads = case.page_size or 1, call.k_cache.shape[2 if case.layout == "NHD" else 1]
+
+    def here(position: int) -> bool:
+        return position // interleave % SIZE == RANK
+
+    longest = max((sum(map(here, range(s.seqlen + len(s.new_rows)))) for s in sequences), default=0)
+    capacity = -(-(longest + 1) // page_size) * page_size
+    own: dict[str, Any] = {}
+    for name in ("k_cache",) if case.mla == "joint" else ("k_cache", "v_cache"):
+        cache = np.full((len(sequences), capacity, num_heads, whole[name].shape[-1]), np.nan, whole[name].dtype)
+        for sequence in sequences:
+            held = filter(here, range(sequence.seqlen))
+            for n, position in enumerate(held):
+                cache[sequence.b, n] = whole[name][slots.find(sequence.b, position)]
+        if case.page_size:
+            cache = cache.reshape(-1, page_size, *cache.shape[2:])
+        own[name] = cache if case.layout == "NHD" else np.ascontiguousarray(cache.swapaxes(1, 2))
+    if case.mla == "joint":
+        own["v_cache"] = own["k_cache"][..., : case.headdim[1]]
+    if case.page_size:
+        table = np.arange(len(sequences) * (capacity // page_size), dtype=np.int32)
+        own["page_table"] = table.reshape(len(sequences), -1)
+    return {name: x for name, x in whole.items() if name not in ("page_table", "cache_batch_idx")} | own
+
+
+def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any], **options: Any) -> Any:
+    q, lengths = inputs["q"], inputs["cache_seqlens"]
+    given = {name: inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k_new") if name in inputs}
+    return group.plan(
+        len(lengths), inputs.get("max_seqlen_q", q.shape[1]), 200, q.shape[-2], case.heads[1], case.headdim[0], lengths,
+        qkv_dtype=case.dtype, headdim_v=case.headdim[1], page_size=case.page_size, causal=case.causal,
+        window_size=case.window, attention_chunk=case.chunk, has_softcap=case.softcap > 0,
+        max_seqlen_k_new=max(case.appended, default=0), **given, **options,
+    )  # fmt: skip
+
+
+def gathered(out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of all ranks side by side."""
+    outs, lses = zip(*WORLD.allgather((out, lse)), strict=True)
+    return np.concatenate(outs, -2), np.concatenate(lses, -2)
+
+
+def check(case: Case, found: tuple[np.ndarray, np.ndarray], answer: reference.Answer, what: str) -> None:
+    """Compare with the definition: each part may be rounded once, and their sum once more."""
+    out, lse = found
+    u = UNIT_ROUNDOFF[case.dtype]
+    with np.errstate(invalid="ignore"):
+        error = np.abs(out.astype(np.float64) - answer.out)
+    assert out.shape == answer.out.shape and out.dtype == DTYPES[case.dtype], what
+    assert (error <= (3 * u + 1e-5) * answer.magnitude).all(), f"{what}: {error.max()}"
+    np.testing.assert_allclose(lse, answer.lse, rtol=1e-6, atol=1e-2 if case.rotary or case.softcap else 2e-5)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def results() -> None:
+    """Every mask, several queries, append, empty ranks, ragged batches; shares of the heads and all of them."""
+    shares = {i: cuflash.ContextParallel(WORLD, interleave=i, timeout=PATIENT) for i in (1, 16, 64)}
+    everything = cuflash.ContextParallel(WORLD, interleave=16, heads="all", queries="share", timeout=PATIENT)
+    for number, case in enumerate(CASES):
+        answer = WORLD.bcast(
+            reference.attention(**whole_inputs(case)) if number % SIZE == RANK else None, number % SIZE
+        )
+        for interleave, group in shares.items():
+            what = f"{case}, interleave {interleave}"
+            inputs = own_inputs(case, interleave)
+            plan = make_plan(group, case, inputs) if number % 2 else None
+            first = group.attend(**inputs, scheduler_metadata=plan, return_softmax_lse=True)
+            check(case, gathered(*first), answer, what)
+            inputs = own_inputs(case, interleave)
+            out, lse = np.empty_like(first[0]), np.empty_like(first[1])
+            again = group.attend(**inputs, out=out, softmax_lse=lse, return_softmax_lse=True)
+            assert again[0] is out and again[1] is lse and same(first, again), what
+            if interleave == 16:
+                inputs = own_inputs(case, interleave)
+                share = inputs["q"].shape[-2] // SIZE
+                mine = slice(RANK * share, (RANK + 1) * share)
+                inputs |= {name: inputs[name][..., mine, :] for name in ("q", "qv") if name in inputs}
+                assert same(everything.attend(**inputs, return_softmax_lse=True), gathered(*first)), what
+        if not number:
+            nothing = {
+                name: x[:0] for name, x in inputs.items() if name in ("q", "k_cache", "v_cache", "cache_seqlens")
+            }
+            assert group.attend(**nothing).shape == (0, 1, HEADS[0] // SIZE, 64)
+    split_size(shares[16])
+    lossy_wire()
+    other_arguments(shares[1])
+    for group in (*shares.values(), everything):
+        group.close()
+    with contextlib.suppress(cuflash.ContextParallelError):
+        everything.attend(**inputs)
+        raise AssertionError("a closed group must refuse calls")
+
+
+def split_size(group: cuflash.ContextParallel) -> None:
+    """A sequence's bits are the same alone and beside others."""
+    case = Case(seqlens=(300, 40, 190), heads=HEADS)
+    inputs = own_inputs(case, 16)
+    out, lse = group.attend(**inputs, split_size=64, return_softmax_lse=True)
+    for b in range(3):
+        alone = {name: inputs[name][b : b + 1] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}
+        alone_out, alone_lse = group.attend(**alone, split_size=64, return_softmax_lse=True)
+        assert same((alone_out[0], alone_lse[0]), (out[b], lse[b]))
+
+
+def lossy_wire() -> None:
+    """float32 queries may send their outputs in 16 bits; the LSE stays float32."""
+    case = Case(heads=HEADS)
+    group = cuflash.ContextParallel(WORLD, wire_dtype="float16", timeout=PATIENT)
+    answer = reference.attention(**whole_inputs(case))
+    out, lse = gathered(*group.attend(**own_inputs(case, 1), return_softmax_lse=True))
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(lse, answer.lse, rtol=1e-6, atol=2e-5)
+    assert (np.abs(out - answer.out) <= 2.0**-10 * answer.magnitude + 1e-6).all()
+    group.close()
+
+
+def other_arguments(group: cuflash.ContextParallel) -> None:
+    """What is refused before anybody is asked."""
+    for error, options in [(TypeError, {"cp_rank": 0}), (TypeError, {"no_such": 1})]:
+        with contextlib.suppress(error):
+            group.attend(**own_inputs(CASES[0], 1), **options)
+            raise AssertionError(options)
+    for options in ({"queries": "mine"}, {"heads": "none"}, {"timeout": 0}, {"interleave": 0}, {"wire_dtype": "int8"}):
+        with contextlib.suppress(ValueError):
+            cuflash.ContextParallel(WORLD, **options)  # type: ignore[arg-type]
+            raise AssertionError(options)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+@contextlib.contextmanager
+def fault(*texts: str) -> Iterator[None]:
+    """Expect the error of a group, with these words."""
+    try:
+        yield
+    except cuflash.ContextParallelError as error:
+        for text in texts:
+            assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"no error: {texts}")
+
+
+def make_group(**options: Any) -> cuflash.ContextParallel:
+    return cuflash.ContextParallel(WORLD, timeout=PATIENT, **options)
+
+
+def disagreements() -> None:
+    """Another problem, another version, other lengths: every rank hears who has what, and the group is over."""
+    q, cache = np.ones((2, 1, HEADS[0], 64), np.float32), np.ones((2, 40, HEADS[1], 64), np.float32)
+    lengths = np.array([70, 9], np.int32)
+    one = RANK == LAST
+
+    def plan(group: cuflash.ContextParallel, **options: Any) -> Any:
+        arguments = {"headdim": 64, "cache_seqlens": lengths} | options
+        return group.plan(2, 1, 80, *HEADS, qkv_dtype="float32", **arguments)
+
+    def attend(group: cuflash.ContextParallel, **options: Any) -> Any:
+        return group.attend(**{"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": lengths} | options)
+
+    ranks = f"rank {LAST} has"
+    for function, options, field in [
+        (plan, {"headdim": 96}, "headdim"),
+        (plan, {"causal": True, "attention_chunk": 5}, "attention_chunk"),
+        (plan, {"cache_seqlens": np.array([70, 8])}, "cache_seqlens"),
+        (attend, {"cache_seqlens": 70}, "cache_seqlens"),
+        (attend, {"softcap": 2.0}, "has_softcap"),
+        (attend, {"softmax_scale": 0.5}, "softmax_scale"),
+        (attend, {"q": q[:, :, :4]}, "num_heads_q")
+        if 4 % SIZE == 0
+        else (attend, {"window_size": (3, 0)}, "window_size"),
+        (attend, {"sinks": q[0, 0, :, 0]}, "sinks"),
+    ]:
+        group = make_group()
+        with fault("must agree about", field, ranks):
+            function(group, **(options if one else {}))
+        with fault("refuses calls", field):
+            attend(group)
+    group = make_group()
+    with fault("must agree about call", '"plan"', '"attend"'):
+        (plan if one else attend)(group)
+    version, cuflash.__version__ = cuflash.__version__, "0.0.1" if one else cuflash.__version__
+    with fault("version", ranks, '"0.0.1"'):
+        make_group()
+    cuflash.__version__ = version
+    with fault("interleave", ranks):
+        make_group(interleave=2 if one else 1)
+    # One rank's arguments are wrong: it has its own error, the others hear of it.
+    group = make_group()
+    try:
+        attend(group, softcap=-1.0) if one else attend(group)
+    except ValueError as error:
+        assert one and "softcap" in str(error)
+    except cuflash.ContextParallelError as error:
+        assert not one and f"rank {LAST} has failed: ValueError: softcap" in str(error)
+    with fault("refuses calls"):
+        attend(group)
+    # A rank fails outside of the library.
+    try:
+        with make_group() as group:
+            plan(group)
+            if one:
+                raise KeyError("mine")
+            attend(group)
+    except KeyError:
+        assert one
+    except cuflash.ContextParallelError as error:
+        assert not one and f"rank {LAST} has failed: KeyError: 'mine'" in str(error)
+    print("done", flush=True)
+
+
+def one_is_missing(what: str) -> None:
+    """The last rank does something else than to call; all others hear its name in time."""
+    WORLD.Barrier()  # they may have started one after the other
+    group = cuflash.ContextParallel(WORLD, timeout=TIMEOUT)
+    q, cache = np.ones((1, 1, 12, 64), np.float32), np.ones((1, 40, 1, 64), np.float32)
+    group.attend(q, cache, cache, cache_seqlens=40)
+    if RANK == LAST:
+        if what == "raises":
+            raise RuntimeError("outside of the group")
+        if what == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    begin = time.monotonic()
+    try:
+        group.attend(q, cache, cache, cache_seqlens=40)
+    except cuflash.ContextParallelError as error:
+        print(f"{time.monotonic() - begin:.1f} s: {error}\n", end="", flush=True)
+        raise
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("results", "disagreements"):
+        globals()[sys.argv[1]]()
+    else:
+        one_is_missing(sys.argv[1])
