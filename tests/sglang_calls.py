@@ -362,3 +362,36 @@ class GraphBuffers:
             seen = [self.server.table[r, f : self.server.lengths[r]] for r, f in zip(self.requests, first, strict=True)]
             self.server.check(self.q[layer], self.out[layer], seen, only=slice(number))
             assert not bool(self.server.torch.isnan(self.out[layer]).any()), "padding gave NaN"
+
+
+def latent_attention(torch: Any, device: str, dtype: str, only_qv: bool, planned: bool) -> None:
+    """MLA: keys and values are views of one latent row, its last 64 columns carry the positions, or are not there."""
+    rng = np.random.default_rng(0)
+    batch, heads, lengths = 3, 16, np.array([40, 3, 17], np.int32)
+
+    def normal(*shape: int) -> Any:
+        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device, getattr(torch, dtype))
+
+    row, q, qv = normal(12, 16, 1, 576), normal(batch, heads, 64), normal(batch, heads, 512)
+    latent, rope = row[..., :512], row[..., 512:]
+    table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
+    seqlens, starts = (torch.from_numpy(x).to(device) for x in (lengths, np.arange(batch + 1, dtype=np.int32)))
+    metadata = None
+    if planned:
+        metadata = get_scheduler_metadata(
+            batch, 1, 48, heads, 1, 512 if only_qv else 64, seqlens, qkv_dtype=row.dtype, headdim_v=512,
+            cu_seqlens_q=starts, page_size=16, causal=True,
+        )  # fmt: skip
+    out, lse, *_ = flash_attn_with_kvcache(
+        q=None if only_qv else q, k_cache=None if only_qv else rope, v_cache=latent, qv=qv, only_qv=only_qv,
+        page_table=torch.from_numpy(table).to(device), cache_seqlens=seqlens, cu_seqlens_q=starts, max_seqlen_q=1,
+        softmax_scale=0.05, causal=True, scheduler_metadata=metadata, return_softmax_lse=True,
+    )  # fmt: skip
+    k_cache, v_cache = to_numpy(rope).copy(), to_numpy(latent).copy()
+    answer = reference.attention(
+        to_numpy(q * 0 if only_qv else q)[:, None], k_cache, v_cache, qv=to_numpy(qv)[:, None], page_table=table,
+        cache_seqlens=lengths, softmax_scale=0.05,
+    )  # fmt: skip
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(to_numpy(out).astype(np.float64), answer.out[:, 0], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(to_numpy(lse).T, answer.lse[:, :, 0], atol=1e-3)

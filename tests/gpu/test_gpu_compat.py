@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HAS_GPU
-from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server
+from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
 
 from cuflash.compat import scheduler_metadata_size, sgl_kernel
 from cuflash.compat.sgl_kernel import flash_attn
@@ -91,6 +91,12 @@ def test_graphs_of_two_batch_sizes(warm: str) -> None:
         buffers.fill(requests)
         graph.replay()
         buffers.check()
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
+@pytest.mark.parametrize("only_qv", [False, True])
+def test_mla(only_qv: bool, planned: bool) -> None:
+    latent_attention(torch, "cuda", "bfloat16", only_qv, planned)
 
 
 def test_runs_on_torchs_stream() -> None:
