@@ -232,6 +232,11 @@ def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _import_itself
+    if _is_traced(x):
+        raise TypeError(
+            f"{name} is traced by JAX (jit, vmap or grad) and has no memory to read: call cuflash outside of these, "
+            f"or by jax.pure_callback"
+        )
     if not hasattr(type(x), "__dlpack__") or not hasattr(type(x), "__dlpack_device__"):
         raise TypeError(f"{name} must be an array (NumPy, CuPy or any with __dlpack__), got {type(x).__name__}")
     return _import_dlpack
@@ -288,6 +293,11 @@ def _exporter(like: Any) -> Callable[[NativeArray], Any]:
 
 def _is_immutable(x: Any) -> bool:
     return any(isinstance(x, getattr(sys.modules.get(module), name, ())) for module, name in _IMMUTABLE)
+
+
+def _is_traced(x: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, getattr(getattr(jax, "core", None), "Tracer", ()))
 
 
 def _is_at_home(kind: type) -> bool:

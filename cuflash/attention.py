@@ -297,6 +297,7 @@ class _Call:
         caches = ("k_cache", "v_cache")
         written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
         written += [("out", caches)] if arrays["out"] is not None else []
+        self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
         self._apart = [
             (name, *_extent(arrays[name]), other, *_extent(arrays[other]))
             for name, others in written
@@ -305,7 +306,9 @@ class _Call:
         ]
 
     def fits(self, arrays: dict[str, Any]) -> bool:
-        """Whether these arrays share no memory where they must not: what no key can say."""
+        """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
+        if (arrays["k_cache"].data.ptr == arrays["v_cache"].data.ptr) != self._together:
+            return False
         for name, begin, end, other, other_begin, other_end in self._apart:
             place, other_place = arrays[name].data.ptr, arrays[other].data.ptr
             if place + begin < other_place + other_end and other_place + other_begin < place + end:

@@ -84,6 +84,16 @@ class Problem:
         return self.kv_dtype in QUANTISED_DTYPES
 
     @property
+    def is_joint(self) -> bool:
+        """Whether values must be the first columns of the keys' own rows: what makes such long keys legal."""
+        return self.headdim > MAX_HEADDIM
+
+    @property
+    def takes_qv(self) -> bool:
+        """Whether a call may bring ``qv``, what of a query meets the values; a plan does not say whether one does."""
+        return self.headdim <= 64 and self.headdim_v >= 256
+
+    @property
     def out_dtype(self) -> str:
         """Element type of the output, of new keys and values, and of rotary tables."""
         return "bfloat16" if self.qkv_dtype in QUANTISED_DTYPES else self.qkv_dtype

@@ -52,12 +52,13 @@ struct Row {
         const Bits* cosines = static_cast<const Bits*>(p.rotary_cos) + static_cast<long long>(position) * half;
         const Bits* sines = static_cast<const Bits*>(p.rotary_sin) + static_cast<long long>(position) * half;
         for (int pair = threadIdx.x % 32; pair < dim / 2; pair += 32) {
-            const bool adjacent = p.rotary_interleaved || pair >= half;
-            const int first = adjacent ? 2 * pair : pair, second = adjacent ? 2 * pair + 1 : pair + half;
+            const int angle = pair - p.rotary_first / 2;
+            const bool turns = angle >= 0 && angle < half, adjacent = p.rotary_interleaved || !turns;
+            const int first = adjacent ? 2 * pair : p.rotary_first + angle, second = adjacent ? first + 1 : first + half;
             typename To::Bits a, b;
-            if (pair < half) {
+            if (turns) {
                 const float x = From::to_float(from[first]), y = From::to_float(from[second]);
-                const float c = Element::to_float(cosines[pair]), s = Element::to_float(sines[pair]);
+                const float c = Element::to_float(cosines[angle]), s = Element::to_float(sines[angle]);
                 a = To::from_float(subtract(multiply(x, c), multiply(y, s)));
                 b = To::from_float(add(multiply(x, s), multiply(y, c)));
             } else {
@@ -160,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_co
     const long long key_rows = static_cast<long long>(p.new_tokens) * p.num_heads_kv;
     const bool is_value = row >= key_rows;
     if (is_value) row -= key_rows;
-    if (row >= key_rows) return;
+    if (row >= key_rows || (is_value && !p.v)) return;
 
     const int token = row / p.num_heads_kv, head = row - static_cast<long long>(token) * p.num_heads_kv;
     const Token at(token, p.lengths.cu_seqlens_k_new, p.lengths.seqlen_k_new, p.batch_size);

@@ -23,6 +23,7 @@
 #include "segment.cuh"
 #include "stream.cuh"
 using Math = RowsMath<Element>;
+static_assert(kStages >= 2, "a half-stage comes while one is read");
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
 struct BlockState {

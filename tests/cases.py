@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 FEATURES: frozenset[str] = frozenset({
-    "rotary chunk", "unowned rows", "kv_dtype", "fp8 queries", "tree_mask", "csr", "negative pages", "merge_with", "cp"
+    "rotary chunk", "unowned rows", "kv_dtype", "fp8 queries", "qv", "joint", "tree_mask", "csr", "negative pages",
+    "merge_with", "cp",
 })  # fmt: skip
 """Which of the newer features the library has: random cases use no others. All are in ALL_FEATURES."""
 

@@ -1,4 +1,7 @@
-"""What one rank of test_context_parallel.py does: ``mpiexec -n 3 python context_parallel_ranks.py SCENARIO``."""
+"""What one rank of test_context_parallel.py does: ``mpiexec -n 3 python context_parallel_ranks.py SCENARIO [nccl]``.
+
+With ``nccl`` each rank has a GPU of its own, and arrays travel over NCCL (not run yet).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from typing import Any
 import numpy as np
 import reference
 from cases import DTYPES, Case
-from inputs import make_inputs
+from inputs import as_uint8, make_inputs
 from mpi4py import MPI
-from problems import UNIT_ROUNDOFF
+from problems import UNIT_ROUNDOFF, Backend, transfer
 
 import cuflash
 
@@ -25,6 +28,19 @@ LAST = SIZE - 1
 TIMEOUT = 2.0  # of ranks that wait for one that is missing
 PATIENT = 60.0  # of others: a busy machine may let a rank stand still for a while
 HEADS = (12, 2)  # shares for 1, 2, 3 and 4 ranks
+ON_GPUS = "nccl" in sys.argv[2:]
+
+if ON_GPUS:
+    import cupy
+    import nccl.core
+
+    cupy.cuda.Device(RANK).use()
+    UNIQUE_ID = WORLD.bcast(nccl.core.get_unique_id() if RANK == 0 else None)
+    COMM = nccl.core.Communicator.init(nranks=SIZE, rank=RANK, unique_id=UNIQUE_ID)
+    BACKEND = Backend("cuda", cupy.asarray, cupy.asnumpy)
+else:
+    COMM = WORLD
+    BACKEND = Backend("numpy", lambda array: array, np.asarray)
 
 CASES = [
     Case(seqlens=(77, 0, 1, 130), sinks=True, softcap=3.0),
@@ -34,6 +50,17 @@ CASES = [
     Case(seqlens=(33, 9, 20), seqlens_q=4, tree="words", page_size=3, csr=True, dtype="float16", merge=True),
     Case(seqlens=(50, 5), seqlens_q=(2, 3), causal=True, window=(16, 0), headdim=(96, 64), mla="joint", heads=(12, 1)),
     Case(seqlens=(50, 5), seqlens_q=2, causal=True, headdim=(64, 256), mla="qv", heads=(12, 1), batch_idx=True),
+    Case(
+        seqlens=(60, 9, 33),
+        seqlens_q=2,
+        causal=True,
+        new=2,
+        dtype="float8_e4m3fn",
+        kv_dtype="float8_e4m3fn",
+        scales=("heads", "keys", "one"),
+        page_size=16,
+    ),
+    Case(seqlens=(20, 77), new=1, dtype="float16", kv_dtype="int8", scales=("none", "heads", "keys"), layout="HND"),
     Case(seqlens=(0, 0), seqlens_q=1),
 ]
 
@@ -62,8 +89,12 @@ def own_inputs(case: Case, interleave: int) -> dict[str, Any]:
     longest = max((sum(map(here, range(s.seqlen + len(s.new_rows)))) for s in sequences), default=0)
     capacity = -(-(longest + 1) // page_size) * page_size
     own: dict[str, Any] = {}
-    for name in ("k_cache",) if case.mla == "joint" else ("k_cache", "v_cache"):
-        cache = np.full((len(sequences), capacity, num_heads, whole[name].shape[-1]), np.nan, whole[name].dtype)
+    names = ["k_cache"] if case.mla == "joint" else ["k_cache", "v_cache"]
+    names += [name for name in ("k_descale", "v_descale") if np.ndim(whole.get(name)) == 3]
+    for name in names:
+        garbage = 99 if whole[name].dtype == np.int8 else np.nan
+        shape = (len(sequences), capacity, num_heads, *whole[name].shape[3:])
+        cache = np.full(shape, garbage, whole[name].dtype)
         for sequence in sequences:
             held = filter(here, range(sequence.seqlen))
             for n, position in enumerate(held):
@@ -79,15 +110,33 @@ def own_inputs(case: Case, interleave: int) -> dict[str, Any]:
     return {name: x for name, x in whole.items() if name not in ("page_table", "cache_batch_idx")} | own
 
 
-def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any], **options: Any) -> Any:
+def make_group(**options: Any) -> cuflash.ContextParallel:
+    return cuflash.ContextParallel(COMM, control=WORLD if ON_GPUS else None, timeout=PATIENT, **options)
+
+
+def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any]) -> Any:
     q, lengths = inputs["q"], inputs["cache_seqlens"]
-    given = {name: inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k_new") if name in inputs}
+    names = ("cu_seqlens_q", "cu_seqlens_k_new")
+    given = {name: BACKEND.to_native(inputs[name]) for name in names if name in inputs}
     return group.plan(
-        len(lengths), inputs.get("max_seqlen_q", q.shape[1]), 200, q.shape[-2], case.heads[1], case.headdim[0], lengths,
-        qkv_dtype=case.dtype, headdim_v=case.headdim[1], page_size=case.page_size, causal=case.causal,
-        window_size=case.window, attention_chunk=case.chunk, has_softcap=case.softcap > 0,
-        max_seqlen_k_new=max(case.appended, default=0), **given, **options,
+        len(lengths), inputs.get("max_seqlen_q", q.shape[1]), 200, q.shape[-2], case.heads[1], case.headdim[0],
+        BACKEND.to_native(lengths), qkv_dtype=case.dtype, kv_dtype=case.kv_dtype, headdim_v=case.headdim[1],
+        page_size=case.page_size, causal=case.causal, window_size=case.window, attention_chunk=case.chunk,
+        has_softcap=case.softcap > 0, max_seqlen_k_new=max(case.appended, default=0), **given,
     )  # fmt: skip
+
+
+def attend(
+    group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any], **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Call with arrays of the backend; return out and lse in host memory."""
+    given = transfer(as_uint8(inputs, case.kv_dtype) if ON_GPUS and case.kv_dtype else inputs, BACKEND)
+    results = group.attend(**given, **options, return_softmax_lse=True)
+    group.wait()
+    for name, result in zip(("out", "softmax_lse"), results, strict=True):
+        assert name not in options or options[name] is result
+    out, lse = map(BACKEND.to_numpy, results)
+    return out, lse
 
 
 def gathered(out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +148,10 @@ def gathered(out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check(case: Case, found: tuple[np.ndarray, np.ndarray], answer: reference.Answer, what: str) -> None:
     """Compare with the definition: each part may be rounded once, and their sum once more."""
     out, lse = found
-    u = UNIT_ROUNDOFF[case.dtype]
+    u = UNIT_ROUNDOFF[case.out_dtype]
     with np.errstate(invalid="ignore"):
         error = np.abs(out.astype(np.float64) - answer.out)
-    assert out.shape == answer.out.shape and out.dtype == DTYPES[case.dtype], what
+    assert out.shape == answer.out.shape and out.dtype == DTYPES[case.out_dtype], what
     assert (error <= (3 * u + 1e-5) * answer.magnitude).all(), f"{what}: {error.max()}"
     np.testing.assert_allclose(lse, answer.lse, rtol=1e-6, atol=1e-2 if case.rotary or case.softcap else 2e-5)
 
@@ -113,8 +162,8 @@ def same(a: Any, b: Any) -> bool:
 
 def results() -> None:
     """Every mask, several queries, append, empty ranks, ragged batches; shares of the heads and all of them."""
-    shares = {i: cuflash.ContextParallel(WORLD, interleave=i, timeout=PATIENT) for i in (1, 16, 64)}
-    everything = cuflash.ContextParallel(WORLD, interleave=16, heads="all", queries="share", timeout=PATIENT)
+    shares = {i: make_group(interleave=i) for i in (1, 16, 64)}
+    everything = make_group(interleave=16, heads="all", queries="share")
     for number, case in enumerate(CASES):
         answer = WORLD.bcast(
             reference.attention(**whole_inputs(case)) if number % SIZE == RANK else None, number % SIZE
@@ -123,30 +172,29 @@ def results() -> None:
             what = f"{case}, interleave {interleave}"
             inputs = own_inputs(case, interleave)
             plan = make_plan(group, case, inputs) if number % 2 else None
-            first = group.attend(**inputs, scheduler_metadata=plan, return_softmax_lse=True)
+            first = attend(group, case, inputs, scheduler_metadata=plan)
             check(case, gathered(*first), answer, what)
-            inputs = own_inputs(case, interleave)
-            out, lse = np.empty_like(first[0]), np.empty_like(first[1])
-            again = group.attend(**inputs, out=out, softmax_lse=lse, return_softmax_lse=True)
-            assert again[0] is out and again[1] is lse and same(first, again), what
+            out, lse = (BACKEND.to_native(np.zeros_like(x)) for x in first)
+            again = attend(group, case, own_inputs(case, interleave), out=out, softmax_lse=lse)
+            assert same(first, again), what
             if interleave == 16:
                 inputs = own_inputs(case, interleave)
                 share = inputs["q"].shape[-2] // SIZE
                 mine = slice(RANK * share, (RANK + 1) * share)
                 inputs |= {name: inputs[name][..., mine, :] for name in ("q", "qv") if name in inputs}
-                assert same(everything.attend(**inputs, return_softmax_lse=True), gathered(*first)), what
+                assert same(attend(everything, case, inputs), gathered(*first)), what
         if not number:
             nothing = {
                 name: x[:0] for name, x in inputs.items() if name in ("q", "k_cache", "v_cache", "cache_seqlens")
             }
-            assert group.attend(**nothing).shape == (0, 1, HEADS[0] // SIZE, 64)
+            assert attend(group, case, nothing)[0].shape == (0, 1, HEADS[0] // SIZE, 64)
     split_size(shares[16])
     lossy_wire()
     other_arguments(shares[1])
     for group in (*shares.values(), everything):
         group.close()
     with contextlib.suppress(cuflash.ContextParallelError):
-        everything.attend(**inputs)
+        attend(everything, case, inputs)
         raise AssertionError("a closed group must refuse calls")
 
 
@@ -154,19 +202,19 @@ def split_size(group: cuflash.ContextParallel) -> None:
     """A sequence's bits are the same alone and beside others."""
     case = Case(seqlens=(300, 40, 190), heads=HEADS)
     inputs = own_inputs(case, 16)
-    out, lse = group.attend(**inputs, split_size=64, return_softmax_lse=True)
+    out, lse = attend(group, case, inputs, split_size=64)
     for b in range(3):
         alone = {name: inputs[name][b : b + 1] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}
-        alone_out, alone_lse = group.attend(**alone, split_size=64, return_softmax_lse=True)
+        alone_out, alone_lse = attend(group, case, alone, split_size=64)
         assert same((alone_out[0], alone_lse[0]), (out[b], lse[b]))
 
 
 def lossy_wire() -> None:
     """float32 queries may send their outputs in 16 bits; the LSE stays float32."""
     case = Case(heads=HEADS)
-    group = cuflash.ContextParallel(WORLD, wire_dtype="float16", timeout=PATIENT)
+    group = make_group(wire_dtype="float16")
     answer = reference.attention(**whole_inputs(case))
-    out, lse = gathered(*group.attend(**own_inputs(case, 1), return_softmax_lse=True))
+    out, lse = gathered(*attend(group, case, own_inputs(case, 1)))
     assert out.dtype == np.float32
     np.testing.assert_allclose(lse, answer.lse, rtol=1e-6, atol=2e-5)
     assert (np.abs(out - answer.out) <= 2.0**-10 * answer.magnitude + 1e-6).all()
@@ -177,11 +225,11 @@ def other_arguments(group: cuflash.ContextParallel) -> None:
     """What is refused before anybody is asked."""
     for error, options in [(TypeError, {"cp_rank": 0}), (TypeError, {"no_such": 1})]:
         with contextlib.suppress(error):
-            group.attend(**own_inputs(CASES[0], 1), **options)
+            attend(group, CASES[0], own_inputs(CASES[0], 1), **options)
             raise AssertionError(options)
-    for options in ({"queries": "mine"}, {"heads": "none"}, {"timeout": 0}, {"interleave": 0}, {"wire_dtype": "int8"}):
+    for options in ({"queries": "mine"}, {"heads": "none"}, {"interleave": 0}, {"wire_dtype": "int8"}):
         with contextlib.suppress(ValueError):
-            cuflash.ContextParallel(WORLD, **options)  # type: ignore[arg-type]
+            make_group(**options)
             raise AssertionError(options)
 
 
@@ -198,10 +246,6 @@ def fault(*texts: str) -> Iterator[None]:
         raise AssertionError(f"no error: {texts}")
 
 
-def make_group(**options: Any) -> cuflash.ContextParallel:
-    return cuflash.ContextParallel(WORLD, timeout=PATIENT, **options)
-
-
 def disagreements() -> None:
     """Another problem, another version, other lengths: every rank hears who has what, and the group is over."""
     q, cache = np.ones((2, 1, HEADS[0], 64), np.float32), np.ones((2, 40, HEADS[1], 64), np.float32)
@@ -212,7 +256,7 @@ def disagreements() -> None:
         arguments = {"headdim": 64, "cache_seqlens": lengths} | options
         return group.plan(2, 1, 80, *HEADS, qkv_dtype="float32", **arguments)
 
-    def attend(group: cuflash.ContextParallel, **options: Any) -> Any:
+    def call(group: cuflash.ContextParallel, **options: Any) -> Any:
         return group.attend(**{"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": lengths} | options)
 
     ranks = f"rank {LAST} has"
@@ -220,22 +264,20 @@ def disagreements() -> None:
         (plan, {"headdim": 96}, "headdim"),
         (plan, {"causal": True, "attention_chunk": 5}, "attention_chunk"),
         (plan, {"cache_seqlens": np.array([70, 8])}, "cache_seqlens"),
-        (attend, {"cache_seqlens": 70}, "cache_seqlens"),
-        (attend, {"softcap": 2.0}, "has_softcap"),
-        (attend, {"softmax_scale": 0.5}, "softmax_scale"),
-        (attend, {"q": q[:, :, :4]}, "num_heads_q")
-        if 4 % SIZE == 0
-        else (attend, {"window_size": (3, 0)}, "window_size"),
-        (attend, {"sinks": q[0, 0, :, 0]}, "sinks"),
+        (call, {"cache_seqlens": 70}, "cache_seqlens"),
+        (call, {"softcap": 2.0}, "has_softcap"),
+        (call, {"softmax_scale": 0.5}, "softmax_scale"),
+        (call, {"q": q[:, :, :4]}, "num_heads_q") if 4 % SIZE == 0 else (call, {"window_size": (3, 0)}, "window_size"),
+        (call, {"sinks": q[0, 0, :, 0]}, "sinks"),
     ]:
         group = make_group()
         with fault("must agree about", field, ranks):
             function(group, **(options if one else {}))
         with fault("refuses calls", field):
-            attend(group)
+            call(group)
     group = make_group()
     with fault("must agree about call", '"plan"', '"attend"'):
-        (plan if one else attend)(group)
+        (plan if one else call)(group)
     version, cuflash.__version__ = cuflash.__version__, "0.0.1" if one else cuflash.__version__
     with fault("version", ranks, '"0.0.1"'):
         make_group()
@@ -245,20 +287,20 @@ def disagreements() -> None:
     # One rank's arguments are wrong: it has its own error, the others hear of it.
     group = make_group()
     try:
-        attend(group, softcap=-1.0) if one else attend(group)
+        call(group, softcap=-1.0) if one else call(group)
     except ValueError as error:
         assert one and "softcap" in str(error)
     except cuflash.ContextParallelError as error:
         assert not one and f"rank {LAST} has failed: ValueError: softcap" in str(error)
     with fault("refuses calls"):
-        attend(group)
+        call(group)
     # A rank fails outside of the library.
     try:
         with make_group() as group:
             plan(group)
             if one:
                 raise KeyError("mine")
-            attend(group)
+            call(group)
     except KeyError:
         assert one
     except cuflash.ContextParallelError as error:
@@ -286,8 +328,41 @@ def one_is_missing(what: str) -> None:
         raise
 
 
+def graph() -> None:
+    """A step of several layers in one CUDA graph, collectives included; for ``nccl`` alone."""
+    case = Case(seqlens=(300, 40, 190), heads=HEADS, dtype="float16", page_size=16)
+    group = make_group(interleave=16)
+    inputs = own_inputs(case, 16)
+    answer = reference.attention(**whole_inputs(case))
+    given, plan = transfer(inputs, BACKEND), make_plan(group, case, inputs)
+    outs = [cupy.empty((3, 1, HEADS[0] // SIZE, 64), np.float16) for _ in range(32)]
+
+    def step() -> None:
+        for out in outs:
+            group.attend(**given, out=out, scheduler_metadata=plan)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        step()
+        group.wait()
+        stream.begin_capture()
+        step()
+        captured = stream.end_capture()
+        for out in outs:
+            out.fill(0)
+        captured.launch(stream)
+        group.wait()
+    for out in outs:
+        whole = np.concatenate(WORLD.allgather(out.get()), -2)
+        assert (np.abs(whole - answer.out) <= 2.0**-9 * answer.magnitude).all()
+    del captured  # before the communicator
+    group.close()
+
+
 if __name__ == "__main__":
-    if sys.argv[1] in ("results", "disagreements"):
+    if sys.argv[1] in ("results", "disagreements", "graph"):
         globals()[sys.argv[1]]()
     else:
         one_is_missing(sys.argv[1])
+    if ON_GPUS:
+        COMM.destroy()

@@ -26,16 +26,17 @@ from cuflash.compat.sgl_kernel.flash_attn import (
 
 HEADS, KV_HEADS, DIM, CONTEXT = 8, 2, 64, 256
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+SCALES = np.array([0.5, 1.75], np.float32)  # of a quantised pool, one per KV head
 Seen = list[np.ndarray]  # for every query the slots that it sees
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """Return a tensor's values, bfloat16 too."""
-    host = x.detach().cpu()
-    if str(host.dtype) == "torch.bfloat16":
+    """Return a tensor's values, also of dtypes that NumPy does not have."""
+    host, name = x.detach().cpu(), str(x.dtype).removeprefix("torch.")
+    if hasattr(ml_dtypes, name):
         import torch
 
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return host.view(torch.uint8).numpy().view(getattr(ml_dtypes, name))
     return host.numpy()
 
 
@@ -80,7 +81,14 @@ class Server:
         for row, length in zip(self.table, self.lengths, strict=True):
             unused[row[:length]] = False
         for pool in (self.keys, self.values):
-            pool[self.tensor(unused)] = float("nan")
+            if self.is_quantised:
+                pool.view(self.torch.uint8)[self.tensor(unused)] = 0x7F  # NaN
+            else:
+                pool[self.tensor(unused)] = float("nan")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype.startswith("float8")
 
     def tensor(self, x: Any) -> Any:
         return self.torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
@@ -105,7 +113,8 @@ class Server:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        return {"softmax_scale": self.scale, "softcap": self.softcap, "k_descale": None, "v_descale": None,
+        scales = self.tensor(SCALES).expand((len(self.lengths), KV_HEADS)) if self.is_quantised else None
+        return {"softmax_scale": self.scale, "softcap": self.softcap, "k_descale": scales, "v_descale": scales,
                 "num_splits": 0, "ver": 3}  # fmt: skip
 
     def plan(self, batch: int, seqlens: Any, starts: Any, **options: Any) -> Any:
@@ -154,9 +163,11 @@ class Server:
             to_numpy(q)[only][:, None], to_numpy(self.keys)[:, None], to_numpy(self.values)[:, None],
             page_table=table, cache_seqlens=np.array([len(slots) for slots in seen]), softmax_scale=self.scale,
             softcap=self.softcap, sinks=None if sinks is None else to_numpy(sinks),
+            **dict.fromkeys(("k_descale", "v_descale"), np.tile(SCALES, (len(seen), 1)) if self.is_quantised else None),
         )  # fmt: skip
-        tolerance = TOLERANCE[self.dtype]
-        assert out.dtype == q.dtype and out.device == q.device
+        dtype = "bfloat16" if self.is_quantised else self.dtype
+        tolerance = TOLERANCE[dtype]
+        assert out.dtype == getattr(self.torch, dtype) and out.device == q.device
         np.testing.assert_allclose(
             to_numpy(out)[only].astype(np.float64), answer.out[:, 0], atol=tolerance, rtol=tolerance
         )
@@ -351,3 +362,36 @@ class GraphBuffers:
             seen = [self.server.table[r, f : self.server.lengths[r]] for r, f in zip(self.requests, first, strict=True)]
             self.server.check(self.q[layer], self.out[layer], seen, only=slice(number))
             assert not bool(self.server.torch.isnan(self.out[layer]).any()), "padding gave NaN"
+
+
+def latent_attention(torch: Any, device: str, dtype: str, only_qv: bool, planned: bool) -> None:
+    """MLA: keys and values are views of one latent row, its last 64 columns carry the positions, or are not there."""
+    rng = np.random.default_rng(0)
+    batch, heads, lengths = 3, 16, np.array([40, 3, 17], np.int32)
+
+    def normal(*shape: int) -> Any:
+        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device, getattr(torch, dtype))
+
+    row, q, qv = normal(12, 16, 1, 576), normal(batch, heads, 64), normal(batch, heads, 512)
+    latent, rope = row[..., :512], row[..., 512:]
+    table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
+    seqlens, starts = (torch.from_numpy(x).to(device) for x in (lengths, np.arange(batch + 1, dtype=np.int32)))
+    metadata = None
+    if planned:
+        metadata = get_scheduler_metadata(
+            batch, 1, 48, heads, 1, 512 if only_qv else 64, seqlens, qkv_dtype=row.dtype, headdim_v=512,
+            cu_seqlens_q=starts, page_size=16, causal=True,
+        )  # fmt: skip
+    out, lse, *_ = flash_attn_with_kvcache(
+        q=None if only_qv else q, k_cache=None if only_qv else rope, v_cache=latent, qv=qv, only_qv=only_qv,
+        page_table=torch.from_numpy(table).to(device), cache_seqlens=seqlens, cu_seqlens_q=starts, max_seqlen_q=1,
+        softmax_scale=0.05, causal=True, scheduler_metadata=metadata, return_softmax_lse=True,
+    )  # fmt: skip
+    k_cache, v_cache = to_numpy(rope).copy(), to_numpy(latent).copy()
+    answer = reference.attention(
+        to_numpy(q * 0 if only_qv else q)[:, None], k_cache, v_cache, qv=to_numpy(qv)[:, None], page_table=table,
+        cache_seqlens=lengths, softmax_scale=0.05,
+    )  # fmt: skip
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(to_numpy(out).astype(np.float64), answer.out[:, 0], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(to_numpy(lse).T, answer.lse[:, :, 0], atol=1e-3)

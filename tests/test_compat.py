@@ -10,7 +10,7 @@ import pytest
 import reference
 from conftest import HAS_SIMULATOR
 from problems import Backend
-from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server
+from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
 
 import cuflash
 from cuflash.compat import flash_attn_interface as fa3
@@ -75,27 +75,19 @@ def test_graph_buffers_with_padding(server: Server, batch: int) -> None:
         buffers.check()
 
 
+def test_quantised_pool(torch: Any) -> None:
+    """Queries are cast to the pool's dtype, and give bfloat16."""
+    server = Server(torch, "cpu", "float8_e4m3fn", page_size=16)
+    server.decode(planned=True)
+    server.decode(window=10)
+    server.extend(EXTENDED)
+
+
 # ------------------------------------------------------------------------------------------------ MLA
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
 @pytest.mark.parametrize("only_qv", [False, True])
-def test_mla(torch: Any, only_qv: bool) -> None:
-    rng = np.random.default_rng(0)
-    batch, heads, lengths = 3, 4, np.array([40, 3, 17], np.int32)
-    row = rng.standard_normal((12, 16, 1, 576), np.float32)
-    q, qv = rng.standard_normal((batch, heads, 64), np.float32), rng.standard_normal((batch, heads, 512), np.float32)
-    table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
-    latent, rope = torch.from_numpy(row[..., :512]), torch.from_numpy(row[..., 512:])
-    out, lse, *_ = sgl.flash_attn_with_kvcache(
-        q=None if only_qv else torch.from_numpy(q), k_cache=None if only_qv else rope, v_cache=latent,
-        qv=torch.from_numpy(qv), only_qv=only_qv, page_table=torch.from_numpy(table),
-        cache_seqlens=torch.from_numpy(lengths), cu_seqlens_q=torch.arange(4, dtype=torch.int32), max_seqlen_q=1,
-        softmax_scale=0.05, causal=True, return_softmax_lse=True,
-    )  # fmt: skip
-    answer = reference.attention(
-        (0 * q if only_qv else q)[:, None], row[..., 512:].copy(), row[..., :512].copy(), qv=qv[:, None],
-        page_table=table, cache_seqlens=lengths, softmax_scale=0.05,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, answer.out[:, 0], atol=1e-4)
-    np.testing.assert_allclose(lse.T, answer.lse[:, :, 0], atol=1e-4)
+def test_mla(torch: Any, only_qv: bool, planned: bool) -> None:
+    latent_attention(torch, "cpu", "float16", only_qv, planned)
 
 
 # ------------------------------------------------------------------------------------------------ bare metadata
@@ -341,7 +333,7 @@ def test_errors(torch: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------ the kernels
 @pytest.mark.skipif(not HAS_SIMULATOR, reason="no simulator")
-@pytest.mark.parametrize("pattern", ["decode", "cascade", "prefix_chunks", "graph buffers"])
+@pytest.mark.parametrize("pattern", ["decode", "cascade", "prefix_chunks", "graph buffers", "latent attention"])
 def test_kernels(torch: Any, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those calls that depend on a plan or on what compat makes of arguments, on the simulator."""
     monkeypatch.setenv("CUFLASH_BACKEND", "sim")
@@ -351,6 +343,8 @@ def test_kernels(torch: Any, pattern: str, monkeypatch: pytest.MonkeyPatch) -> N
         server.decode(planned=True)
     elif pattern == "cascade":
         server.cascade(branches=2, depth=3)
+    elif pattern == "latent attention":
+        latent_attention(torch, "cpu", "float16", only_qv=False, planned=True)
     elif pattern == "prefix_chunks":
         server.prefix_chunks((5, 1, 8))
     else:

@@ -35,10 +35,10 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
-def start(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+def start(ranks: int, *arguments: str, backend: str = "numpy") -> subprocess.Popen[str]:
     """Start Python on some ranks of this machine; they may share its cores."""
     paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-    more = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "CUFLASH_BACKEND": "numpy"}
+    more = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "CUFLASH_BACKEND": backend}
     command = [str(MPIEXEC), "-n", str(ranks), sys.executable, *arguments]
     return subprocess.Popen(command, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -53,9 +53,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(ranks: int, *arguments: str) -> str:
+def run(ranks: int, *arguments: str, backend: str = "numpy") -> str:
     """Run Python on some ranks; return what they print."""
-    code, out, err = finish(start(ranks, *arguments))
+    code, out, err = finish(start(ranks, *arguments, backend=backend))
     assert code == 0, err
     return out
 

@@ -436,3 +436,19 @@ def test_speed_beside_torch() -> None:
             call()
             times[name].append(time.perf_counter() - begin)
     assert min(times["cuflash"]) <= 2 * min(times["torch"])
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
+@pytest.mark.parametrize("name", ["q", "cache_seqlens"])
+def test_traced_by_jax(transform: str, name: str) -> None:
+    """What JAX traces is no array: the error says so, and what to do."""
+    jax = pytest.importorskip("jax")
+    q, cache = jax.numpy.ones((2, 1, 4, 64), "float32"), jax.numpy.ones((2, 8, 2, 64), "float32")
+    given: dict[str, Any] = {"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": 3}
+
+    def call(x: Any) -> Any:
+        return cuflash.flash_attn_with_kvcache(**given | {name: x}).sum()
+
+    x = q if name == "q" else jax.numpy.ones(2, "float32" if transform == "grad" else "int32")
+    with pytest.raises(TypeError, match=f"^{name} is traced by JAX.*jit, vmap or grad.*pure_callback"):
+        getattr(jax, transform)(call)(x)

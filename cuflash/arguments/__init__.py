@@ -11,7 +11,6 @@ from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (
-    MAX_HEADDIM,
     Problem,
     boolean,
     check_headdims,
@@ -70,7 +69,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     k, v = new_keys(problem, q, cache, given)
     q = q if k is None else apart("q", q, cache)
     joint = cache.joint and problem.headdim > problem.headdim_v
-    if problem.headdim > MAX_HEADDIM and not joint:
+    if problem.is_joint and not joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
     q_scales = query_scales(problem, given)
     k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)

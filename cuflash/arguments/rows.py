@@ -55,6 +55,11 @@ def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray 
         return None
     if problem.out_dtype != problem.qkv_dtype:
         raise ValueError(f"qv must be None with queries of {problem.qkv_dtype}")
+    if not problem.takes_qv:
+        raise ValueError(
+            f"qv must come with a headdim of at most 64 and a headdim_v of at least 256, got {problem.headdim} and "
+            f"{problem.headdim_v}"
+        )
     qv = import_array("qv", given["qv"])
     expect_shape("qv", qv, (*q.shape[:-1], problem.headdim_v))
     if qv.dtype != q.dtype:

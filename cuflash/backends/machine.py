@@ -112,7 +112,7 @@ def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> 
 def _readable(machine: Machine, operands: Operands) -> Operands:
     """Return operands whose queries and new keys the kernels can read; copies of those that they cannot."""
     copies = {}
-    for name in ("q", "k", "v"):
+    for name in ("q", "qv", "k", "v"):
         array = getattr(operands, name)
         if array is not None and not _is_readable(array):
             memory = machine.scratch(f"{name} copied", Scratch(array.shape, array.dtype, passed_on=True))

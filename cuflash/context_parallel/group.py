@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import arguments, backends
-from ..arguments.common import output
+from ..arguments.common import import_codes, output
 from ..arrays import (
     NativeArray,
     checks_values,
@@ -51,7 +51,8 @@ class ContextParallel:
     ``merge_with`` count once: what rank 0 gives.
 
     A call packs each rank's outputs and LSE into one block per peer, makes one exchange, and merges what has come. The
-    parts are merged in the order of the ranks, so that repeated runs are bitwise the same.
+    parts are merged in the order of the ranks, so that repeated runs are bitwise the same. On a GPU calls of a group
+    follow each other on one stream.
 
     Ranks that disagree, fail or are missing end in a :class:`ContextParallelError` on every other rank, within
     ``timeout`` and by name; then the group refuses further calls. Plans are compared once, calls on host arrays always,
@@ -248,7 +249,8 @@ class ContextParallel:
 
     def _attend(self, given: dict[str, Any]) -> Any:
         like = given["q"]
-        q = import_array("q", like)
+        q, codes = import_codes("q", like, "float8_e4m3fn")
+        dtype = q.dtype if codes is None else numpy_dtype("bfloat16")  # of outputs
         if is_on_device(q) != self._transport.on_device:
             places = ("in host memory", "on a GPU")
             raise ValueError(
@@ -263,17 +265,17 @@ class ContextParallel:
             raise ValueError(
                 f'q must have a multiple of {parts} heads, a share per rank, got {num_heads}: or heads="all"'
             )
-        packing = Packing(q.shape[:-2], num_heads // parts, headdim_v, self._wire_dtype(q.dtype))
-        out = output("out", given["out"], q, packing.out_shape, q.dtype)
+        packing = Packing(q.shape[:-2], num_heads // parts, headdim_v, self._wire_dtype(dtype))
+        out = output("out", given["out"], q, packing.out_shape, dtype)
         lse = output("softmax_lse", given["softmax_lse"], q, packing.lse_shape, np.dtype(np.float32))
 
         blocks = self._kept("send", (parts, packing.nbytes), np.uint8, q)
-        in_place = parts == 1 and packing.dtype == q.dtype
+        in_place = parts == 1 and packing.dtype == dtype
         if in_place:
             partial, partial_lse = packing.outs(blocks)[0], packing.lses(blocks)[0]
         else:
             whole = replace(packing, heads=num_heads)
-            partial = self._kept("out", whole.out_shape, q.dtype, q)
+            partial = self._kept("out", whole.out_shape, dtype, q)
             partial_lse = self._kept("softmax_lse", whole.lse_shape, np.float32, q)
         self._attend_here(given | {"q": q, "out": partial, "softmax_lse": partial_lse, "return_softmax_lse": True})
         if not in_place:
@@ -336,12 +338,13 @@ class ContextParallel:
         return self._wire
 
     def _kept(self, name: str, shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
-        """Return memory that this group keeps for calls of these shapes: captured graphs may use it."""
+        """Return memory for a call; on a GPU the group keeps it for calls of these shapes, since graphs may use it."""
+        if not is_on_device(like):
+            return empty(shape, dtype, like)
         key = (name, shape, np.dtype(dtype).name, memory_of(like))
         array = self._memory.get(key)
         if array is None:
-            if is_on_device(like):
-                refuse_in_capture("the group", "have made a call of these shapes")
+            refuse_in_capture("the group", "have made a call of these shapes")
             array = self._memory[key] = empty(shape, dtype, like)
         return array
 

@@ -18,14 +18,14 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from . import decode, extend
+from . import decode, extend, mla
 from .append import append_launch, append_variant
 from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
 from .plan import plan_launch
 from .source import Variant
 
-FAMILIES: tuple[ModuleType, ...] = (decode, extend)
+FAMILIES: tuple[ModuleType, ...] = (decode, extend, mla)
 _OPERATIONS_PER_BYTE = 128  # of tensor cores beside what memory reads: some 120 on sm_90 with mma.sync, 160 on sm_80
 
 
@@ -39,12 +39,15 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         max_seqlen_k = -(-max_seqlen_k // problem.cp_world_size)  # of the rank, give or take an interleave
     choices = [family.partition(problem, device, max_seqlen_k) for family in FAMILIES]
     fitting: list[Partition] = [partition for partition in choices if partition is not None]
+    if not fitting and problem.is_joint and problem.is_quantised:
+        raise NotImplementedError("quantised caches of joint rows are not implemented in kernels yet")
     if not fitting:
         dims = problem.headdim if problem.headdim == problem.headdim_v else (problem.headdim, problem.headdim_v)
         raise ValueError(
             f"headdim must be one that a kernel has, got {dims} with {problem.qkv_dtype} on sm_{device.arch}"
         )
-    return min(fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
+    latent = [partition for partition in fitting if partition.family == mla.NAME]  # no other one knows qv
+    return min(latent or fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
 
 
 def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:
@@ -71,6 +74,8 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
     They fit every call on this plan whose arrays have the same shapes, strides and dtypes.
     """
+    if operands.qv is not None and metadata.partition.family != mla.NAME:
+        raise NotImplementedError("qv with a quantised cache is not implemented in kernels yet")
     launches: list[Launch] = []
     scratch: dict[str, Scratch] = {}
     arrays = {}

@@ -29,7 +29,7 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
     if k is None:
         return None
     query_tokens, new_tokens = 0 if rotary is None else math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
-    rows = query_tokens * problem.num_heads_q + 2 * new_tokens * problem.num_heads_kv
+    rows = query_tokens * problem.num_heads_q + (1 if v is None else 2) * new_tokens * problem.num_heads_kv
     if not rows:
         return None
     ragged = operands.lengths.cu_seqlens_k_new is not None
@@ -51,12 +51,13 @@ def append_launch(problem: Problem, operands: Operands) -> Launch | None:
         "num_heads_kv": problem.num_heads_kv,
         "headdim": problem.headdim,
         "headdim_v": problem.headdim_v,
+        "rotary_first": 0 if rotary is None else rotary.first,
         "rotary_dim": 0 if rotary is None else rotary.dim,
         "rotary_interleaved": rotary is not None and rotary.interleaved,
         "rotary_moves": rotary is not None and rotary.moves,
     }
     for name, new in (("k", k), ("v", v)):
-        strides = element_strides(new)
+        strides = (0, 0, 0) if new is None else element_strides(new)
         values[f"{name}_batch_stride"] = 0 if ragged else strides[0]
         values[f"{name}_token_stride"], values[f"{name}_new_head_stride"] = strides[-3], strides[-2]
     grid, arrays = -(-rows // ROW_WARPS), cache_arrays(operands.cache) | ({} if rotary else {"q_rotated": ABSENT})

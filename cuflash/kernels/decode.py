@@ -111,7 +111,12 @@ def launch(
 
 
 def attention_launch(
-    kernel: Variant, problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+    kernel: Variant,
+    problem: Problem,
+    operands: Operands,
+    metadata: SchedulerMetadata,
+    arrays: dict[str, str],
+    joint: bool = False,
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
 
@@ -121,6 +126,7 @@ def attention_launch(
         operands: Their shapes, strides and numbers count, not their addresses.
         metadata: The plan. Its partition's tiles say rows, row blocks, cluster, warps and shared memory of a block.
         arrays: The arrays of pointers that are not called as their arrays.
+        joint: Whether the first columns of q and k_cache are what meets the values, and the values, for the kernel.
     """
     tiles = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
@@ -141,10 +147,12 @@ def attention_launch(
     lse_strides = (0, 0, 0) if lse is None else element_strides(lse)
     # Rotated queries are new memory.
     q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
+    qv_strides = q_strides if joint else (0, 0, 0, 0) if operands.qv is None else element_strides(operands.qv)
     cache = operands.cache
     softmax_scale = operands.softmax_scale * operands.q_scales.number * cache.k_scales.number
     values: dict[str, Any] = {
         **row_strides("q", q_strides, ragged),
+        **row_strides("qv", qv_strides, ragged),
         **row_strides("out", element_strides(operands.out), ragged),
         "lse_head_stride": lse_strides[-2],
         "lse_batch_stride": 0 if ragged else lse_strides[0],
@@ -162,6 +170,7 @@ def attention_launch(
         "num_heads_kv": problem.num_heads_kv,
         "group": problem.group,
         "row_blocks": tiles.row_blocks,
+        "key_column": problem.headdim_v if joint else 0,
         **divisor_fields("by_num_heads_kv", problem.num_heads_kv),
         **divisor_fields("by_group", problem.group),
         **divisor_fields("by_row_blocks", tiles.row_blocks),
@@ -178,6 +187,8 @@ def attention_launch(
         values["query_flip"] = 0x80000000 if operands.q.itemsize == 4 else 0x80008000
         values["query_keep"] = 0xFFFFFFFF if softmax_scale else 0
     pointers = arrays | cache_arrays(cache)
+    if joint:
+        pointers["qv"] = arrays.get("q", "q")
     if cache.shares_scales:
         pointers["v_descale"] = "k_descale"
     if not scratch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,16 @@ class Variant:
     kernel: str
     defines: tuple[tuple[str, str | int], ...] = ()
     arch_suffix: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash  # of many small things, looked up at every launch
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # of this process alone
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kernel, self.defines, self.arch_suffix))
 
     @property
     def file(self) -> str:

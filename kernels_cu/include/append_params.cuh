@@ -9,7 +9,7 @@ struct AppendParams {
     const void* q;            // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
     void* q_rotated;          // the same, contiguous
     const void* k;            // (batch, seqlen_new, heads_kv, headdim) or (total_new, heads_kv, headdim)
-    const void* v;            // (batch, seqlen_new, heads_kv, headdim_v) or (total_new, heads_kv, headdim_v)
+    const void* v;            // (batch, seqlen_new, heads_kv, headdim_v) or (total_new, heads_kv, headdim_v), or null: keys bring them
     void* k_cache;            // (pages, page_size, heads_kv, headdim)
     void* v_cache;            // (pages, page_size, heads_kv, headdim_v)
     const void* rotary_cos;   // (positions, rotary_dim / 2)
@@ -42,6 +42,7 @@ struct AppendParams {
     int num_heads_kv;
     int headdim;
     int headdim_v;
+    int rotary_first;  // the first column of q and k that is rotated
     int rotary_dim;
     int rotary_interleaved;
     int rotary_moves;  // query i stands at base + i, else all queries at base

@@ -41,3 +41,13 @@ template <>
 __device__ __forceinline__ void store4<Float32>(void* base, long long index, float4 v) {
     store_global(reinterpret_cast<float4*>(static_cast<float*>(base) + index), v);
 }
+
+// Two of them.
+template <typename T>
+__device__ __forceinline__ void store2(void* base, long long index, float low, float high) {
+    *reinterpret_cast<u32*>(static_cast<unsigned short*>(base) + index) = T::pack(low, high);
+}
+template <>
+__device__ __forceinline__ void store2<Float32>(void* base, long long index, float low, float high) {
+    *reinterpret_cast<float2*>(static_cast<float*>(base) + index) = make_float2(low, high);
+}

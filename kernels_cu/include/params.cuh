@@ -21,6 +21,7 @@ struct MergeWith {
 
 struct DecodeParams {
     const void* q;             // (batch, seqlen_q, heads_q, headdim) or (total_q, heads_q, headdim)
+    const void* qv;            // as q with headdim_v: what meets the values, or null: mla.cu alone
     const void* k_cache;       // (pages, page_size, heads_kv, headdim); contiguous caches are pages of a whole row
     const void* v_cache;       // (pages, page_size, heads_kv, headdim_v)
     void* out;                 // (batch, seqlen_q, heads_q, headdim_v) or (total_q, heads_q, headdim_v)
@@ -39,6 +40,9 @@ struct DecodeParams {
     long long q_batch_stride;  // elements, as all strides of q and out
     long long q_row_stride;
     long long q_head_stride;
+    long long qv_batch_stride;
+    long long qv_row_stride;
+    long long qv_head_stride;
     long long out_batch_stride;
     long long out_row_stride;
     long long out_head_stride;
@@ -56,6 +60,7 @@ struct DecodeParams {
     FastDivisor by_num_heads_kv;
     FastDivisor by_group;
     FastDivisor by_row_blocks;
+    int key_column;            // mla.cu: where in rows of q and k_cache what is no value's begins
     int split_size;            // with HAS_SPLIT_SIZE
     int max_splits;            // of an item that may be cut: slots for so many splits
     int slots_by_item;         // items have slots of their own, else the blocks in which they begin

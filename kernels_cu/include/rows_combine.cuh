@@ -53,10 +53,9 @@ public:
             const RowOutput at(p_, segment_, row);
             float lse;
             const float factor = finish_row(p_, at, states_[t][half], lse);
-            unsigned short* const to = static_cast<unsigned short*>(p_.out) + at.out + column_;
             for_columns([&](int n) {
                 const float2 o = get(t, half, n);
-                *reinterpret_cast<u32*>(to + n * 8) = Element::pack(o.x * factor, o.y * factor);
+                store2<Element>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
             });
             if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
         });

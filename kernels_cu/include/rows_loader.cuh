@@ -58,8 +58,21 @@ public:
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
         const u32 units = place_.units(p_.cache.k) + key_head_;
         value_units_ = place_.units(p_.cache.v) + value_head_;
-        rows_ = has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;
+        rows_ = rows_of_part();
         copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, KeyRows>(keys_from_, units, keys_to_ + slot);
+        if (rows_ == kNoTile) return;
+        key_ += kTileKeys;
+        find_tile();
+    }
+
+    // Starts the copy of the next tile if its rows are values and then the rest of the keys, and looks up the tile after it.
+    __device__ __forceinline__ void load_rows(u32 slot) {
+        constexpr int kChunkElements = 16 / CacheElement::kBytes;
+        const u32 units = place_.units(p_.cache.k) + key_head_, value_units = place_.units(p_.cache.v) + value_head_;
+        rows_ = rows_of_part();
+        copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
+        copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
+            keys_from_ + p_.key_column * CacheElement::kBytes, units, keys_to_ + slot + kValueBytes);
         if (rows_ == kNoTile) return;
         key_ += kTileKeys;
         find_tile();
@@ -73,21 +86,35 @@ public:
 
     // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
     __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
-        using C = Copy<ValueRows>;
-        constexpr int kChunks = kColumnPairs * kColumnWarps * 2;
-        const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
+        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;
+        clear_part<kColumnPairs * kColumnWarps * 2, ValueRows>(to + slot, segment, first_key);
+    }
+
+    // The same of a tile whose rows are values and then the rest of the keys.
+    __device__ __forceinline__ void clear_rows(u32 slot, const Segment& segment, u32 first_key) const {
+        clear_part<kValueBytes / 16, KeyRows>(keys_to_ + slot, segment, first_key);
+    }
+
+private:
+    // Rows of this warp's part of the next tile that there are.
+    __device__ __forceinline__ int rows_of_part() const {
+        return has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;
+    }
+
+    template <int kChunks, typename Rows>
+    __device__ __forceinline__ void clear_part(u32 to, const Segment& segment, u32 first_key) const {
+        using C = Copy<Rows>;
 #pragma unroll 1
         for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
             if (!sees_nothing(p_, segment, first_key + part_ + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
 #pragma unroll 1
             for (int c = 0; c < kChunks && lane_ % C::kLanes + c < kChunks; c += C::kLanes) {
-                const u32 chunk = C::row_address(to, i) + c / C::kLanes * ValueRows::kLaneStride;
+                const u32 chunk = C::row_address(to, i) + c / C::kLanes * Rows::kLaneStride;
                 store_shared(chunk, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
             }
         }
     }
 
-private:
     __device__ __forceinline__ void enter(const Segment& segment) {
         const u32 first_slot = segment.lengths.leftpad;
         key_ = first_slot + segment.keys.begin;

@@ -17,6 +17,8 @@ class RowsMath {
     using Keys = Swizzle<kKeyBytes>;
     using Values = Swizzle<kValueBytes>;
 
+    static_assert(kWarpKeys % 16 == 0, "an ldmatrix brings 16 keys");
+
 public:
     // `column_warp` is the warp's number among those that share its rows.
     __device__ __forceinline__ RowsMath(int column_warp, int lane) {

@@ -7,7 +7,8 @@
 
 // Where they meet, in shared memory.
 struct Meeting {
-    uint4 weights[kRowWarps][kRowTiles][kTileKeys / 16][32];  // A fragments of 16 keys, a lane's registers side by side
+    // A fragments of 16 keys, a lane's registers side by side; of float32, C fragments.
+    uint4 weights[kRowWarps][kRowTiles][kTileKeys * Element::kBytes / 32][32];
     float top[kWarps][kWarpRows];                             // the largest score of a row among a warp's keys
     float sum[kWarps][kWarpRows];
     u32 exceeds[kWarps];  // whether a score of the warp's exceeds its row's threshold; only then `top` is set
@@ -17,6 +18,9 @@ class Partners {
 public:
     __device__ __forceinline__ Partners(Meeting& meeting, int warp, int lane)
         : meeting_(meeting), warp_(warp), lane_(lane) {}
+
+    // A barrier of the warps that share their rows; number 0 is the block's.
+    __device__ __forceinline__ void meet() const { named_barrier(1 + warp_ / kColumnWarps, kColumnWarps * 32); }
 
     // Whether a score of any of them exceeds.
     __device__ __forceinline__ bool any(bool exceeds, const float (&lane_top)[kRowTiles][2]) {
@@ -80,8 +84,6 @@ private:
     __device__ __forceinline__ int first_warp() const { return warp_ - warp_ % kColumnWarps; }
     __device__ __forceinline__ int row(int t, int half) const { return t * 16 + half * 8 + lane_ / 4; }
 
-    // A barrier of the warps that share their rows; number 0 is the block's.
-    __device__ __forceinline__ void meet() const { named_barrier(1 + warp_ / kColumnWarps, kColumnWarps * 32); }
 
     Meeting& meeting_;
     int warp_, lane_;

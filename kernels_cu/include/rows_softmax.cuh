@@ -35,10 +35,11 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
 }
 
 // Rounds weights to elements: two C fragments side by side are an A fragment.
+template <typename T = Element>
 __device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
     for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
-        weights[t][n / 2][n % 2 * 2] = Element::pack(s[t][n][0], s[t][n][1]);
-        weights[t][n / 2][n % 2 * 2 + 1] = Element::pack(s[t][n][2], s[t][n][3]);
+        weights[t][n / 2][n % 2 * 2] = T::pack(s[t][n][0], s[t][n][1]);
+        weights[t][n / 2][n % 2 * 2 + 1] = T::pack(s[t][n][2], s[t][n][3]);
     });
 }
 

@@ -22,7 +22,7 @@ constexpr int kColumnTiles = kHasWholeLines ? 2 * kColumnPairs : kHeadDimV / 8;
 
 // Fragments of a warp; what a lane holds stands in ptx/matrices.cuh.
 using Scores = float[kRowTiles][kKeyTiles][4];      // C, 16 rows x 8 keys
-using Weights = u32[kRowTiles][kWarpKeys / 16][4];  // A, 16 rows x 16 keys
+using Weights = u32[kRowTiles][(kWarpKeys + 15) / 16][4];  // A, 16 rows x 16 keys
 using Outputs = float[kRowTiles][kColumnTiles][4];  // C, 16 rows x 8 columns
 
 // Rows in shared memory.
@@ -69,6 +69,5 @@ __device__ __forceinline__ void worker_barrier() {
 #endif
 }
 
-static_assert(kWarps % kColumnWarps == 0 && kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "warps have whole MMA tiles");
+static_assert(kWarps % kColumnWarps == 0 && kWarpRows % 16 == 0 && kWarpKeys % 8 == 0, "warps have whole MMA tiles");
 static_assert(kColumnPairs * kColumnWarps * 16 <= kPaddedHeadDimV, "values are padded to what the warps read");
-static_assert(kStages >= 2, "a half-stage comes while one is read");

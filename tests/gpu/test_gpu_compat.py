@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HAS_GPU
-from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server
+from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
 
 from cuflash.compat import scheduler_metadata_size, sgl_kernel
 from cuflash.compat.sgl_kernel import flash_attn
@@ -61,6 +61,14 @@ def test_keys_one_behind_the_other(server: Server) -> None:
     server.prefix_chunks((30, 1, 36, 64))
 
 
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+def test_quantised_pool(in_graph: bool) -> None:
+    server = Server(torch, "cuda", "float8_e4m3fn", page_size=16, in_graph=in_graph)
+    server.decode(planned=True)
+    server.decode(window=10)
+    server.extend(EXTENDED)
+
+
 @pytest.mark.parametrize("warm", ["same stream", "side stream", "cold"])
 def test_graphs_of_two_batch_sizes(warm: str) -> None:
     """A graph per batch size in one pool of torch's; metadata is copied into what they read, between replays."""
@@ -83,6 +91,12 @@ def test_graphs_of_two_batch_sizes(warm: str) -> None:
         buffers.fill(requests)
         graph.replay()
         buffers.check()
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
+@pytest.mark.parametrize("only_qv", [False, True])
+def test_mla(only_qv: bool, planned: bool) -> None:
+    latent_attention(torch, "cuda", "bfloat16", only_qv, planned)
 
 
 def test_runs_on_torchs_stream() -> None:

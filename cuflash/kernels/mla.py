@@ -1,0 +1,171 @@
+"""The family of latent attention, ``mla.cu``: the values are scored as well, and every row of the cache is read once.
+
+It takes keys that are longer than any other kernel's, whose values are their first columns (the joint form), and keys
+of up to 64 elements beside values of at least 256: calls of such a plan may bring ``qv``, or may not.
+
+A tile is 16, 32 or 64 keys, which all warps of a block read together. They divide the rows of a row block and the value
+columns; warps that share their rows divide the keys of a tile, and share the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..dtypes import numpy_dtype
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..partition import Partition
+from ..problem import Problem
+from .decode import attention_launch
+from .fields import mask_defines
+from .launch import Launch, Scratch
+from .source import Variant, element_defines
+from .tiles import RESERVED_SHARED
+
+NAME = "mla"
+_MOST_STAGES = 6
+_SHARE_BYTES = 160  # struct BlockState in mla.cu
+
+# (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
+# stages).
+# Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each, warps of
+# 16 rows 128 or 256: 128 registers of a lane at most. All of a row block's queries are read from shared memory once per
+# tile and warp that scores, so many rows want long tiles.
+_SHAPES = (
+    (16, 1, 4, 32, 2, 2),
+    (16, 1, 4, 32, 1, 2),
+    (16, 1, 2, 16, 1, 2),
+    (32, 2, 4, 64, 1, 2),
+    (32, 2, 4, 32, 1, 2),
+    (32, 2, 2, 16, 1, 2),
+    (64, 2, 4, 64, 1, 2),
+    (64, 2, 4, 32, 1, 2),
+)
+_FLOAT32_SHAPES = ((16, 1, 2, 16, 1, 1),)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of a problem on a device.
+
+    Attributes:
+        headdim: Padded elements of a key that are no value's.
+        headdim_v: Padded head dim of values.
+        rows: Packed query rows of a row block.
+        row_blocks: Row blocks of one (sequence, KV head).
+        row_warps: Warps that divide the rows.
+        column_warps: Warps that share their rows and divide the value columns.
+        tile_keys: Keys of a tile.
+        stages: Tiles of the ring.
+        blocks_per_sm: Blocks meant to be resident on one multiprocessor.
+        shared_bytes: Dynamic shared memory of a block.
+        block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
+        cluster: 1: blocks merge through global memory.
+    """
+
+    headdim: int
+    headdim_v: int
+    rows: int
+    row_blocks: int
+    row_warps: int
+    column_warps: int
+    tile_keys: int
+    stages: int
+    blocks_per_sm: int
+    shared_bytes: int
+    block_state_bytes: int
+    cluster: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.row_warps * self.column_warps
+
+
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
+    """Return how the family cuts a problem for a device; None if it cannot."""
+    tiles = tiling(problem, device)
+    if tiles is None:
+        return None
+    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
+    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device) -> Tiles | None:
+    """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
+    if problem.is_quantised or not (problem.takes_qv or problem.is_joint):
+        return None
+    itemsize = numpy_dtype(problem.qkv_dtype).itemsize
+    # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
+    wanted = problem.rows if problem.split_size is None else problem.group
+    best = None
+    for rows, row_warps, column_warps, tile_keys, blocks_per_sm, least in _FLOAT32_SHAPES if itemsize == 4 else _SHAPES:
+        if best is not None and (best.rows >= wanted or best.rows == rows):
+            continue
+        line = 128 // itemsize  # elements
+        dv = _round_up(problem.headdim_v, 64 * column_warps)
+        d = _round_up(_headdim_beside(problem), line)
+        row_bytes = (d + dv) * itemsize
+        warps = row_warps * column_warps
+        state = _SHARE_BYTES + itemsize * rows * tile_keys + 8 * rows * column_warps + 4 * warps + 16
+        fixed = rows * row_bytes + state
+        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+        stages = min(_MOST_STAGES, (room - fixed) // (tile_keys * row_bytes))
+        if stages >= least:
+            row_blocks = max(1, -(-problem.rows // rows))
+            shared = fixed + stages * tile_keys * row_bytes
+            best = Tiles(
+                d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared, state
+            )
+    return best
+
+
+def _headdim_beside(problem: Problem) -> int:
+    """Return the elements of a key that are no value's."""
+    return problem.headdim - problem.headdim_v if problem.is_joint else problem.headdim
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def variant(problem: Problem, partition: Partition) -> Variant:
+    """Return the kernel of a partition: of both spellings, with and without ``qv``."""
+    return _variant(problem, partition.tiles)
+
+
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+    return Variant(
+        "mla",
+        (
+            *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+            ("KEY_SCALES", 0),
+            ("HEAD_DIM", _headdim_beside(problem)),
+            ("HEAD_DIM_V", problem.headdim_v),
+            ("PADDED_HEAD_DIM", tiles.headdim + tiles.headdim_v),
+            ("PADDED_HEAD_DIM_V", tiles.headdim_v),
+            ("ROWS", tiles.rows),
+            ("TILE_KEYS", tiles.tile_keys),
+            ("WARPS", tiles.warps),
+            ("COLUMN_WARPS", tiles.column_warps),
+            ("STAGES", tiles.stages),
+            ("BLOCKS_PER_SM", tiles.blocks_per_sm),
+            ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
+            ("CLUSTER", tiles.cluster),
+            ("HAS_SOFTCAP", int(problem.has_softcap)),
+            *mask_defines(problem, has_tree),
+            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
+        ),
+    )
+
+
+def launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return attention_launch(kernel, problem, operands, metadata, arrays, joint=problem.is_joint)

@@ -1,0 +1,152 @@
+// Attention on latent rows, whose values are scored as well: MLA. One launch for a layer, on a plan made once for the step.
+//
+// A row of the cache is kHeadDimV values, which meet qv, and kHeadDim more elements of the key, which meet q. Joint rows hold both
+// side by side, values first, and so do their queries: then qv and v_cache are the first columns of q and k_cache. A row is read
+// from memory once and lies in shared memory once, for it is key and value.
+//
+// Packed query rows are the rows of the MMA, keys its columns, as in extend.cu, whose headers these mostly are. The output is too
+// wide for a warp's registers: kColumnWarps warps share their rows. Each scores a part of a tile's keys and tells its weights
+// (latent_weights.cuh), and each multiplies all weights with its own value columns.
+//
+// The ring has kStages slots of a tile each. While a tile is read, the one kStages - 1 further on is copied to the slot of the
+// tile before, which all warps have read: a block barrier says so. With one slot nothing is copied while it is read.
+#define USES_WGMMA 0
+#include "params.cuh"
+#include "ptx/copies.cuh"
+#include "latent_fma.cuh"
+#include "latent_mma.cuh"
+#include "latent_queries.cuh"
+#include "rows_combine.cuh"
+#include "rows_loader.cuh"
+#include "rows_partners.cuh"
+#include "rows_reach.cuh"
+#include "rows_softmax.cuh"
+#include "segment.cuh"
+#include "stream.cuh"
+
+// What the threads of a block have in common beside the tiles. Registers are for the main loop.
+struct BlockState {
+    Share share;
+    Segment segment;
+    int clear_begin, clear_end;  // tiles that begin before or behind these keys may have some that no row sees
+    int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
+};
+// Warps meet while keys are read, the block folds after that: in the same place.
+constexpr int kMeetingBytes = (sizeof(Meeting) + 15) / 16 * 16;
+static_assert(sizeof(BlockState) + kMeetingBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+static_assert(kColumnWarps > 1, "warps share their rows");
+static_assert(sizeof(FoldState) <= kMeetingBytes, "the block folds where its warps have met");
+static_assert(kStages >= 1, "a tile has a place");
+
+template <typename T>
+struct MathOf {
+    using Type = LatentMma<T>;
+};
+template <>
+struct MathOf<Float32> {
+    using Type = LatentFma;
+};
+using Math = MathOf<Element>::Type;
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
+    unsigned char* const state = queries + kRows * kQueryBytes;
+    Meeting& meeting = *reinterpret_cast<Meeting*>(state);
+    FoldState& fold = *reinterpret_cast<FoldState*>(state);
+    BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
+    wait_for_turn();
+    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    const int rows_edge = threadIdx.x + 2 - kThreads;  // the last two threads, beside those that load the share
+    if (p.total_q && rows_edge >= 0) (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];
+    __syncthreads();
+    // Shared addresses of the tile that is read, and of the one before it; in registers of each lane, as in extend.cu.
+    const u32 ring = shared_address(shared) + zero_of_each_lane();
+    u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
+
+    Loader loader(p, block.share, warp, lane);
+    Math math(column_warp, lane);
+    Softmax softmax(p);
+    Partners partners(meeting, warp, lane);
+    const TileWeights weights(meeting, row_warp, column_warp);
+    const auto load = [&](u32 to) {
+        loader.load_rows(to);
+        cp_async_commit();
+    };
+    // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
+    const auto begin_tile = [&](int key) {
+        if constexpr (kStages == 1) {
+            __syncthreads();
+            load(slot);
+        }
+        cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
+        if (key < block.clear_begin || key > block.clear_end) loader.clear_rows(slot, block.segment, key);
+        __syncthreads();
+        if constexpr (kStages > 1) load(free_slot);
+    };
+
+    if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
+    Walker walker(block.share);
+    bool is_first = true;
+    [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
+    for (Segment segment; walker.next(p, block.share, segment);) {
+        if (threadIdx.x == 0) {
+            block.segment = segment;
+            const Reach reach(p, segment, 0, kRows);
+            const bool may_clear = may_see_nothing(p, segment);
+            block.clear_begin = may_clear ? reach.full_begin : 0;
+            block.clear_end = may_clear ? reach.full_end : segment.keys.end;
+        }
+        load_latent_queries(p, segment, shared_address(queries));
+        cp_async_commit();
+        if (is_first) {  // after the queries, since tiles wait for the page table
+            is_first = false;
+            loader.start(walker, segment);
+#pragma unroll 1
+            for (u32 tile = 0; tile < kStages - 1; ++tile) load(ring + tile * kSlotBytes);
+            cp_async_wait<kStages - 1>();  // all but the groups of the ring
+        } else {
+            cp_async_wait<0>();
+        }
+        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
+        __syncthreads();
+
+        math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes);
+        softmax.reset();
+        // Key numbers are unsigned: behind the last tile they may pass 2^31.
+        for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
+            const int begin = key;
+            begin_tile(begin);
+            if (begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin)) {
+                Scores scores;
+                math.scores(slot, p.qv != nullptr, scores);
+                if constexpr (kHasSoftcap) cap_scores(p, scores);
+                if (reach.needs_mask(begin)) {
+                    const int first_row = block.segment.first_row + row_warp * kWarpRows;
+                    mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
+                }
+                softmax.update(scores, math, partners);
+                weights.tell(scores, lane);
+                partners.meet();
+                math.accumulate(slot, weights);
+            }
+            free_slot = slot;
+            slot += kSlotBytes;
+            if (slot == ring + kRingBytes) slot = ring;
+        }
+
+        launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
+        RowStates states;
+        softmax.finish(math, partners, states);
+        RowResults results(p, block.segment, math.output(), states, warp, lane);
+        if constexpr (kHasSplitSize) {
+            hand_on_split(p, block.share, block.segment, results, folded, fold);
+        } else {
+            hand_on(p, block.share, block.segment, results, fold);
+        }
+        __syncthreads();  // all have read the queries and the segment, which now change
+    }
+}

@@ -1,0 +1,228 @@
+"""The kernel family of latent attention: rows that are key and value at once, in both spellings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import Backend, Case, all_pairs, check, make_inputs, run
+from test_attention import APPENDS, CACHES, MASKS, SPLITS
+
+import cuflash
+from cuflash import kernels, simulator
+from cuflash.device import Device
+from cuflash.problem import Problem, make_problem
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
+
+COPIES = ("random", "early", "late")
+
+
+@pytest.fixture
+def sim(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A small simulated GPU."""
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    monkeypatch.setenv("CUFLASH_NUM_SM", "4")
+    return Backend("sim", lambda array: array, np.asarray)
+
+
+@contextlib.contextmanager
+def launched(number: int = 0) -> Iterator[Any]:
+    """Record launches, and see that the kernel was among them."""
+    with simulator.record(seed=number, cp_async=COPIES[number % 3]) as launches:
+        yield launches
+    assert any(launch.kernel == "mla" for launch in launches)
+
+
+# ------------------------------------------------------------------------------------------------------- all features
+FEATURES: dict[str, list[Any]] = {
+    "heads": [(1, 1), (8, 1), (12, 1), (16, 1), (32, 1), (64, 1), (96, 1), (128, 1), (10, 2)],
+    "seqlens_q": [1, 2, 4, (0, 1, 3), (5, 0, 2)],
+    "latent": [("joint", (576, 512)), ("qv", (64, 512)), ("qv row", (64, 512)), (None, (64, 512)), ("qv", (64, 256)),
+               ("joint", (520, 264)), ("joint", (576, 64)), ("qv row", (40, 328)), (None, (8, 512))],
+    "dtype": ["float16", "bfloat16", "float32"],
+    "seqlens": [(77, 1, 130), (0, 64, 15), (16, 199, 63)],
+    "cache": [*CACHES, "pages of 64"],
+    "mask": list(MASKS),
+    "append": list(APPENDS),
+    "splits": list(SPLITS),
+    "plan": ["none", "given", "stale", "reused"],
+    "layout": ["NHD", "HND"],
+    "leftpad": [False, True],
+    "softcap": [0.0, 3.0],
+    "sinks": [False, True],
+    "scale": [None, -0.2, 0.0],
+    "rotary": [{}, {"rotary": "interleaved", "rotary_dim": 16}, {"rotary": "half", "rotary_dim": 32}],
+    "arch": [80, 90, 120],
+}  # fmt: skip
+
+
+def _is_valid(choice: dict[str, Any]) -> bool:
+    mla, (d, dv) = choice["latent"]
+    room = d - dv if mla == "joint" else d
+    return not choice["rotary"] or (choice["append"] != "none" and room >= choice["rotary"]["rotary_dim"])
+
+
+def _cases() -> list[tuple[Case, int]]:
+    named = {"mask": MASKS, "append": APPENDS, "splits": SPLITS, "cache": CACHES | {"pages of 64": {"page_size": 64}}}
+    cases = []
+    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
+        arch, (mla, headdim) = choice.pop("arch"), choice.pop("latent")
+        options: dict[str, Any] = {"seed": seed, "mla": mla, "headdim": headdim, **choice.pop("rotary")}
+        for name, value in choice.items():
+            options |= named[name][value] if name in named else {name: value}
+        cases.append((Case(**options), arch))
+    return cases
+
+
+# The first ones hold most pairs: every one meets as many new pairs as it can.
+PAIRS = [
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 12 else pytest.mark.slow)
+    for number, (case, arch) in enumerate(_cases())
+]
+
+
+@pytest.mark.parametrize(("case", "arch"), PAIRS)
+def test_pairs(case: Case, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every two features together at least once."""
+    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
+    with launched(case.seed):
+        check(case, make_inputs(case), sim)
+
+
+@pytest.mark.parametrize("heads", [16, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (32, 64))])
+@pytest.mark.parametrize("page_size", [16, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_length(page_size: int | None, heads: int, sim: Backend) -> None:
+    """Lengths 0 to 66 and around 128: every residue modulo a tile, together in one batch."""
+    case = Case(
+        dtype="float16", heads=(heads, 1), headdim=(576, 512), mla="joint", page_size=page_size, seed=1,
+        seqlens=(*range(67), 127, 128, 129),
+    )  # fmt: skip
+    with launched():
+        check(case, make_inputs(case), sim)
+
+
+@pytest.mark.parametrize(
+    "arch", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_both_spellings_are_one(dtype: str, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same memory gives the same bits, named by one row or by its two parts."""
+    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
+    for heads in (12, 40):
+        case = Case(
+            dtype=dtype, heads=(heads, 1), headdim=(576, 512), mla="joint", page_size=16, seqlens_q=2, causal=True,
+            seqlens=(300, 17, 64), sinks=True, scale=0.05,
+        )  # fmt: skip
+        inputs = make_inputs(case)
+        q, row = inputs["q"], inputs["k_cache"]
+        parts = {"q": q[..., 512:], "qv": q[..., :512], "k_cache": row[..., 512:], "v_cache": row[..., :512]}
+        apart = {name: np.ascontiguousarray(parts[name]) for name in ("k_cache", "v_cache")}
+        results = []
+        for given in (inputs, inputs | parts, inputs | parts | apart):
+            with launched():
+                results.append(cuflash.flash_attn_with_kvcache(**given, return_softmax_lse=True))
+        for out, lse in results[1:]:
+            assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
+
+
+@pytest.mark.parametrize("heads", [16, pytest.param(48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split_size", [None, 128])
+def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, monkeypatch: Any) -> None:
+    """A tree of several levels, or a fold of splits: right, and the same bits in whichever order blocks arrive."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "12")
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(2000,), sinks=True, page_size=64,
+        split_size=split_size,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    results = []
+    for seed in range(3):
+        with launched(seed) as launches:
+            results.append(run(case, inputs, sim)[:2])
+        assert next(launch for launch in launches if launch.kernel == "mla").counters.atomics > 4  # blocks that met
+    check(case, inputs, sim)
+    for out, lse in results[1:]:
+        assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
+
+
+def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
+    """A sequence alone, in a batch, on few blocks and on many."""
+    case = Case(
+        dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(700, 90, 300), split_size=64,
+        poison=False,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    alone = []
+    for b in range(3):
+        row = inputs["k_cache"][b : b + 1]
+        out = cuflash.flash_attn_with_kvcache(
+            inputs["q"][b : b + 1], row, row[..., :512], cache_seqlens=inputs["cache_seqlens"][b : b + 1], split_size=64
+        )
+        alone.append(out[0].tobytes())
+    for num_sm in (1, 20):
+        monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
+        assert [row.tobytes() for row in run(case, inputs, sim)[0]] == alone
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+@pytest.mark.parametrize("mla", ["joint", pytest.param("qv row", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("heads", "arch"),
+    [(16, 90), (64, 90)] + [pytest.param(heads, arch, marks=pytest.mark.slow)
+     for heads in (16, 32, 64) for arch in (80, 90, 120) if heads == 32 or arch == 80 or (arch, heads) == (120, 16)],
+)  # fmt: skip
+def test_counts(mla: str, heads: int, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent row is asked for once, in whole sectors, and no two lanes meet in a bank."""
+    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
+    lengths = (1800, 1003, 777, 1311)
+    headdim = (576, 512) if mla == "joint" else (64, 512)
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=headdim, mla=mla, seqlens=lengths, page_size=64, poison=False
+    )
+    with simulator.record(simulator.Checks.cheap()) as launches:
+        run(case, make_inputs(case), sim)
+    counters = next(launch.counters for launch in launches if launch.kernel == "mla")
+    caches = [counters.arrays[name] for name in ("k_cache", "v_cache") if name in counters.arrays]
+    assert sum(cache.read_bytes for cache in caches) <= 1.02 * sum(lengths) * 576 * 2
+    assert sum(cache.read_sectors for cache in caches) == sum(cache.read_ideal for cache in caches)
+    ideal, real = counters.wavefronts("cp.async", "ldmatrix", "ld.shared", "st.shared")
+    assert real <= 1.02 * ideal
+    ideal, real = counters.wavefronts("cp.async", "ldmatrix")
+    assert real == ideal
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+def _family(d: int, dv: int, arch: int = 90, **options: Any) -> str:
+    problem: Problem = make_problem(4, 1, 16, 1, d, headdim_v=dv, **options)
+    return kernels.choose(problem, Device(132, arch), 4096).family
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_what_is_latent(arch: int) -> None:
+    """Head dims alone decide: a plan does not know what its calls bring."""
+    for dtype in ("float16", "bfloat16", "float32"):
+        for d, dv in ((576, 512), (520, 8), (64, 256), (64, 512), (8, 264)):
+            assert _family(d, dv, arch, qkv_dtype=dtype) == "mla"
+    for d, dv in ((72, 256), (64, 248), (320, 256), (96, 64), (512, 512)):
+        assert _family(d, dv, arch) != "mla"
+
+
+def test_one_plan_for_calls_with_and_without_qv(sim: Backend) -> None:
+    """The plan is not told."""
+    case = Case(dtype="bfloat16", heads=(16, 1), headdim=(64, 512), mla="qv", plan="given", causal=True, seqlens_q=2)
+    for kind in ("qv", None, "qv row"):
+        with launched():
+            check(dataclasses.replace(case, mla=kind), make_inputs(dataclasses.replace(case, mla=kind)), sim)
+
+
+def test_qv_where_no_plan_expects_it() -> None:
+    q, qv = np.zeros((1, 1, 2, 64), np.float32), np.zeros((1, 1, 2, 64), np.float32)
+    k = np.zeros((1, 16, 1, 64), np.float32)
+    with pytest.raises(ValueError, match="qv must come with a headdim of at most 64"):
+        cuflash.flash_attn_with_kvcache(q, k, k, qv=qv, cache_seqlens=3)
