@@ -85,7 +85,8 @@ def draw(path: Path) -> None:
         ax.set_xlabel("time of a layer / time to read its keys and values")
         ax.set_title(f"Decode attention on an {_GPU.removeprefix('NVIDIA ')}: less is better", loc="left", fontsize=14)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(loc="upper right", frameon=False, title="* contiguous cache, others paged", alignment="left")
+        note = "* contiguous cache, others paged"
+        ax.legend(loc="upper right", frameon=False, title=note, alignment="left", fontsize=10.5, labelspacing=0.2)
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
 
