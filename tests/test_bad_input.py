@@ -336,7 +336,7 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (planning, "num_heads_q", {"num_heads_q": 5}, ValueError),
     (planning, "num_heads_kv", {"num_heads_kv": 0}, ValueError),
     (planning, "headdim", {"headdim": 60}, ValueError),
-    (planning, "headdim", {"headdim": 520}, ValueError),
+    (planning, "headdim", {"headdim": 584}, ValueError),
     (planning, "headdim_v", {"headdim_v": 7}, ValueError),
     (planning, "cache_seqlens", {"cache_seqlens": None}, TypeError),
     (planning, "cache_seqlens", {"cache_seqlens": as_list}, TypeError),
