@@ -209,7 +209,7 @@ def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
     [((200, 3, 0, 1), (0, 0, 200, 5)), ((0, 0, 200, 5), (200, 3, 0, 1)), ((200, 0, 0, 0), (0, 0, 0, 200))],
 )
 def test_a_plan_for_other_queries(planned: tuple[int, ...], called: tuple[int, ...], sim: Backend) -> None:
-    """Row blocks that the plan cuts may have no rows, others that it thinks empty have some. Twice, for the counters."""
+    """Row blocks that the plan cuts may have no rows, others that it thinks empty have some. Twice, for counters."""
     case = Case(dtype="bfloat16", heads=(4, 2), seqlens=(77, 150, 130, 300), seqlens_q=called, causal=True)
     inputs = make_inputs(case)
     starts = np.cumsum((0, *planned)).astype(np.int32)
