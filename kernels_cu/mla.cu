@@ -11,8 +11,10 @@
 // The ring has kStages slots of a tile each. While a tile is read, the one kStages - 1 further on is copied to the slot of the
 // tile before, which all warps have read: a block barrier says so. With one slot nothing is copied while it is read.
 #define USES_WGMMA 0
+#define SCALES_TILES 1
 #include "params.cuh"
 #include "ptx/copies.cuh"
+#include "latent_codes.cuh"
 #include "latent_fma.cuh"
 #include "latent_mma.cuh"
 #include "latent_queries.cuh"
@@ -30,6 +32,7 @@ struct BlockState {
     Segment segment;
     int clear_begin, clear_end;  // tiles that begin before or behind these keys may have some that no row sees
     int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
+    float2 scales[kIsQuantised ? kTileKeys : 1];  // of a tile's keys and values
 };
 // Warps meet while keys are read, the block folds after that: in the same place.
 constexpr int kMeetingBytes = (sizeof(Meeting) + 15) / 16 * 16;
@@ -38,20 +41,24 @@ static_assert(kColumnWarps > 1, "warps share their rows");
 static_assert(sizeof(FoldState) <= kMeetingBytes, "the block folds where its warps have met");
 static_assert(kStages >= 1, "a tile has a place");
 
-template <typename T>
+template <typename T, int kBytes>
 struct MathOf {
     using Type = LatentMma<T>;
 };
-template <>
-struct MathOf<Float32> {
+template <typename T>
+struct MathOf<T, 4> {
     using Type = LatentFma;
 };
-using Math = MathOf<Element>::Type;
+using Math = MathOf<Element, kWeightBytes>::Type;
+
+// Rows of queries and tiles as the arithmetic reads them. Tiles of codes become numbers in a place of their own.
+constexpr int kRowBytes = kPaddedHeadDim * kWeightBytes;
+constexpr int kNumbersBytes = kIsQuantised ? kTileKeys * kRowBytes : 0;
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
-    unsigned char* const state = queries + kRows * kQueryBytes;
+    unsigned char* const state = queries + kRows * kRowBytes + kNumbersBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
     FoldState& fold = *reinterpret_cast<FoldState*>(state);
     BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
@@ -65,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     // Shared addresses of the tile that is read, and of the one before it; in registers of each lane, as in extend.cu.
     const u32 ring = shared_address(shared) + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
+    const u32 numbers = shared_address(queries) + kRows * kRowBytes;
 
     Loader loader(p, block.share, warp, lane);
     Math math(column_warp, lane);
@@ -82,7 +90,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             load(slot);
         }
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-        if (key < block.clear_begin || key > block.clear_end) loader.clear_rows(slot, block.segment, key);
+        const bool may_see_none = key < block.clear_begin || key > block.clear_end;
+        if constexpr (kIsQuantised) {
+            __syncthreads();  // all have read the numbers and the scales of the tile before
+            if (threadIdx.x < kTileKeys) {
+                block.scales[threadIdx.x] = scales_of_key(p, block.segment, key + threadIdx.x, may_see_none);
+            }
+            __syncthreads();
+            convert_tile<CacheElement>(slot, numbers, block.scales);
+        } else if (may_see_none) {
+            loader.clear_rows(slot, block.segment, key);
+        }
         __syncthreads();
         if constexpr (kStages > 1) load(free_slot);
     };
@@ -99,7 +117,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             block.clear_begin = may_clear ? reach.full_begin : 0;
             block.clear_end = may_clear ? reach.full_end : segment.keys.end;
         }
-        load_latent_queries(p, segment, shared_address(queries));
+        if constexpr (kIsQuantised) {
+            load_query_numbers(p, segment, shared_address(queries));
+        } else {
+            load_latent_queries(p, segment, shared_address(queries));
+        }
         cp_async_commit();
         if (is_first) {  // after the queries, since tiles wait for the page table
             is_first = false;
@@ -110,19 +132,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         } else {
             cp_async_wait<0>();
         }
-        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        if (!kIsQuantised && p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         __syncthreads();
 
-        math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes);
+        math.begin_item(shared_address(queries) + row_warp * kWarpRows * kRowBytes);
         softmax.reset();
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
             const int begin = key;
             begin_tile(begin);
+            const u32 tile = kIsQuantised ? numbers : slot;
             if (begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin)) {
                 Scores scores;
-                math.scores(slot, p.qv != nullptr, scores);
+                math.scores(tile, p.qv != nullptr, scores);
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
                 if (reach.needs_mask(begin)) {
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
@@ -131,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
                 softmax.update(scores, math, partners);
                 weights.tell(scores, lane);
                 partners.meet();
-                math.accumulate(slot, weights);
+                math.accumulate(tile, weights);
             }
             free_slot = slot;
             slot += kSlotBytes;

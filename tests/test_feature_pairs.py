@@ -126,7 +126,12 @@ def test_quantised(case: Case, backend: Backend) -> None:
     check(case, make_inputs(case), backend)
 
 
-@pytest.mark.parametrize("case", cases(MLA), ids=str)
+# The first ones hold most pairs: every one meets as many new pairs as it can.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if i < 8 else pytest.mark.slow) for i, case in enumerate(cases(MLA))],
+    ids=str,
+)
 def test_mla(case: Case, backend: Backend) -> None:
     """Every spelling, number of heads, queries, pages, masks, quantised or not."""
     check(case, make_inputs(case), backend)

@@ -5,6 +5,7 @@ A family is a module with
 - ``NAME``,
 - ``partition(problem, device, max_seqlen_k)``: how it cuts a problem for the planner, or None if it does not fit,
 - ``variant(problem, partition)``: its kernel,
+- ``other_variants(problem, partition, appends)``, if there are any: kernels that calls of the plan may take instead,
 - ``launch(problem, operands, metadata, arrays)``: the launch that attends, and the scratch that it needs.
 """
 
@@ -39,8 +40,6 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         max_seqlen_k = -(-max_seqlen_k // problem.cp_world_size)  # of the rank, give or take an interleave
     choices = [family.partition(problem, device, max_seqlen_k) for family in FAMILIES]
     fitting: list[Partition] = [partition for partition in choices if partition is not None]
-    if not fitting and problem.is_joint and problem.is_quantised:
-        raise NotImplementedError("quantised caches of joint rows are not implemented in kernels yet")
     if not fitting:
         dims = problem.headdim if problem.headdim == problem.headdim_v else (problem.headdim, problem.headdim_v)
         raise ValueError(
@@ -74,8 +73,6 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
     They fit every call on this plan whose arrays have the same shapes, strides and dtypes.
     """
-    if operands.qv is not None and metadata.partition.family != mla.NAME:
-        raise NotImplementedError("qv with a quantised cache is not implemented in kernels yet")
     launches: list[Launch] = []
     scratch: dict[str, Scratch] = {}
     arrays = {}
@@ -95,8 +92,9 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
     append = (append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),) if appends else ()
-    others = decode.other_variants(problem, partition, appends) if partition.family == decode.NAME else ()
-    return PLAN_VARIANT, *append, family(partition).variant(problem, partition), *others
+    kernel = family(partition)
+    others = kernel.other_variants(problem, partition, appends) if hasattr(kernel, "other_variants") else ()
+    return PLAN_VARIANT, *append, kernel.variant(problem, partition), *others
 
 
 __all__ = ["FAMILIES", "attention_step", "choose", "family", "plan_launch", "variants"]

@@ -117,6 +117,7 @@ def attention_launch(
     metadata: SchedulerMetadata,
     arrays: dict[str, str],
     joint: bool = False,
+    scales_tiles: bool = False,
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
 
@@ -127,6 +128,7 @@ def attention_launch(
         metadata: The plan. Its partition's tiles say rows, row blocks, cluster, warps and shared memory of a block.
         arrays: The arrays of pointers that are not called as their arrays.
         joint: Whether the first columns of q and k_cache are what meets the values, and the values, for the kernel.
+        scales_tiles: Whether the kernel multiplies keys by their scales, not scores.
     """
     tiles = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
@@ -149,7 +151,7 @@ def attention_launch(
     q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
     qv_strides = q_strides if joint else (0, 0, 0, 0) if operands.qv is None else element_strides(operands.qv)
     cache = operands.cache
-    softmax_scale = operands.softmax_scale * operands.q_scales.number * cache.k_scales.number
+    softmax_scale = operands.softmax_scale * operands.q_scales.number * (1 if scales_tiles else cache.k_scales.number)
     values: dict[str, Any] = {
         **row_strides("q", q_strides, ragged),
         **row_strides("qv", qv_strides, ragged),
@@ -161,6 +163,7 @@ def attention_launch(
         **scale_fields("q_descale", operands.q_scales),
         **scale_fields("k_descale", cache.k_scales),
         **scale_fields("v_descale", cache.v_scales),
+        "key_scale": cache.k_scales.number,
         "value_scale": cache.v_scales.number,
         **mask_fields(problem),
         **tree_fields(operands),

@@ -1,7 +1,7 @@
 """The family of latent attention, ``mla.cu``: the values are scored as well, and every row of the cache is read once.
 
-It takes keys that are longer than any other kernel's, whose values are their first columns (the joint form), and keys
-of up to 64 elements beside values of at least 256: calls of such a plan may bring ``qv``, or may not.
+It takes keys that are longer than those of the other kernels, whose values are their first columns (the joint form),
+and keys of up to 64 elements beside values of at least 256: calls of such a plan may bring ``qv``, or may not.
 
 A tile is 16, 32 or 64 keys, which all warps of a block read together. They divide the rows of a row block and the value
 columns; warps that share their rows divide the keys of a tile, and share the weights.
@@ -17,7 +17,7 @@ from ..dtypes import numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
-from ..problem import Problem
+from ..problem import MAX_HEADDIM, Problem
 from .decode import attention_launch
 from .fields import mask_defines
 from .launch import Launch, Scratch
@@ -28,6 +28,8 @@ NAME = "mla"
 _MOST_STAGES = 6
 _SHARE_BYTES = 160  # struct BlockState in mla.cu
 
+# float32, and caches of 8 bits, which become float32 in shared memory.
+_FLOAT32_SHAPES = ((16, 1, 2, 16, 1, 1),)
 # (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
 # stages).
 # Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each, warps of
@@ -43,7 +45,6 @@ _SHAPES = (
     (64, 2, 4, 64, 1, 2),
     (64, 2, 4, 32, 1, 2),
 )
-_FLOAT32_SHAPES = ((16, 1, 2, 16, 1, 1),)
 
 
 @dataclass(frozen=True)
@@ -96,36 +97,53 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 @lru_cache(maxsize=1024)
 def tiling(problem: Problem, device: Device) -> Tiles | None:
     """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
-    if problem.is_quantised or not (problem.takes_qv or problem.is_joint):
+    if not (problem.takes_qv or _is_joint(problem)):
         return None
-    itemsize = numpy_dtype(problem.qkv_dtype).itemsize
+    code_bytes = numpy_dtype(problem.kv_dtype).itemsize
+    itemsize = 4 if problem.is_quantised else code_bytes  # of tiles and queries as they are multiplied
     # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
     wanted = problem.rows if problem.split_size is None else problem.group
     best = None
     for rows, row_warps, column_warps, tile_keys, blocks_per_sm, least in _FLOAT32_SHAPES if itemsize == 4 else _SHAPES:
         if best is not None and (best.rows >= wanted or best.rows == rows):
             continue
-        line = 128 // itemsize  # elements
+        line = 128 // code_bytes  # elements
         dv = _round_up(problem.headdim_v, 64 * column_warps)
         d = _round_up(_headdim_beside(problem), line)
         row_bytes = (d + dv) * itemsize
         warps = row_warps * column_warps
-        state = _SHARE_BYTES + itemsize * rows * tile_keys + 8 * rows * column_warps + 4 * warps + 16
-        fixed = rows * row_bytes + state
+        state = (
+            _SHARE_BYTES
+            + 8 * tile_keys * problem.is_quantised
+            + itemsize * rows * tile_keys
+            + 8 * rows * column_warps
+            + 4 * warps
+            + 16
+        )
+        fixed = (rows + tile_keys * problem.is_quantised) * row_bytes + state
+        slot = tile_keys * (d + dv) * code_bytes
         room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
-        stages = min(_MOST_STAGES, (room - fixed) // (tile_keys * row_bytes))
+        stages = min(_MOST_STAGES, (room - fixed) // slot)
         if stages >= least:
             row_blocks = max(1, -(-problem.rows // rows))
-            shared = fixed + stages * tile_keys * row_bytes
+            shared = fixed + stages * slot
             best = Tiles(
                 d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared, state
             )
     return best
 
 
+def _is_joint(problem: Problem) -> bool:
+    """Whether the kernel takes values for the first columns of keys: of keys that no other kernel has."""
+    has_other = problem.headdim <= 256 or (
+        problem.headdim <= MAX_HEADDIM and numpy_dtype(problem.kv_dtype).itemsize == 2
+    )
+    return problem.headdim > problem.headdim_v and not has_other
+
+
 def _headdim_beside(problem: Problem) -> int:
     """Return the elements of a key that are no value's."""
-    return problem.headdim - problem.headdim_v if problem.is_joint else problem.headdim
+    return problem.headdim - problem.headdim_v if _is_joint(problem) else problem.headdim
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -138,12 +156,14 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+def _variant(
+    problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
+) -> Variant:
     return Variant(
         "mla",
         (
-            *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-            ("KEY_SCALES", 0),
+            *element_defines(problem.out_dtype if rotates else problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+            ("KEY_SCALES", key_scales),
             ("HEAD_DIM", _headdim_beside(problem)),
             ("HEAD_DIM_V", problem.headdim_v),
             ("PADDED_HEAD_DIM", tiles.headdim + tiles.headdim_v),
@@ -163,9 +183,24 @@ def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
     )
 
 
+def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
+    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
+    if not problem.is_quantised:
+        return ()
+    rotated = (False, True) if appends and problem.out_dtype != problem.qkv_dtype else (False,)
+    forms = [(key_scales, rotates) for key_scales in (0, 3) for rotates in rotated]
+    return tuple(_variant(problem, partition.tiles, False, *form) for form in forms[1:])
+
+
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
-    return attention_launch(kernel, problem, operands, metadata, arrays, joint=problem.is_joint)
+    cache, joint = operands.cache, _is_joint(problem)
+    if joint and not cache.joint:
+        dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
+        raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
+    key_scales = cache.k_scales.per_key + 2 * cache.v_scales.per_key
+    tiles, has_tree, rotates = metadata.partition.tiles, operands.tree_mask is not None, operands.rotary is not None
+    kernel = _variant(problem, tiles, has_tree, key_scales, rotates)
+    return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True)

@@ -27,7 +27,7 @@ struct RowOutput {
         out = sequence * p.out_batch_stride + token * p.out_row_stride + head * p.out_head_stride;
         lse = sequence * p.lse_batch_stride + head * p.lse_head_stride + token;
         unit = 1.0f;
-        if constexpr (kIsQuantised) {
+        if constexpr (kIsQuantised && !kScalesTiles) {
             unit = p.value_scale * (Element::kBytes == 4 ? 1.0f : unit_of<CacheElement>());
             if (!kHasValueScales) unit *= descale_of(p.v_descale, p.v_descale_strides, s.sequence, s.kv_head);
         }

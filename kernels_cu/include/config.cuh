@@ -10,6 +10,11 @@ using Element = ELEMENT;                         // of queries: Float16, BFloat1
 using CacheElement = KV_ELEMENT;                 // of keys and values in the cache: the same, or one of codes.cuh
 using OutElement = OUT_ELEMENT;                  // of the output: that of queries, BFloat16 for those of 8 bits
 constexpr bool kIsQuantised = CacheElement::kBytes == 1;
+#ifdef SCALES_TILES  // elements are multiplied by their scales in shared memory, instead of scores and weights
+constexpr bool kScalesTiles = true;
+#else
+constexpr bool kScalesTiles = false;
+#endif
 constexpr bool kHasKeyScales = KEY_SCALES & 1;   // a scale per key and head of the keys ..
 constexpr bool kHasValueScales = KEY_SCALES & 2;  // .. and of the values
 constexpr int kHeadDim = HEAD_DIM;               // of queries and keys, a multiple of 8

@@ -4,6 +4,8 @@
 #include "latent_weights.cuh"
 
 class LatentFma {
+    using Rows = Swizzle<kPaddedHeadDim * 4>;  // of queries and tiles
+
 public:
     __device__ __forceinline__ LatentFma(int column_warp, int lane) : lane_(lane), column_warp_(column_warp) {}
 
@@ -30,7 +32,7 @@ public:
             });
             for_each<kColumnTiles>([&](int n) {
                 const int column = (column_warp_ * kColumnTiles + n) * 8 + lane_ % 4 * 2;
-                const float2 v = load_shared_pair(slot + KeyRows::offset(key, column / 4) + column % 4 * 4);
+                const float2 v = load_shared_pair(slot + Rows::offset(key, column / 4) + column % 4 * 4);
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     float(&o)[4] = output_[t][n];
                     o[half * 2] = fmaf(weight[t][half], v.x, o[half * 2]);
@@ -55,10 +57,10 @@ private:
         for (int c = kFirstColumn / 4; c < kFirstColumn / 4 + kCount; ++c) {
             float4 q[kRowTiles][2];
             for_each<kRowTiles, 2>([&](int t, int half) {
-                q[t][half] = load_shared(query_ + QueryRows::offset(t * 16 + half * 8 + lane_ / 4, c));
+                q[t][half] = load_shared(query_ + Rows::offset(t * 16 + half * 8 + lane_ / 4, c));
             });
             for_each<kKeyTiles, 2>([&](int n, int column) {
-                const float4 k = load_shared(slot + KeyRows::offset(first_key + n * 8 + column, c));
+                const float4 k = load_shared(slot + Rows::offset(first_key + n * 8 + column, c));
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     float& dot = s[t][n][half * 2 + column];
                     dot = fmaf(q[t][half].x, k.x, dot);

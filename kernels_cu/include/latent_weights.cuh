@@ -6,8 +6,8 @@
 class TileWeights {
 public:
     // Two 16-bit weights a register, row l / 4 and row l / 4 + 8 of lane l: half of an A fragment. Or the floats of a C fragment.
-    struct __align__(4 * Element::kBytes) Piece {
-        u32 w[Element::kBytes];
+    struct __align__(4 * kWeightBytes) Piece {
+        u32 w[kWeightBytes];
     };
 
     __device__ __forceinline__ TileWeights(Meeting& meeting, int row_warp, int column_warp)
@@ -18,7 +18,7 @@ public:
     __device__ __forceinline__ void tell(const Scores& s, int lane) const {
         for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
             Piece piece;
-            if constexpr (T::kBytes == 2) {
+            if constexpr (kWeightBytes == 2) {
                 for_each<2>([&](int half) { piece.w[half] = T::pack(s[t][n][half * 2], s[t][n][half * 2 + 1]); });
             } else {
                 for_each<4>([&](int i) { piece.w[i] = __float_as_uint(s[t][n][i]); });

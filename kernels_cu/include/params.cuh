@@ -74,6 +74,7 @@ struct DecodeParams {
     float score_cap;           // softcap
     float cap_scale;           // softmax_scale
     float cap_inverse;         // 2^64 / softcap
+    float key_scale;           // the same of keys; elsewhere than in mla.cu part of score_scale
     float value_scale;         // with a quantised cache: factor of the output
     int cap_exactly;           // the cap is so large, or the scale so small, that the short way is too coarse
 };

@@ -55,7 +55,7 @@ public:
             const float factor = finish_row(p_, at, states_[t][half], lse);
             for_columns([&](int n) {
                 const float2 o = get(t, half, n);
-                store2<Element>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
+                store2<OutElement>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
             });
             if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
         });

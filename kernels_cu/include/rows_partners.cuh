@@ -7,8 +7,8 @@
 
 // Where they meet, in shared memory.
 struct Meeting {
-    // A fragments of 16 keys, a lane's registers side by side; of float32, C fragments.
-    uint4 weights[kRowWarps][kRowTiles][kTileKeys * Element::kBytes / 32][32];
+    // A fragments of 16 keys, a lane's registers side by side; of 4 bytes, C fragments.
+    uint4 weights[kRowWarps][kRowTiles][kTileKeys * kWeightBytes / 32][32];
     float top[kWarps][kWarpRows];                             // the largest score of a row among a warp's keys
     float sum[kWarps][kWarpRows];
     u32 exceeds[kWarps];  // whether a score of the warp's exceeds its row's threshold; only then `top` is set

@@ -25,6 +25,9 @@ using Scores = float[kRowTiles][kKeyTiles][4];      // C, 16 rows x 8 keys
 using Weights = u32[kRowTiles][(kWarpKeys + 15) / 16][4];  // A, 16 rows x 16 keys
 using Outputs = float[kRowTiles][kColumnTiles][4];  // C, 16 rows x 8 columns
 
+// Bytes of a weight that warps tell each other.
+constexpr int kWeightBytes = kIsQuantised ? 4 : Element::kBytes;
+
 // Rows in shared memory.
 constexpr int kKeyBytes = kPaddedHeadDim * CacheElement::kBytes;
 constexpr int kValueBytes = kPaddedHeadDimV * CacheElement::kBytes;

@@ -1,0 +1,73 @@
+// Latent attention on quantised caches: queries and tiles become float32 in shared memory, elements times scales.
+#pragma once
+#include "codes.cuh"
+#include "descale.cuh"
+#include "rows_tiles.cuh"
+#include "segment.cuh"
+
+using NumberRows = Swizzle<kPaddedHeadDim * 4>;
+
+// Loads an item's queries as float32, times their scale; with the sign of softmax_scale. What does not exist is zero.
+__device__ __forceinline__ void load_query_numbers(const DecodeParams& p, const Segment& s, u32 query) {
+    const long long first = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
+    float unit = descale_of(p.q_descale, p.q_descale_strides, s.sequence, s.kv_head);
+    if (p.query_flip) unit = p.query_keep ? -unit : 0.0f;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kPaddedHeadDim / 4; i += kThreads) {
+        const int row = i / (kPaddedHeadDim / 4), chunk = i % (kPaddedHeadDim / 4);
+        const bool meets_values = chunk * 4 < kPaddedHeadDimV;
+        const int column = meets_values ? chunk * 4 : chunk * 4 - kPaddedHeadDimV;
+        const int packed = s.first_row + row, position = query_of(p, packed);
+        const int head = s.kv_head * p.group + packed - position * p.group;
+        float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (row < s.valid_rows && (meets_values ? p.qv && column < kHeadDimV : column < kHeadDim)) {
+            const long long element =
+                meets_values
+                    ? s.sequence * p.qv_batch_stride + (first + position) * p.qv_row_stride + head * p.qv_head_stride
+                    : s.sequence * p.q_batch_stride + (first + position) * p.q_row_stride + head * p.q_head_stride + p.key_column;
+            const auto* const from = static_cast<const Element::Bits*>(meets_values ? p.qv : p.q) + element + column;
+            x = make_float4(Element::to_float(from[0]), Element::to_float(from[1]), Element::to_float(from[2]),
+                            Element::to_float(from[3]));
+            scale(x, unit);
+        }
+        store_shared(query + NumberRows::offset(row, chunk), x);
+    }
+}
+
+// The scales of a key and its value; negative infinity for a key that no row sees.
+__device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Segment& s, int key, bool may_see_none) {
+    if (key >= s.keys.end || (may_see_none && sees_nothing(p, s, key))) return make_float2(-infinity(), 0.0f);
+    float2 scales = {p.key_scale, p.value_scale};
+    PageCursor place;
+    if constexpr (kHasKeyScales || kHasValueScales) {
+        place.enter(p.cache, s.sequence);
+        place.seek(p.cache, s.lengths.leftpad + key);
+    }
+    if constexpr (kHasKeyScales) {
+        scales.x *= p.k_descale[place.scale(p.k_descale_strides) + s.kv_head * p.k_descale_strides.head];
+    } else {
+        scales.x *= descale_of(p.k_descale, p.k_descale_strides, s.sequence, s.kv_head);
+    }
+    if constexpr (kHasValueScales) {
+        scales.y *= p.v_descale[place.scale(p.v_descale_strides) + s.kv_head * p.v_descale_strides.head];
+    } else {
+        scales.y *= descale_of(p.v_descale, p.v_descale_strides, s.sequence, s.kv_head);
+    }
+    return scales;
+}
+
+// Makes numbers of a tile of codes; `scales` (kTileKeys,) are those of its keys.
+template <typename Code>
+__device__ __forceinline__ void convert_tile(u32 codes, u32 numbers, const float2* scales) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kTileKeys * kPaddedHeadDim / 4; i += kThreads) {
+        const int row = i / (kPaddedHeadDim / 4), chunk = i % (kPaddedHeadDim / 4);
+        const u32 four = load_shared_u32(codes + KeyRows::offset(row, chunk / 4) + chunk % 4 * 4);
+        float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (scales[row].x != -infinity()) {
+            if constexpr (Code::kBytes == 1) x = codes_to_floats<Code>(four);
+            scale(x, chunk * 4 < kPaddedHeadDimV ? scales[row].y : scales[row].x);
+        }
+        store_shared(numbers + NumberRows::offset(row, chunk), x);
+    }
+}
