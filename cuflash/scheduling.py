@@ -65,7 +65,7 @@ def get_scheduler_metadata(
             binding: beyond it the plan is right and may be much less even.
         num_heads_q: Query heads.
         num_heads_kv: KV heads; divides ``num_heads_q``.
-        headdim: Elements of a query and key row: a multiple of 8 up to 256.
+        headdim: Elements of a query and key row: a multiple of 8 up to 512, with float32 up to 256.
         cache_seqlens: (batch,) int32 keys in the cache before an append, or one int for all sequences.
         qkv_dtype: float16, bfloat16 or float32, as a string or dtype.
         headdim_v: Elements of a value row; default ``headdim``.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import Backend, Case, all_pairs, check, make_inputs, run
+from problems import Backend, Case, all_pairs, check, check_lse, check_out, expected, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
 from test_extremes import _check, _patterns, _problem
 
@@ -201,6 +201,26 @@ def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
                 )  # fmt: skip
                 alone.append((out[0].tobytes(), lse[0].tobytes()))
         assert together == alone
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("planned", "called"),
+    [((200, 3, 0, 1), (0, 0, 200, 5)), ((0, 0, 200, 5), (200, 3, 0, 1)), ((200, 0, 0, 0), (0, 0, 0, 200))],
+)
+def test_a_plan_for_other_queries(planned: tuple[int, ...], called: tuple[int, ...], sim: Backend) -> None:
+    """Row blocks that the plan cuts may have no rows, others that it thinks empty have some. Twice, for the counters."""
+    case = Case(dtype="bfloat16", heads=(4, 2), seqlens=(77, 150, 130, 300), seqlens_q=called, causal=True)
+    inputs = make_inputs(case)
+    starts = np.cumsum((0, *planned)).astype(np.int32)
+    meta = cuflash.get_scheduler_metadata(
+        4, 200, 300, 4, 2, 64, inputs["cache_seqlens"], cu_seqlens_q=starts, causal=True
+    )
+    answer = expected(inputs)
+    for _ in range(2):
+        out, lse = cuflash.flash_attn_with_kvcache(**inputs, scheduler_metadata=meta, return_softmax_lse=True)
+        check_out(case, out, answer)
+        check_lse(case, lse, answer)
 
 
 @BOTH

@@ -108,9 +108,15 @@ struct ShareWalker {
 
     // Writes the next segment; false at the end of the share.
     __device__ __forceinline__ bool next(const DecodeParams& p, const Share& share, Segment& s) {
-        if (item > share.end.item) return false;
-        if (item == share.end.item && (kHasSplitSize ? share.end.key == 0 : key >= share.end.key)) return false;
-        describe_item(p, item, s);
+        for (;;) {
+            if (item > share.end.item) return false;
+            if (item == share.end.item && (kHasSplitSize ? share.end.key == 0 : key >= share.end.key)) return false;
+            describe_item(p, item, s);
+            if (s.valid_rows > 0) break;
+            // Nothing to write, nor in the row blocks behind this one: on to the next KV head, as all blocks of these items do.
+            item += p.row_blocks - s.first_row / kRows;
+            key = 0;
+        }
         s.starts = item != share.begin.item || share.begin.key == 0;
         const bool uncut = kHasSplitSize && split_count(p, s.visible) > p.max_splits;
         const int part_end = item == share.end.item && !(uncut && s.starts) ? share.end.key : kItemEnd;
