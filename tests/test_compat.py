@@ -13,8 +13,8 @@ from problems import Backend
 from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
 
 import cuflash
+from cuflash.compat import calls, plans, scheduler_metadata_size, sgl_kernel, torch_tensors
 from cuflash.compat import flash_attn_interface as fa3
-from cuflash.compat import scheduler_metadata_size, sgl_kernel
 from cuflash.compat.sgl_kernel import flash_attn as sgl
 
 EXTENDED = (30, 1, 37, 5)
@@ -353,3 +353,32 @@ def test_kernels(torch: Any, pattern: str, monkeypatch: pytest.MonkeyPatch) -> N
             buffers.fill(requests)
             buffers.run()
             buffers.check()
+
+
+@pytest.mark.skipif(not HAS_SIMULATOR, reason="no simulator")
+def test_captured_calls_without_a_plan(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They plan for themselves, in the caller's memory; here as if a graph were captured."""
+    made = []
+    monkeypatch.setattr(torch_tensors, "is_captured", lambda x: True)
+    monkeypatch.setattr(calls, "make_plan", lambda *given: made.append(1) or plans.make_plan(*given))
+    monkeypatch.setenv("CUFLASH_BACKEND", "sim")
+    monkeypatch.setenv("CUFLASH_NUM_SM", "8")
+    server = Server(torch, "cpu", "float16", page_size=16, lengths=(40, 1, 17))
+    server.decode(window=10)
+    server.prefix_chunks((5, 1, 8))
+    assert len(made) == 3
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, heads, DIM), np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    caches = rng.standard_normal((2, 2, 40, KV_HEADS, DIM), np.float32)
+    for lengths in (np.array([30, 4], np.int32), 20):
+        answer = reference.attention(q, *caches, k=k, v=v, cache_seqlens=np.broadcast_to(lengths, 2), causal=True)
+        tensors = [torch.from_numpy(x.copy()) for x in (q, *caches, k, v)]
+        given = torch.from_numpy(lengths) if isinstance(lengths, np.ndarray) else lengths
+        out = fa3.flash_attn_with_kvcache(*tensors, cache_seqlens=given, causal=True)
+        np.testing.assert_allclose(out, answer.out, atol=2e-5)
+        np.testing.assert_array_equal(tensors[1], answer.k_cache)
+    answer = reference.attention(q, *caches, cache_seqlens=np.array([40, 40]))
+    np.testing.assert_allclose(fa3.flash_attn_with_kvcache(*tensors[:1], *map(torch.from_numpy, caches)), answer.out,
+                               atol=2e-5)  # fmt: skip
+    assert len(made) == 6

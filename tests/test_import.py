@@ -79,3 +79,14 @@ def test_public_names():
     }
     assert all(hasattr(cuflash, name) for name in cuflash.__all__)
     assert (Path(cuflash.__file__).parent / "py.typed").exists()
+
+
+def test_compat_brings_nothing_else():
+    """Other libraries' interfaces need none of theirs, and nobody pays for them who does not ask."""
+    out = run("""
+import sys, cuflash
+print("cuflash.compat" in sys.modules)
+import cuflash.compat.flash_attn_interface, cuflash.compat.sgl_kernel.flash_attn
+print("torch" in sys.modules, "cupy" in sys.modules)
+""")
+    assert out == "False\nFalse False\n"
