@@ -170,6 +170,24 @@ def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
         assert [row.tobytes() for row in run(case, inputs, sim)[0]] == alone
 
 
+QUANTISED: list[dict[str, Any]] = [
+    {"mla": "joint", "headdim": (576, 512), "kv_dtype": "float8_e4m3fn", "scales": ("none", "keys", "none"), "new": 2,
+     "dtype": "bfloat16", "rotary": "half", "rotary_dim": 32, "page_size": 16, "causal": True},
+    {"mla": "qv", "headdim": (64, 256), "kv_dtype": "int8", "scales": ("none", "float", "keys"), "dtype": "float32"},
+    {"mla": "joint", "headdim": (320, 256), "kv_dtype": "float8_e5m2", "scales": ("heads", "one", "none"),
+     "dtype": "float8_e4m3fn", "split_size": 64},
+    {"mla": "joint", "headdim": (320, 256), "dtype": "float32", "heads": (3, 1)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", QUANTISED, ids=str)
+def test_what_becomes_float32(options: dict[str, Any], sim: Backend) -> None:
+    """Quantised caches, and joint rows of float32 that no other kernel has."""
+    case = Case(**{"heads": (12, 1), "seqlens": (37, 1, 90), "seqlens_q": 2, **options})
+    with launched():
+        check(case, make_inputs(case), sim)
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize("mla", ["joint", pytest.param("qv row", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
