@@ -25,12 +25,10 @@ public:
         const int chunk = kKeyTiles == 1 ? lane / 8 : lane / 8 % 2;
         key_lane_ = KeyRows::offset(key, chunk) + column_warp * kWarpKeys * kKeyBytes;
         value_lane_ = KeyRows::offset(lane % 16, lane / 16) + column_warp * kColumnPairs * 32;
-        pin(key_lane_), pin(value_lane_);
     }
 
     __device__ __forceinline__ void begin_item(u32 query) {
         query_lane_ = query + QueryRows::offset(lane_ % 16, lane_ / 16);
-        pin(query_lane_);
         fill(output_, 0.0f);
     }
 
