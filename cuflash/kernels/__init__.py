@@ -19,32 +19,31 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from . import decode, extend, mla
+from . import decode, extend, extend_wgmma, mla
 from .append import append_launch, append_variant
 from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
 from .plan import plan_launch
 from .source import Variant
 
-FAMILIES: tuple[ModuleType, ...] = (decode, extend, mla)
+FAMILIES: tuple[ModuleType, ...] = (decode, extend_wgmma, extend, mla)
+NO_FAMILY = "none"
+_ROWS_WITHOUT_A_KERNEL = 64
 _OPERATIONS_PER_BYTE = 128  # of tensor cores beside what memory reads: some 120 on sm_90 with mma.sync, 160 on sm_80
 
 
 def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) -> Partition:
     """Choose the kernel family of a problem, and how it cuts it: the one that costs least of those that fit.
 
-    Raises:
-        ValueError: If none fits.
+    Where none fits, a plan can be made all the same; the NumPy backend runs on it, no kernel does.
     """
     if max_seqlen_k is not None:
         max_seqlen_k = -(-max_seqlen_k // problem.cp_world_size)  # of the rank, give or take an interleave
     choices = [family.partition(problem, device, max_seqlen_k) for family in FAMILIES]
     fitting: list[Partition] = [partition for partition in choices if partition is not None]
     if not fitting:
-        dims = problem.headdim if problem.headdim == problem.headdim_v else (problem.headdim, problem.headdim_v)
-        raise ValueError(
-            f"headdim must be one that a kernel has, got {dims} with {problem.qkv_dtype} on sm_{device.arch}"
-        )
+        row_blocks = max(1, -(-problem.rows // _ROWS_WITHOUT_A_KERNEL))
+        return Partition(NO_FAMILY, _ROWS_WITHOUT_A_KERNEL, row_blocks, max(1, device.num_sm - problem.sm_margin))
     latent = [partition for partition in fitting if partition.family == mla.NAME]  # no other one knows qv
     return min(latent or fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
 
@@ -64,7 +63,13 @@ def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:
 
 
 def family(partition: Partition) -> ModuleType:
-    """Return the family that made a partition."""
+    """Return the family that made a partition.
+
+    Raises:
+        NotImplementedError: If no kernel fits the problem.
+    """
+    if partition.family == NO_FAMILY:
+        raise NotImplementedError("headdim, headdim_v, qkv_dtype and kv_dtype are none for which there is a kernel yet")
     return next(family for family in FAMILIES if family.NAME == partition.family)
 
 
