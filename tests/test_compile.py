@@ -56,9 +56,9 @@ def check(variant: Variant, arch: int) -> cubins.Cubin:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_compiles(dtype: str, arch: int) -> None:
-    """Every dtype x head dim on every architecture, rows and features in turn; --slow has them all."""
+    """Every dtype on every architecture, head dims, rows and features in turn; --slow has them all."""
     turn = itertools.cycle(itertools.product(ROWS, FEATURES, STEPS))
-    for dims in HEADDIMS:
+    for dims in HEADDIMS[(ARCHS.index(arch) + DTYPES.index(dtype)) % 3 :: 3]:
         rows, features, step = next(itertools.islice(turn, 7, None))
         check(decode_variant(dtype, dims, rows, features, step, arch), arch)
 
@@ -74,13 +74,14 @@ def quantised_variants(kv_dtype: str) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_attention_on_quantised_caches_compiles(kv_dtype: str, arch: int) -> None:
-    for dtype, dims, rows, features, (batch, longest), key_scales in itertools.islice(quantised_variants(kv_dtype), 4):
+    for dtype, dims, rows, features, (batch, longest), key_scales in itertools.islice(quantised_variants(kv_dtype), 2):
         problem = make_problem(
             batch, 1, rows, 1, dims[0], headdim_v=dims[1], qkv_dtype=dtype, kv_dtype=kv_dtype, **features
         )
         check(decode.decode_variant(problem, tiling(problem, Device(132, arch), longest), key_scales), arch)
-    check(append_variant("float8_e4m3fn", kv_dtype, "bfloat16"), arch)
-    check(append_variant("float16", kv_dtype), arch)
+    if arch in (80, 90):
+        check(append_variant("float8_e4m3fn", kv_dtype, "bfloat16"), arch)
+        check(append_variant("float16", kv_dtype), arch)
 
 
 @pytest.mark.slow
