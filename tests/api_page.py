@@ -69,6 +69,7 @@ def _code(name: str, thing: Any) -> list[str]:
     except ValueError:  # an exception's
         return []
     parameters = [str(parameter) for parameter in signature.parameters.values() if parameter.name != "self"]
+    parameters = [re.sub(r"<module '(\w+)' from .*>", r"\1", parameter) for parameter in parameters]  # not where it lies
     keyword = [p.kind is p.KEYWORD_ONLY for p in signature.parameters.values() if p.name != "self"]
     if True in keyword:
         parameters.insert(keyword.index(True), "*")
