@@ -69,7 +69,8 @@ def _code(name: str, thing: Any) -> list[str]:
     except ValueError:  # an exception's
         return []
     parameters = [str(parameter) for parameter in signature.parameters.values() if parameter.name != "self"]
-    parameters = [re.sub(r"<module '(\w+)' from .*>", r"\1", parameter) for parameter in parameters]  # not where it lies
+    # A module by its name, not by where it lies.
+    parameters = [re.sub(r"<module '(\w+)' from .*>", r"\1", parameter) for parameter in parameters]
     keyword = [p.kind is p.KEYWORD_ONLY for p in signature.parameters.values() if p.name != "self"]
     if True in keyword:
         parameters.insert(keyword.index(True), "*")
