@@ -21,17 +21,20 @@ def run(code: str) -> str:
 
 
 def test_import_is_quick():
-    """It takes less than 0.3 s on an idle machine; under load all times grow, also those of NumPy, which is most of it.
+    """What cuflash adds takes no longer than the import of NumPy and ml_dtypes twice over, in the same process.
 
-    Measured without NumPy and ml_dtypes, best of three.
+    A ratio, since under load all times grow alike; best of three.
     """
     code = """
-import time, numpy, ml_dtypes, concurrent.futures.thread
+import time
 begin = time.perf_counter()
+import numpy, ml_dtypes
+between = time.perf_counter()
+import concurrent.futures.thread
 import cuflash
-print(time.perf_counter() - begin)
+print((time.perf_counter() - between) / (between - begin))
 """
-    assert min(float(run(code)) for _ in range(3)) < 0.2
+    assert min(float(run(code)) for _ in range(3)) < 2
 
 
 @pytest.mark.parametrize(
