@@ -293,9 +293,10 @@ def test_few_rows_decode_and_many_extend() -> None:
     """Keys are read once per row block: the family with fewer of them, and the smaller one where they are alike."""
     for rows, family in ((4, decode), (16, decode), (32, decode), (36, extend), (64, extend), (512, extend)):
         for arch in (80, 86, 90, 120):
-            assert kernels.choose(_rows(rows), Device(132, arch), 4096).family == family.NAME
+            expected = extend_wgmma if family is extend and arch == 90 else family
+            assert kernels.choose(_rows(rows), Device(132, arch), 4096).family == expected.NAME
     assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
-    assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend"  # decode has 16 rows at most
+    assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend_wgmma"  # decode has 16 rows at most
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
@@ -306,8 +307,10 @@ def test_wide_heads_extend(arch: int) -> None:
 
 def test_what_extend_does_not_have() -> None:
     assert kernels.choose(_rows(512, qkv_dtype="float32"), H200, 4096).family == "decode"
-    with pytest.raises(ValueError, match="headdim"):
-        kernels.choose(_rows(4, 512, qkv_dtype="float32"), H200, 4096)
+    wide = _rows(4, 512, qkv_dtype="float32")
+    choice = kernels.choose(wide, H200, 4096)  # a plan for the NumPy backend
+    with pytest.raises(ValueError, match=r"headdim and headdim_v must be .* got \(512, 512\) with queries of float32"):
+        kernels.family(wide, choice)
 
 
 def test_with_split_size_the_batch_does_not_choose() -> None:
@@ -326,6 +329,6 @@ def test_with_split_size_the_batch_does_not_choose() -> None:
 def test_a_refilled_plan_keeps_its_family() -> None:
     lengths = np.array([100, 200], np.int32)
     meta = cuflash.get_scheduler_metadata(2, 16, 4000, 32, 8, 128, lengths, causal=True)
-    assert meta.partition.family == "extend" and "extend, row blocks of 64 rows" in str(meta)
+    assert meta.partition.family == "extend_wgmma" and "extend_wgmma, row blocks of 64 rows" in str(meta)
     again = cuflash.get_scheduler_metadata(2, 16, 10, 32, 8, 128, lengths, causal=True, out=meta)
     assert again.partition is meta.partition

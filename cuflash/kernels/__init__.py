@@ -62,14 +62,18 @@ def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:
     return row_blocks * elements * (keys * max(_OPERATIONS_PER_BYTE, partition.rows) + 2 * partition.rows)
 
 
-def family(partition: Partition) -> ModuleType:
-    """Return the family that made a partition.
+def family(problem: Problem, partition: Partition) -> ModuleType:
+    """Return the family that made a partition of a problem.
 
     Raises:
-        NotImplementedError: If no kernel fits the problem.
+        ValueError: If no kernel fits the problem.
     """
     if partition.family == NO_FAMILY:
-        raise NotImplementedError("headdim, headdim_v, qkv_dtype and kv_dtype are none for which there is a kernel yet")
+        dims, kinds = (problem.headdim, problem.headdim_v), (problem.qkv_dtype, problem.kv_dtype)
+        raise ValueError(
+            f"headdim and headdim_v must be ones that a kernel has, got {dims} with queries of {kinds[0]} and a "
+            f"cache of {kinds[1]}: the NumPy backend alone serves them"
+        )
     return next(family for family in FAMILIES if family.NAME == partition.family)
 
 
@@ -88,7 +92,7 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
         scratch["q_rotated"] = Scratch(operands.q.shape, numpy_dtype(problem.out_dtype), passed_on=True)
         arrays["q"] = "q_rotated"
     if operands.out.size:
-        launch, more = family(metadata.partition).launch(problem, operands, metadata, arrays)
+        launch, more = family(problem, metadata.partition).launch(problem, operands, metadata, arrays)
         launches.append(launch)
         scratch |= more
     return Step(tuple(launches), tuple(scratch.items()))
@@ -97,7 +101,7 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
     append = (append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),) if appends else ()
-    kernel = family(partition)
+    kernel = family(problem, partition)
     others = kernel.other_variants(problem, partition, appends) if hasattr(kernel, "other_variants") else ()
     return PLAN_VARIANT, *append, kernel.variant(problem, partition), *others
 
