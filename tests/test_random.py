@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import ALL_FEATURES, FEATURES, features_of, random_case
 from conftest import BACKENDS, on
-from problems import Backend, check, expected, make_inputs
+from problems import Backend, Case, check, expected, make_inputs
 
 SEEDS = [on(name, seed) for name in BACKENDS for seed in range(10 if name == "sim" else 60)]
 
@@ -16,6 +16,17 @@ SEEDS = [on(name, seed) for name in BACKENDS for seed in range(10 if name == "si
 @pytest.mark.parametrize(("backend", "seed"), SEEDS, indirect=["backend"])
 def test_random_problem(seed: int, backend: Backend) -> None:
     case = random_case(seed, longest=130 if backend.name == "sim" else 300)
+    check(case, make_inputs(case), backend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("plan", ["none", "reused"])
+def test_append_to_rows_that_are_key_and_value(backend: Backend, dtype: str, plan: str) -> None:
+    """One array given as both caches, of one head dim: an append brings ``k`` alone."""
+    case = Case(
+        dtype=dtype, heads=(4, 1), headdim=(128, 128), seqlens=(103, 34), seqlens_q=2, page_size=16, causal=True,
+        new=(7, 5), mla="joint", plan=plan, seed=3,
+    )  # fmt: skip
     check(case, make_inputs(case), backend)
 
 

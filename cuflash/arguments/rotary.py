@@ -9,12 +9,11 @@ from ..problem import Problem, boolean, window_bounds
 from .common import Given, expect_shape, index
 
 
-def rotary(problem: Problem, q: NativeArray, k: NativeArray | None, joint: bool, given: Given) -> Rotary | None:
+def rotary(problem: Problem, k: NativeArray | None, joint: bool, given: Given) -> Rotary | None:
     """Import what rotates queries and new keys.
 
     Args:
         problem: The problem.
-        q: The queries.
         k: The new keys.
         joint: Whether values are the first columns of the keys: those behind them are rotated.
         given: All arguments.
