@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import backends
-from .arguments.common import expect_shape, output
+from .arguments.common import expect_shape, lse_shape, output
 from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
@@ -77,7 +77,7 @@ def merge_attn_states(
         raise ValueError(f"outs must be n arrays with 3 or 4 dimensions each, got shape {stacked.shape}")
     ragged = stacked.ndim == 4
     shape = stacked.shape
-    expected = (shape[0], shape[2], shape[1]) if ragged else (shape[0], shape[1], shape[3], shape[2])
+    expected = (shape[0], *lse_shape(shape[1:]))
     if stacked_lses.shape != expected:
         raise ValueError(f"lses must have shape {expected} for outs of shape {shape}, got {stacked_lses.shape}")
     if not shape[0]:

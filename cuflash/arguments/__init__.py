@@ -84,7 +84,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
             raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
     sinks = sinks_of(problem, given["sinks"])
     out, lse = outputs(problem, q, given)
-    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, lse, given)
+    tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, given)
     operands = Operands(
         q, cache, out, lse, step_lengths, scale, softcap, k, v, rotary, sinks, qv, tree, merge_out, merge_lse, q_scales
     )

@@ -71,6 +71,12 @@ def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
+def lse_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the LSE of queries or outputs of a shape: (batch, heads, seqlen_q) or (heads, total_q)."""
+    *batch, positions, heads, _ = shape
+    return (*batch, heads, positions)
+
+
 def output(name: str, given: Any, like: NativeArray, shape: tuple[int, ...], dtype: Any) -> NativeArray:
     """Return the caller's output array, checked, or a new one where ``like`` lives."""
     if given is None:

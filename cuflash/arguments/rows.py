@@ -21,7 +21,7 @@ from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import Problem, window_bounds
-from .common import Given, expect_shape, output
+from .common import Given, expect_shape, lse_shape, output
 
 
 def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
@@ -41,12 +41,10 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
 
 def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
     """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
-    ragged, shape = problem.cu_seqlens_q, q.shape
-    out = output("out", given["out"], q, (*shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype))
+    out = output("out", given["out"], q, (*q.shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype))
     if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
         return out, None
-    lse_shape = (shape[1], shape[0]) if ragged else (shape[0], shape[2], shape[1])
-    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape, np.dtype(np.float32))
+    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape(q.shape), np.dtype(np.float32))
 
 
 def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray | None:
@@ -93,7 +91,7 @@ def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | N
     return mask
 
 
-def merged(out: NativeArray, lse: NativeArray | None, given: Given) -> tuple[NativeArray | None, NativeArray | None]:
+def merged(out: NativeArray, given: Given) -> tuple[NativeArray | None, NativeArray | None]:
     """Import merge_with, the results of the same queries over other keys."""
     pair = given["merge_with"]
     if pair is None:
@@ -104,8 +102,7 @@ def merged(out: NativeArray, lse: NativeArray | None, given: Given) -> tuple[Nat
     expect_shape("merge_with[0]", other, out.shape)
     if other.dtype != out.dtype:
         raise ValueError(f"merge_with[0] must be {out.dtype}, got {other.dtype}")
-    shape = (out.shape[1], out.shape[0]) if out.ndim == 3 else (out.shape[0], out.shape[2], out.shape[1])
-    expect_shape("merge_with[1]", other_lse, shape)
+    expect_shape("merge_with[1]", other_lse, lse_shape(out.shape))
     if other_lse.dtype != np.float32:
         raise ValueError(f"merge_with[1] must be float32, got {other_lse.dtype}")
     return aligned("merge_with[0]", other, other.itemsize), aligned("merge_with[1]", other_lse, other_lse.itemsize)

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from .. import attention
+from ..arguments.common import lse_shape
 from ..arguments.lengths import filled
 from ..arrays import import_array
 from ..metadata import SchedulerMetadata
@@ -152,5 +153,4 @@ def _take_tensors(given: Given) -> None:
         dtype = _FLOAT8 if q.element_size() == 1 else str(q.dtype).removeprefix("torch.")
         given["out"] = torch_tensors.new((*q.shape[:-1], v_cache.shape[-1]), dtype, q)
     if given["return_softmax_lse"] and given["softmax_lse"] is None:
-        *batch, positions, heads, _ = q.shape
-        given["softmax_lse"] = torch_tensors.new((*batch, heads, positions), "float32", q)
+        given["softmax_lse"] = torch_tensors.new(lse_shape(tuple(q.shape)), "float32", q)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import common
 from ..arrays import NativeArray
-
-_UNIT = 16  # bytes; kernels read and write outputs in these
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Packing:
     def nbytes(self) -> int:
         """Bytes of a block."""
         lse_bytes = 4 * self.heads * math.prod(self.rows)
-        return -(-(self._out_bytes + lse_bytes) // _UNIT) * _UNIT
+        return -(-(self._out_bytes + lse_bytes) // common.UNIT) * common.UNIT
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -43,8 +42,7 @@ class Packing:
     @property
     def lse_shape(self) -> tuple[int, ...]:
         """Shape of their LSE."""
-        *batch, queries = self.rows
-        return (*batch, self.heads, queries)
+        return common.lse_shape(self.out_shape)
 
     @property
     def _out_bytes(self) -> int:
