@@ -12,7 +12,7 @@ from problems import DTYPES, Backend, Case, check_lse, check_out, expected, make
 
 import cuflash
 from cuflash.device import Device
-from cuflash.kernels import decode
+from cuflash.kernels import attention
 from cuflash.kernels.tiles import tiling
 from cuflash.problem import make_problem
 
@@ -268,7 +268,7 @@ def test_items_that_would_take_too_much_scratch_stay_whole(
     sequences = [_sequence(1, 1, 3000, **shape), _sequence(2, 2, 200, **shape), _sequence(3, 1, 900, **shape)]
     wanted = _attend(sequences, SIM, split_size=64)
     slot = 4 * 8 * (64 + 2)
-    monkeypatch.setattr(decode, "SPLIT_BYTES", most * slot * 12)
+    monkeypatch.setattr(attention, "SPLIT_BYTES", most * slot * 12)
     assert _attend(sequences, SIM, split_size=64) == wanted
     if most < 10:
         assert asked[-1] == (2 * 16 + 12 * most) * slot < asked[0]

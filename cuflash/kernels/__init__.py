@@ -25,6 +25,7 @@ from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
 from .plan import plan_launch
 from .source import Variant
+from .tiles import resident_blocks
 
 FAMILIES: tuple[ModuleType, ...] = (decode, extend_wgmma, extend, mla)
 NO_FAMILY = "none"
@@ -43,7 +44,7 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     fitting: list[Partition] = [partition for partition in choices if partition is not None]
     if not fitting:
         row_blocks = max(1, -(-problem.rows // _ROWS_WITHOUT_A_KERNEL))
-        return Partition(NO_FAMILY, _ROWS_WITHOUT_A_KERNEL, row_blocks, max(1, device.num_sm - problem.sm_margin))
+        return Partition(NO_FAMILY, _ROWS_WITHOUT_A_KERNEL, row_blocks, resident_blocks(problem, device, 1))
     latent = [partition for partition in fitting if partition.family == mla.NAME]  # no other one knows qv
     return min(latent or fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
 

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
 
 from ..device import Device
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
-from ..partition import MAX_BLOCKS_PER_SM, Partition
+from ..partition import Partition
 from ..problem import Problem
-from .fields import (
-    cache_arrays,
-    cache_fields,
-    divisor_fields,
-    length_fields,
-    mask_defines,
-    mask_fields,
-    merge_fields,
-    scale_fields,
-    tree_fields,
-)
-from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides, make_launch, row_strides
-from .source import Variant, element_defines
+from .attention import attention_defines, attention_launch, key_scales_of, other_forms
+from .launch import Launch, Scratch
+from .source import Variant
 from .tiles import PADDED_HEADDIMS, Tiling, tiling
 
 NAME = "decode"
-SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
-_LOG2E = math.log2(math.e)
-_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
-_COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
@@ -53,37 +35,14 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 def decode_variant(
     problem: Problem, tiles: Tiling, key_scales: int = 0, rotates: bool = False, has_tree: bool = False
 ) -> Variant:
-    """Return the attention kernel for a problem: everything not named here is a run-time value.
-
-    Args:
-        problem: The problem.
-        tiles: Its tile sizes.
-        key_scales: 1 if every key and head has a scale of its own, 2 if every value, 3 for both.
-        rotates: Whether the queries come from the append, which makes bfloat16 of those of 8 bits.
-        has_tree: Whether there is a tree mask, of which the problem knows nothing.
-    """
-    return Variant(
-        "decode",
-        (
-            *element_defines(problem.out_dtype if rotates else problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-            ("KEY_SCALES", key_scales),
-            ("HEAD_DIM", problem.headdim),
-            ("HEAD_DIM_V", problem.headdim_v),
-            ("PADDED_HEAD_DIM", tiles.headdim),
-            ("PADDED_HEAD_DIM_V", tiles.headdim_v),
-            ("ROWS", tiles.rows),
-            ("TILE_KEYS", tiles.tile_keys),
-            ("WARPS", tiles.warps),
-            ("QUERY_BUFFERS", tiles.query_buffers),
-            ("STAGES", tiles.stages),
-            ("BLOCKS_PER_SM", tiles.blocks_per_sm),
-            ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
-            ("CLUSTER", tiles.cluster),
-            ("HAS_SOFTCAP", int(problem.has_softcap)),
-            *mask_defines(problem, has_tree),
-            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
-        ),
+    """Return the attention kernel for a problem; see :func:`cuflash.kernels.attention.attention_defines`."""
+    own = (
+        ("HEAD_DIM", problem.headdim),
+        ("PADDED_HEAD_DIM", tiles.headdim),
+        ("WARPS", tiles.warps),
+        ("QUERY_BUFFERS", tiles.query_buffers),
     )
+    return Variant(NAME, attention_defines(problem, tiles, has_tree, own, key_scales, rotates))
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -93,132 +52,13 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead, by what no plan says: whether all keys have their own scales."""
-    if not problem.is_quantised:
-        return ()
-    rotated = (False, True) if appends and problem.out_dtype != problem.qkv_dtype else (False,)
-    forms = [(key_scales, rotates) for key_scales in (0, 3) for rotates in rotated]
-    return tuple(decode_variant(problem, partition.tiles, *form) for form in forms[1:])
+    return tuple(decode_variant(problem, partition.tiles, *form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch and the scratch that it needs; see :func:`attention_launch`."""
-    key_scales = operands.cache.k_scales.per_key + 2 * operands.cache.v_scales.per_key
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     rotates, has_tree = operands.rotary is not None, operands.tree_mask is not None
-    kernel = decode_variant(problem, metadata.partition.tiles, key_scales, rotates, has_tree)
+    kernel = decode_variant(problem, metadata.partition.tiles, key_scales_of(operands), rotates, has_tree)
     return attention_launch(kernel, problem, operands, metadata, arrays)
-
-
-def attention_launch(
-    kernel: Variant,
-    problem: Problem,
-    operands: Operands,
-    metadata: SchedulerMetadata,
-    arrays: dict[str, str],
-    joint: bool = False,
-    scales_tiles: bool = False,
-) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
-
-    Args:
-        kernel: The kernel.
-        problem: The problem.
-        operands: Their shapes, strides and numbers count, not their addresses.
-        metadata: The plan. Its partition's tiles say rows, row blocks, cluster, warps and shared memory of a block.
-        arrays: The arrays of pointers that are not called as their arrays.
-        joint: Whether the first columns of q and k_cache are what meets the values, and the values, for the kernel.
-        scales_tiles: Whether the kernel multiplies keys by their scales, not scores.
-    """
-    tiles = metadata.partition.tiles
-    slots, max_splits = 2 * metadata.num_blocks, 0
-    items = problem.batch_size * problem.num_heads_kv * tiles.row_blocks
-    if problem.split_size:
-        cut_items = min(items, metadata.num_blocks)  # at most
-        slot_bytes = 4 * tiles.rows * (problem.headdim_v + 2)
-        longest = max(1, min(metadata.max_seqlen_k, operands.cache.capacity))
-        max_splits = _max_splits(longest, problem.split_size, slot_bytes * max(1, cut_items))
-        slots += cut_items * max_splits
-    scratch = {
-        "partials": Scratch((slots * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
-        "counters": Scratch((metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
-    }
-    if tiles.cluster > 1:  # merges in its shared memory
-        scratch = {}
-    lse, ragged = operands.softmax_lse, problem.cu_seqlens_q
-    lse_strides = (0, 0, 0) if lse is None else element_strides(lse)
-    # Rotated queries are new memory.
-    q_strides = element_strides(operands.q) if operands.rotary is None else contiguous_strides(operands.q.shape)
-    qv_strides = q_strides if joint else (0, 0, 0, 0) if operands.qv is None else element_strides(operands.qv)
-    cache = operands.cache
-    softmax_scale = operands.softmax_scale * operands.q_scales.number * (1 if scales_tiles else cache.k_scales.number)
-    values: dict[str, Any] = {
-        **row_strides("q", q_strides, ragged),
-        **row_strides("qv", qv_strides, ragged),
-        **row_strides("out", element_strides(operands.out), ragged),
-        "lse_head_stride": lse_strides[-2],
-        "lse_batch_stride": 0 if ragged else lse_strides[0],
-        **length_fields(problem, operands.lengths),
-        **cache_fields(cache),
-        **scale_fields("q_descale", operands.q_scales),
-        **scale_fields("k_descale", cache.k_scales),
-        **scale_fields("v_descale", cache.v_scales),
-        "key_scale": cache.k_scales.number,
-        "value_scale": cache.v_scales.number,
-        **mask_fields(problem),
-        **tree_fields(operands),
-        **merge_fields(operands),
-        "batch_size": problem.batch_size,
-        "total_q": operands.out.shape[0] if ragged else 0,
-        "num_heads_kv": problem.num_heads_kv,
-        "group": problem.group,
-        "row_blocks": tiles.row_blocks,
-        "key_column": problem.headdim_v if joint else 0,
-        **divisor_fields("by_num_heads_kv", problem.num_heads_kv),
-        **divisor_fields("by_group", problem.group),
-        **divisor_fields("by_row_blocks", tiles.row_blocks),
-        "split_size": problem.split_size or 0,
-        "max_splits": max_splits,
-        "slots_by_item": items <= metadata.num_blocks,
-        "num_slots": slots,
-        **_score_values(softmax_scale, operands.softcap),
-        # Signs are turned in the queries, so that the scale is positive.
-        "query_flip": 0,
-        "query_keep": 0xFFFFFFFF,
-    }
-    if softmax_scale <= 0 and not problem.has_softcap:
-        values["query_flip"] = 0x80000000 if operands.q.itemsize == 4 else 0x80008000
-        values["query_keep"] = 0xFFFFFFFF if softmax_scale else 0
-    pointers = arrays | cache_arrays(cache)
-    if joint:
-        pointers["qv"] = arrays.get("q", "q")
-    if cache.shares_scales:
-        pointers["v_descale"] = "k_descale"
-    if not scratch:
-        pointers |= {"partials": ABSENT, "counters": ABSENT}
-    grid, threads = metadata.num_blocks, 32 * tiles.warps
-    return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
-
-
-def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:
-    """Return the splits that an item may have if it is cut, with ``split_size``: items with more stay whole."""
-    return min(-(-longest // split_size), max(1, SPLIT_BYTES // bytes_of_a_split))
-
-
-def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
-    """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
-    values = dict.fromkeys(("score_cap", "cap_scale", "cap_inverse", "tanh_scale", "cap_exactly"), 0.0)
-    lse_scale = abs(softmax_scale)
-    if softcap:
-        lse_scale = 1.0
-        values["score_cap"] = min(softcap, _LARGEST)
-        values["cap_scale"] = softmax_scale
-        values["cap_inverse"] = min(2.0**64 / softcap, _LARGEST)
-        tanh_scale = 2 * _LOG2E * softmax_scale / softcap
-        values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
-        values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
-    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
-    score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
-    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
-    values["lse_scale"] = lse_scale
-    return values

@@ -16,10 +16,9 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from .decode import attention_launch
-from .fields import mask_defines
+from .attention import Defines, attention_defines, attention_launch, resident_partition
 from .launch import Launch, Scratch
-from .source import Variant, element_defines
+from .source import Variant
 from .tiles import RESERVED_SHARED
 
 NAME = "extend"
@@ -33,16 +32,17 @@ class Tiles:
     """Tile sizes of a problem on a device.
 
     Attributes:
-        headdim: Padded head dim of queries and keys.
+        headdim: Padded head dim of queries and keys; with ``mla.cu`` of what of a key is no value.
         headdim_v: Padded head dim of values.
         rows: Packed query rows of a row block.
         row_blocks: Row blocks of one (sequence, KV head).
         row_warps: Warps that divide the rows.
         column_warps: Warps that share their rows and divide the value columns.
         tile_keys: Keys of a tile.
-        stages: Half-stages of the ring, at least 2.
+        stages: Half-stages of the ring, at least 2; with ``mla.cu`` tiles of it.
         blocks_per_sm: Blocks meant to be resident on one multiprocessor.
         shared_bytes: Dynamic shared memory of a block.
+        block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
         loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
         cluster: 1: blocks merge through global memory.
     """
@@ -57,6 +57,7 @@ class Tiles:
     stages: int
     blocks_per_sm: int
     shared_bytes: int
+    block_state_bytes: int
     loader_warps: int = 0
     cluster: int = 1
 
@@ -70,20 +71,11 @@ class Tiles:
         """Warps of a block that multiply."""
         return self.row_warps * self.column_warps
 
-    @property
-    def block_state_bytes(self) -> int:
-        """Shared memory for what a block's threads have in common."""
-        barriers = 16 * self.stages if self.loader_warps else 0
-        return state_bytes(self.rows, self.math_warps, self.column_warps, self.tile_keys) + barriers
-
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
     """Return how the family cuts a problem for a device; None if it cannot."""
     tiles = tiling(problem, device)
-    if tiles is None:
-        return None
-    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
-    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+    return None if tiles is None else resident_partition(NAME, tiles, problem, device)
 
 
 @lru_cache(maxsize=1024)
@@ -108,13 +100,16 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         slot = tile_keys * max(d, dv) * itemsize
         if tile_keys // warps < (4 if max(d, dv) % 64 == 0 and min(d, dv) % 64 == 0 else 8):
             continue  # a warp copies whole passes of rows
-        fixed = rows * d * itemsize + state_bytes(rows, warps, column_warps, tile_keys)
+        state = state_bytes(rows, warps, column_warps, tile_keys)
+        fixed = rows * d * itemsize + state
         room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
         stages = min(MOST_STAGES, (room - fixed) // slot)
         if stages >= (3 if blocks_per_sm > 1 or rows > 64 else 2):
             row_blocks = max(1, -(-problem.rows // rows))
             shared = fixed + stages * slot
-            return Tiles(d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared)
+            return Tiles(
+                d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared, state
+            )
     return None
 
 
@@ -125,27 +120,15 @@ def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
 
 
-def defines(problem: Problem, tiles: Tiles, has_tree: bool) -> tuple[tuple[str, str | int], ...]:
-    """Return the macros of a kernel of this family: everything not named here is a run-time value."""
-    return (
-        *element_defines(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-        ("KEY_SCALES", 0),
+def defines(problem: Problem, tiles: Tiles, has_tree: bool) -> Defines:
+    """Return the macros of a kernel of this family."""
+    own = (
         ("HEAD_DIM", problem.headdim),
-        ("HEAD_DIM_V", problem.headdim_v),
         ("PADDED_HEAD_DIM", tiles.headdim),
-        ("PADDED_HEAD_DIM_V", tiles.headdim_v),
-        ("ROWS", tiles.rows),
-        ("TILE_KEYS", tiles.tile_keys),
         ("WARPS", tiles.math_warps),
         ("COLUMN_WARPS", tiles.column_warps),
-        ("STAGES", tiles.stages),
-        ("BLOCKS_PER_SM", tiles.blocks_per_sm),
-        ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
-        ("CLUSTER", tiles.cluster),
-        ("HAS_SOFTCAP", int(problem.has_softcap)),
-        *mask_defines(problem, has_tree),
-        ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
     )
+    return attention_defines(problem, tiles, has_tree, own)
 
 
 @lru_cache(maxsize=1024)
@@ -161,6 +144,6 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -14,7 +14,7 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import extend
-from .decode import attention_launch
+from .attention import attention_launch, resident_partition
 from .extend import MOST_STAGES, Tiles, defines, state_bytes
 from .launch import Launch, Scratch
 from .source import Variant
@@ -23,6 +23,7 @@ from .tiles import RESERVED_SHARED
 NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
+_BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
 _REGISTERS = {(1, 2): (56, 200), (2, 1): (56, 224), (1, 1): (0, 0)}
@@ -31,10 +32,7 @@ _REGISTERS = {(1, 2): (56, 200), (2, 1): (56, 224), (1, 1): (0, 0)}
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
     """Return how the family cuts a problem for a device; None if it cannot."""
     tiles = tiling(problem, device)
-    if tiles is None:
-        return None
-    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
-    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+    return None if tiles is None else resident_partition(NAME, tiles, problem, device)
 
 
 @lru_cache(maxsize=1024)
@@ -47,14 +45,14 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     rows = 128 if problem.rows > 64 and problem.split_size is None else 64
     is_wide = max(d, dv) > 128
     tile_keys, row_warps, blocks_per_sm = 64 if is_wide else rows, rows // 16, 2 if rows == 64 and not is_wide else 1
-    state = state_bytes(rows, row_warps, 1, tile_keys) + 16 * MOST_STAGES
-    fixed, slot = rows * d * 2 + state, tile_keys * max(d, dv) * 2
+    state = state_bytes(rows, row_warps, 1, tile_keys)
+    fixed, slot = rows * d * 2 + state + _BARRIERS_BYTES * MOST_STAGES, tile_keys * max(d, dv) * 2
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
     stages = min(MOST_STAGES, (room - fixed) // slot)
     row_blocks, shared = max(1, -(-problem.rows // rows)), fixed + stages * slot
-    return Tiles(
-        d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, loader_warps=_LOADER_WARPS
-    )
+    state += _BARRIERS_BYTES * stages
+    sizes = d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, state
+    return Tiles(*sizes, loader_warps=_LOADER_WARPS)
 
 
 @lru_cache(maxsize=1024)
@@ -72,6 +70,6 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
     return attention_launch(kernel, problem, operands, metadata, arrays)

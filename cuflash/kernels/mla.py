@@ -9,7 +9,6 @@ columns; warps that share their rows divide the keys of a tile, and share the we
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
@@ -18,10 +17,10 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import MAX_HEADDIM, Problem
-from .decode import attention_launch
-from .fields import mask_defines
+from .attention import attention_defines, attention_launch, key_scales_of, other_forms, resident_partition
+from .extend import Tiles
 from .launch import Launch, Scratch
-from .source import Variant, element_defines
+from .source import Variant
 from .tiles import RESERVED_SHARED
 
 NAME = "mla"
@@ -47,51 +46,10 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of a problem on a device.
-
-    Attributes:
-        headdim: Padded elements of a key that are no value's.
-        headdim_v: Padded head dim of values.
-        rows: Packed query rows of a row block.
-        row_blocks: Row blocks of one (sequence, KV head).
-        row_warps: Warps that divide the rows.
-        column_warps: Warps that share their rows and divide the value columns.
-        tile_keys: Keys of a tile.
-        stages: Tiles of the ring.
-        blocks_per_sm: Blocks meant to be resident on one multiprocessor.
-        shared_bytes: Dynamic shared memory of a block.
-        block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
-        cluster: 1: blocks merge through global memory.
-    """
-
-    headdim: int
-    headdim_v: int
-    rows: int
-    row_blocks: int
-    row_warps: int
-    column_warps: int
-    tile_keys: int
-    stages: int
-    blocks_per_sm: int
-    shared_bytes: int
-    block_state_bytes: int
-    cluster: int = 1
-
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return self.row_warps * self.column_warps
-
-
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
     """Return how the family cuts a problem for a device; None if it cannot."""
     tiles = tiling(problem, device)
-    if tiles is None:
-        return None
-    num_blocks = max(1, device.num_sm - problem.sm_margin) * tiles.blocks_per_sm
-    return Partition(NAME, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles)
+    return None if tiles is None else resident_partition(NAME, tiles, problem, device)
 
 
 @lru_cache(maxsize=1024)
@@ -159,48 +117,28 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 def _variant(
     problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
 ) -> Variant:
-    return Variant(
-        "mla",
-        (
-            *element_defines(problem.out_dtype if rotates else problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-            ("KEY_SCALES", key_scales),
-            ("HEAD_DIM", _headdim_beside(problem)),
-            ("HEAD_DIM_V", problem.headdim_v),
-            ("PADDED_HEAD_DIM", tiles.headdim + tiles.headdim_v),
-            ("PADDED_HEAD_DIM_V", tiles.headdim_v),
-            ("ROWS", tiles.rows),
-            ("TILE_KEYS", tiles.tile_keys),
-            ("WARPS", tiles.warps),
-            ("COLUMN_WARPS", tiles.column_warps),
-            ("STAGES", tiles.stages),
-            ("BLOCKS_PER_SM", tiles.blocks_per_sm),
-            ("BLOCK_STATE_BYTES", tiles.block_state_bytes),
-            ("CLUSTER", tiles.cluster),
-            ("HAS_SOFTCAP", int(problem.has_softcap)),
-            *mask_defines(problem, has_tree),
-            ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
-        ),
+    own = (
+        ("HEAD_DIM", _headdim_beside(problem)),
+        ("PADDED_HEAD_DIM", tiles.headdim + tiles.headdim_v),
+        ("WARPS", tiles.warps),
+        ("COLUMN_WARPS", tiles.column_warps),
     )
+    return Variant(NAME, attention_defines(problem, tiles, has_tree, own, key_scales, rotates))
 
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    if not problem.is_quantised:
-        return ()
-    rotated = (False, True) if appends and problem.out_dtype != problem.qkv_dtype else (False,)
-    forms = [(key_scales, rotates) for key_scales in (0, 3) for rotates in rotated]
-    return tuple(_variant(problem, partition.tiles, False, *form) for form in forms[1:])
+    return tuple(_variant(problem, partition.tiles, False, *form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.decode.attention_launch`."""
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     cache, joint = operands.cache, _is_joint(problem)
     if joint and not cache.joint:
         dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
         raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
-    key_scales = cache.k_scales.per_key + 2 * cache.v_scales.per_key
     tiles, has_tree, rotates = metadata.partition.tiles, operands.tree_mask is not None, operands.rotary is not None
-    kernel = _variant(problem, tiles, has_tree, key_scales, rotates)
+    kernel = _variant(problem, tiles, has_tree, key_scales_of(operands), rotates)
     return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True)

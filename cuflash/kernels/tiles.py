@@ -55,7 +55,12 @@ class Tiling:
         """Blocks of the largest grid of a plan: those that the device holds at once."""
         if self.cluster > 1:
             return problem.batch_size * problem.num_heads_kv * self.row_blocks * self.cluster
-        return max(1, device.num_sm - problem.sm_margin) * self.blocks_per_sm
+        return resident_blocks(problem, device, self.blocks_per_sm)
+
+
+def resident_blocks(problem: Problem, device: Device, blocks_per_sm: int) -> int:
+    """Return the blocks that a device holds at once, of the multiprocessors that a problem leaves to attention."""
+    return max(1, device.num_sm - problem.sm_margin) * blocks_per_sm
 
 
 def padded_headdim(headdim: int, itemsize: int = 2) -> int:
