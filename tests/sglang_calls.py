@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import reference
 
 from cuflash.compat import scheduler_metadata_size
@@ -26,6 +27,7 @@ from cuflash.compat.sgl_kernel.flash_attn import (
 
 HEADS, KV_HEADS, DIM, CONTEXT = 8, 2, 64, 256
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+EXTENDED = (30, 1, 37, 5)  # new tokens of the requests of an extend
 SCALES = np.array([0.5, 1.75], np.float32)  # of a quantised pool, one per KV head
 Seen = list[np.ndarray]  # for every query the slots that it sees
 
@@ -310,6 +312,31 @@ class Server:
 
         merged, total = self.run(call)
         self.check(q, merged, self.causal(counts), total.T)
+
+
+class ServerTests:
+    """Tests of a server, wherever it runs: a fixture ``server`` says that."""
+
+    @pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
+    @pytest.mark.parametrize("window", [None, 10])
+    def test_decode(self, server: Server, window: int | None, planned: bool) -> None:
+        server.decode(window, planned)
+
+    @pytest.mark.parametrize("window", [None, 10])
+    def test_extend(self, server: Server, window: int | None) -> None:
+        server.extend(EXTENDED, window)
+
+    def test_cascade(self, server: Server) -> None:
+        server.cascade(branches=3, depth=4)
+
+    def test_cross_attention(self, server: Server) -> None:
+        server.cross()
+
+    def test_local_attention_as_virtual_batches(self, server: Server) -> None:
+        server.local(EXTENDED, chunk=32)
+
+    def test_keys_one_behind_the_other(self, server: Server) -> None:
+        server.prefix_chunks((30, 1, 36, 64))
 
 
 class GraphBuffers:

@@ -10,14 +10,12 @@ import pytest
 import reference
 from conftest import HAS_SIMULATOR
 from problems import Backend
-from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
+from sglang_calls import DIM, EXTENDED, HEADS, KV_HEADS, GraphBuffers, Server, ServerTests, latent_attention
 
 import cuflash
 from cuflash.compat import calls, plans, scheduler_metadata_size, sgl_kernel, torch_tensors
 from cuflash.compat import flash_attn_interface as fa3
 from cuflash.compat.sgl_kernel import flash_attn as sgl
-
-EXTENDED = (30, 1, 37, 5)
 
 
 @pytest.fixture
@@ -30,10 +28,8 @@ def server(request: pytest.FixtureRequest, torch: Any) -> Server:
     return Server(torch, "cpu", request.param, page_size=16)
 
 
-@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
-@pytest.mark.parametrize("window", [None, 10])
-def test_decode(server: Server, window: int | None, planned: bool) -> None:
-    server.decode(window, planned)
+class TestServer(ServerTests):
+    pass
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
@@ -42,27 +38,6 @@ def test_decode_with_other_pages_sinks_softcap_and_out(torch: Any, page_size: in
     sinks = torch.nn.Parameter(torch.linspace(-2, 2, HEADS).bfloat16())  # as models have them
     with torch.no_grad():
         server.decode(planned=True, sinks=sinks, given_out=True)
-
-
-@pytest.mark.parametrize("window", [None, 10])
-def test_extend(server: Server, window: int | None) -> None:
-    server.extend(EXTENDED, window)
-
-
-def test_cascade(server: Server) -> None:
-    server.cascade(branches=3, depth=4)
-
-
-def test_cross_attention(server: Server) -> None:
-    server.cross()
-
-
-def test_local_attention_as_virtual_batches(server: Server) -> None:
-    server.local(EXTENDED, chunk=32)
-
-
-def test_keys_one_behind_the_other(server: Server) -> None:
-    server.prefix_chunks((30, 1, 36, 64))
 
 
 @pytest.mark.parametrize("batch", [2, 4])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HAS_GPU
-from sglang_calls import DIM, HEADS, KV_HEADS, GraphBuffers, Server, latent_attention
+from sglang_calls import DIM, EXTENDED, HEADS, KV_HEADS, GraphBuffers, Server, ServerTests, latent_attention
 
 from cuflash.compat import scheduler_metadata_size, sgl_kernel
 from cuflash.compat.sgl_kernel import flash_attn
@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.skipif(not HAS_GPU or not torch.cuda.is_available(), reason="no GPU, or a torch without CUDA")
 
-EXTENDED = (30, 1, 37, 5)
 CYCLES = 100_000_000  # some 50 ms
 
 
@@ -25,10 +24,8 @@ def server(request: pytest.FixtureRequest) -> Server:
     return Server(torch, "cuda", "bfloat16", page_size=16, in_graph=request.param == "graph")
 
 
-@pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
-@pytest.mark.parametrize("window", [None, 10])
-def test_decode(server: Server, window: int | None, planned: bool) -> None:
-    server.decode(window, planned)
+class TestServer(ServerTests):
+    pass
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
@@ -38,27 +35,6 @@ def test_decode_with_other_pages_sinks_softcap_and_out(page_size: int, in_graph:
     sinks = torch.nn.Parameter(torch.linspace(-2, 2, HEADS, device="cuda").bfloat16())
     with torch.no_grad():
         server.decode(planned=True, sinks=sinks, given_out=True)
-
-
-@pytest.mark.parametrize("window", [None, 10])
-def test_extend(server: Server, window: int | None) -> None:
-    server.extend(EXTENDED, window)
-
-
-def test_cascade(server: Server) -> None:
-    server.cascade(branches=3, depth=4)
-
-
-def test_cross_attention(server: Server) -> None:
-    server.cross()
-
-
-def test_local_attention_as_virtual_batches(server: Server) -> None:
-    server.local(EXTENDED, chunk=32)
-
-
-def test_keys_one_behind_the_other(server: Server) -> None:
-    server.prefix_chunks((30, 1, 36, 64))
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
