@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -227,6 +228,12 @@ def flash_attn_with_kvcache(
     return call(given, arrays, plan)
 
 
+# What is not given, for other interfaces of the same call.
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(flash_attn_with_kvcache).parameters.items()
+    if parameter.default is not parameter.empty
+}
 _SIGNATURE = memo.Signature(
     flash_attn_with_kvcache,
     (

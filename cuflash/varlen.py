@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from .array_types import Array
 from .arrays import import_array
-from .attention import attend_once, flash_attn_with_kvcache
+from .attention import DEFAULTS, attend_once
 from .problem import boolean, integer
-
-_DEFAULTS = {
-    name: None if parameter.default is inspect.Parameter.empty else parameter.default
-    for name, parameter in inspect.signature(flash_attn_with_kvcache).parameters.items()
-}
 
 
 def flash_attn_varlen_func(
@@ -111,7 +105,7 @@ def flash_attn_varlen_func(
             raise ValueError(f"{name} must have shape (total_k, heads_kv, headdim), got {array.shape}")
         packed.append(array[None])
     given = {
-        **_DEFAULTS, "q": q, "k_cache": packed[0], "v_cache": packed[1], "cu_seqlens_k": cu_seqlens_k,
+        **DEFAULTS, "q": q, "k_cache": packed[0], "v_cache": packed[1], "cu_seqlens_k": cu_seqlens_k,
         "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "cache_seqlens": seqused_k, "qv": qv,
         "softmax_scale": softmax_scale, "causal": causal, "q_descale": q_descale, "k_descale": k_descale,
         "v_descale": v_descale, "window_size": window_size, "attention_chunk": attention_chunk, "softcap": softcap,

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from .. import attention
-from ..arguments.common import lse_shape
+from ..arguments.common import Given, lse_shape
 from ..arguments.lengths import filled
 from ..arrays import import_array
 from ..metadata import SchedulerMetadata
 from ..problem import integer, make_problem
 from . import torch_tensors
-from .plans import Given, make_plan, plan_around, problem_of
+from .plans import make_plan, plan_around, problem_of
 
-_DEFAULTS: Given = {
-    name: parameter.default
-    for name, parameter in inspect.signature(attention.flash_attn_with_kvcache).parameters.items()
-}
 _FLOAT8 = "bfloat16"  # what queries of one byte give
 
 
@@ -59,7 +54,7 @@ def attend(**options: Any) -> Any:
     Returns:
         out, or (out, softmax_lse, scratch, scratch) with ``return_softmax_lse``: the scratch of theirs, empty.
     """
-    given = {**_DEFAULTS, **options, "pack_gqa": None}  # heads are always packed
+    given = {**attention.DEFAULTS, **options, "pack_gqa": None}  # heads are always packed
     q = given["q"]
     with torch_tensors.stream_of(q):
         if torch_tensors.is_tensor(q):

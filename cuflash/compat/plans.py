@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import arguments, backends
+from ..arguments.common import UNIT, Given
 from ..arrays import NativeArray, address_of, checks_values, empty, exporter, import_array, is_on_device, to_host
 from ..device import Device, host_device
 from ..kernels import choose
@@ -23,9 +24,6 @@ from . import torch_tensors
 
 _LONGEST = 2**31 - 1  # no call has longer keys
 _MOST = 256  # problems that are remembered
-_UNIT = 16  # bytes in which kernels read a plan
-
-Given = dict[str, Any]
 
 
 def scheduler_metadata_size(batch_size: int) -> int:
@@ -130,8 +128,8 @@ def plan_around(array: Any, given: Given) -> SchedulerMetadata:
             f"scheduler_metadata must have shape ({words},) for {problem.batch_size} sequences, as "
             f"get_scheduler_metadata returned it, got {native.shape}"
         )
-    if not native.flags.c_contiguous or address_of(native) % _UNIT:
-        raise ValueError(f"scheduler_metadata must be contiguous and begin at a multiple of {_UNIT} bytes")
+    if not native.flags.c_contiguous or address_of(native) % UNIT:
+        raise ValueError(f"scheduler_metadata must be contiguous and begin at a multiple of {UNIT} bytes")
     plan = _around(native, problem)
     if checks_values(is_on_device(native)):
         _check(to_host(native), plan)
