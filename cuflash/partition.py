@@ -24,6 +24,7 @@ class Partition:
         min_share: Keys of a block below which cutting items further does not pay.
         overhead: What an item costs beyond its keys, as a multiple of what it costs with keys of 16 bits. It is counted
             in keys, which take half the time where they have half the bytes.
+        longest_share: Per cent of the mean share that keeping items whole may give the longest one.
     """
 
     family: str
@@ -35,3 +36,4 @@ class Partition:
     grain: int = GRAIN
     min_share: int = 64
     overhead: int = 1
+    longest_share: int = 106

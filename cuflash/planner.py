@@ -138,23 +138,26 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     keys = end - begin
     all_keys = int(keys.sum()) * heads
     shortest, longest = int(keys.min()), int(keys.max())
-    overhead = item_overhead(items, all_keys, shortest == longest) * partition.overhead
-    total = all_keys + items * overhead
-    blocks = min(max(items, -(-total // partition.min_share)), num_blocks)
-    if shortest == longest:
-        # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full.
-        aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
-        if aligned <= blocks and aligned * 8 >= blocks * 7:
-            blocks = aligned
+    blocks = min(max(items, -(-all_keys // partition.min_share)), num_blocks)
+    # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that are
+    # about as long as one another: they then count as equal.
+    even = shortest == longest
+    aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
+    most = all_keys // 100 * partition.longest_share // blocks * aligned
+    if aligned <= blocks and aligned * 8 >= blocks * 7 and (even or items * longest <= most):
+        even, blocks = True, aligned
+    overhead = 0 if even else item_overhead(items, all_keys) * partition.overhead
+    costs = np.full(units, max(longest, 1)) if even else keys + overhead
+    total = int(costs.sum()) * heads
     slack = 0
-    if problem.split_size is None:  # the longest share may exceed the mean by 6 %, both of its ends together
-        slack = max(0, (106 * -(-all_keys // blocks) // 100 - -(-total // blocks)) // 2)
+    if problem.split_size is None:  # by what the longest share may exceed the mean, both of its ends together
+        slack = max(0, (partition.longest_share * -(-all_keys // blocks) // 100 - -(-total // blocks)) // 2)
 
     share, rest = divmod(total, blocks)
     block = np.arange(blocks, dtype=np.int64)
     target = block * share + block * rest // blocks
     before = np.zeros(units + 1, np.int64)  # cost of the units before this one, for one KV head
-    np.cumsum(keys + overhead, out=before[1:])
+    np.cumsum(costs, out=before[1:])
     unit = np.searchsorted(before, target // heads, side="right") - 1
     sequence = unit // row_blocks
     start = before[sequence * row_blocks]
@@ -168,7 +171,8 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
 
     # The overhead stands at the beginning of an item.
     grain = problem.split_size or partition.grain
-    key = (begin + np.maximum(x - overhead, 0) + grain // 2) // grain * grain
+    into = (end - begin) * x // cost if even else np.maximum(x - overhead, 0)
+    key = (begin + into + grain // 2) // grain * grain
     key = np.where(x <= slack, begin, np.where(cost - x <= slack, end, key))
     if 0 < problem.num_splits < blocks:
         parts = problem.num_splits
@@ -203,13 +207,11 @@ def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: 
     return item.ravel(), np.broadcast_to(key, shape).ravel()
 
 
-def item_overhead(items: int, all_keys: int, uniform: bool) -> int:
+def item_overhead(items: int, all_keys: int) -> int:
     """Return what an item costs beyond its keys, in keys of 16 bits: about 1/32 of the mean item, in [1, 128].
 
     Short items weigh up to 1/16 of the mean, so that the keys of the longest share stay within 8 % of the mean share.
     """
-    if uniform:
-        return 0 if all_keys else 1
     return max(1, min(128, max(all_keys // (32 * items), min(16, all_keys // (16 * items)))))
 
 

@@ -45,6 +45,32 @@ struct Place {
     }
 };
 
+// Two warpgroups start their products in turns, so that one multiplies while the other makes weights of scores. The one of the
+// first rows begins. A warpgroup without rows takes no turns, nor does the other one then.
+class Turns {
+public:
+    __device__ __forceinline__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {}
+
+    // Begins with an item's tiles, if any are multiplied in turns.
+    __device__ __forceinline__ void begin(bool is_needed, bool some) {
+        is_needed_ = kWarps == 8 && is_needed;
+        if (is_needed_ && some && warpgroup_ == 1) arrive_at_named_barrier(kFirst, kThreads);
+    }
+
+    __device__ __forceinline__ void take() const {
+        if (is_needed_) named_barrier(kFirst + warpgroup_, kThreads);
+    }
+
+    __device__ __forceinline__ void pass(bool is_last) const {
+        if (is_needed_ && !(warpgroup_ == 1 && is_last)) arrive_at_named_barrier(kFirst + 1 - warpgroup_, kThreads);
+    }
+
+private:
+    static constexpr int kFirst = 2;  // named barrier of warpgroup 0; 1 is worker_barrier's
+    int warpgroup_;
+    bool is_needed_ = false;
+};
+
 // Fills the ring with all tiles of the share.
 __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& block, u32 ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
@@ -108,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
     Math math;
     Softmax softmax(p);
+    Turns turns(warp / 4);
     Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
@@ -152,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 fence_for_wgmma();
                 worker_barrier();
             }
+            fence_for_wgmma();
             return slot;
         };
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
@@ -162,18 +190,27 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 values_of(key), leave(values);
             }
         } else if (begin < end) {
-            math.start_scores(full(keys), scores);
+            const u32 first_slot = full(keys);
+            fence_for_wgmma();
+            math.start_scores(first_slot, scores);
             math.wait_for_scores(scores, false);
             leave(keys);
             weigh(begin);
             pack_weights(scores, weights);
             u32 key = begin + kTileKeys;
+            turns.begin(block.segment.valid_rows > 64, key < end);
             for (; key < end; key += kTileKeys) {
-                math.start_scores(full(keys), scores);
-                math.start_values(values_of(key - kTileKeys), weights);
+                const u32 keys_slot = full(keys), values_slot = values_of(key - kTileKeys);
+                turns.take();
+                math.start_scores(keys_slot, scores);
+                math.start_values(values_slot, weights);
+                turns.pass(key + kTileKeys >= end);
                 math.wait_for_scores(scores, true);
                 leave(keys);
                 weigh(key);
+                // ptxas puts what is not used before the wait behind it, where nothing runs beside it, but not over a loop.
+                pin(scores[0]);
+                full(values);
                 math.wait_for_values();
                 leave(values);
                 pack_weights(scores, weights);

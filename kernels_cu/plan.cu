@@ -25,6 +25,7 @@ struct PlanParams {
     unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
     int min_share;        // keys per block below which cutting items further does not pay
     int overhead;         // factor of what an item costs beyond its keys
+    int longest_share;    // per cent of the mean share that keeping items whole may give the longest one
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
     int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
@@ -35,7 +36,6 @@ constexpr int kWarpSize = 32;
 constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
 constexpr int kShortOverhead = 16;   // .. at most so many
-constexpr int kLongestShare = 106;   // per cent of the mean share that snapping to items may give the longest one
 
 template <typename T>
 __device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
@@ -149,31 +149,40 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long head_keys = __shfl_sync(kFullWarp, warps_through, kWarpSize - 1);  // keys that one KV head reads
     const long long warps_before = warp ? __shfl_sync(kFullWarp, warps_through, warp - 1) : 0;
     const long long all_keys = head_keys * p.num_heads_kv;
-    const bool uniform = shortest >= longest;  // also without any unit
+    // Items of which all cost the same are cut into whole items per block, or whole blocks per item, if the GPU stays nearly full.
+    // So are others that are about as long as one another: they then count as equal.
+    bool even = shortest >= longest;  // also without any unit
+    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + p.min_share - 1) / p.min_share));
+    if (blocks) {
+        const int aligned = items <= blocks ? blocks / items * items : p.divisor;
+        const long long most = all_keys / 100 * p.longest_share / blocks * aligned;
+        if (aligned <= blocks && aligned * 8ll >= blocks * 7ll && (even || (long long)items * longest <= most)) {
+            even = true;
+            blocks = aligned;
+        }
+    }
 
     // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
-    int overhead = all_keys == 0;
-    if (!uniform) {
+    int overhead = 0;
+    if (!even) {
         const long long most = all_keys / (kOverheadPart / 2 * (long long)items);
         overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
+        overhead *= p.overhead;
     }
-    overhead *= p.overhead;
-    before[thread] = keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
-    if (thread == 0) before[threads] = head_keys + (long long)units * overhead;
+    const int even_cost = even ? max(longest, 1) : 0;  // of each item
+    before[thread] = even ? (long long)slice_begin * even_cost
+                          : keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
+    const long long head_total = even ? (long long)units * even_cost : head_keys + (long long)units * overhead;
+    if (thread == 0) before[threads] = head_total;
 
-    const long long total = all_keys + (long long)items * overhead;
-    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (total + p.min_share - 1) / p.min_share));
+    const long long total = head_total * p.num_heads_kv;
     long long share = 0, slack = 0;
     int rest = 0;
     if (blocks) {
-        if (uniform) {  // whole items per block, or whole blocks per item, if the GPU stays nearly full
-            const int aligned = items <= blocks ? blocks / items * items : p.divisor;
-            if (aligned <= blocks && aligned * 8ll >= blocks * 7ll) blocks = aligned;
-        }
         share = total / blocks;
         rest = (int)(total - share * blocks);
         if (p.split_size == 0) {  // both ends of a share together
-            const long long most = kLongestShare * ((all_keys + blocks - 1) / blocks) / 100;
+            const long long most = p.longest_share * ((all_keys + blocks - 1) / blocks) / 100;
             slack = max(0ll, (most - (share + (rest > 0))) / 2);
         }
     }
@@ -204,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         while (p.slice_units > 1) {
             const Sequence lengths = {0, planned[p.batch_size + sequence], planned[2 * p.batch_size + sequence]};
             range = row_block_keys(mask, lengths, p.group, p.rows, row_block);
-            const long long end = start + (range.end - range.begin) + overhead;
+            const long long end = start + (even ? even_cost : range.end - range.begin + overhead);
             if (sequence_known && end > goal) break;
             start = end;
             row_block += 1;
@@ -224,8 +233,9 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
 
         const int keys = range.end - range.begin;
-        const long long cost = (long long)keys + overhead, x = goal - start;  // the overhead stands at the item's beginning
-        unsigned key = range.begin + (unsigned)max(x - overhead, 0ll);
+        const long long cost = even ? even_cost : (long long)keys + overhead, x = goal - start;
+        // The overhead stands at the item's beginning.
+        unsigned key = range.begin + (unsigned)(even ? keys * x / cost : max(x - overhead, 0ll));
         bool at_begin = x <= slack, at_end = cost - x <= slack;
         if (0 < p.num_splits && p.num_splits < blocks) {
             const long long most = p.num_splits;

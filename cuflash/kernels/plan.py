@@ -38,6 +38,7 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
         "grain": problem.split_size or partition.grain,
         "min_share": partition.min_share,
         "overhead": partition.overhead,
+        "longest_share": partition.longest_share,
         "slice_sequences": slice_sequences,
         "slice_shift": slice_shift,
         "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),

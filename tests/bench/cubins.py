@@ -82,7 +82,7 @@ def _nvrtc() -> Any:
 
 
 def _options(variant: Variant, arch: int) -> tuple[str, ...]:
-    return (*variant.options, f"-arch=sm_{arch}", *_OPTIONS)
+    return (*variant.options, f"-arch=sm_{arch}{variant.arch_suffix}", *_OPTIONS)
 
 
 def _path(variant: Variant, arch: int) -> Path:
@@ -97,7 +97,7 @@ def _compile(variant: Variant, arch: int) -> tuple[bytes, dict[str, Any]]:
     global _warm
     if not _warm:
         _warm = True
-        _run("__global__ void nothing() {}", "nothing.cu", (f"-arch=sm_{arch}",))
+        _run("__global__ void nothing() {}", "nothing.cu", (f"-arch=sm_{arch}{variant.arch_suffix}",))
     start = time.process_time()
     code, log = _run(source(variant.file), variant.file, _options(variant, arch), str(variant))
     compile_s = time.process_time() - start
