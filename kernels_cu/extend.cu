@@ -29,20 +29,19 @@ static_assert(kStages >= 2, "a half-stage comes while one is read");
 struct BlockState {
     Share share;
     Segment segment;
+    MergeState merge;
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
-// Warps that divide the columns meet while keys are read, the block folds after that: in the same place.
-constexpr int kSharedStateBytes = (kColumnWarps > 1 ? sizeof(Meeting) : sizeof(FoldState)) / 16 * 16 + 16;
-static_assert(sizeof(BlockState) + kSharedStateBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
-static_assert(kColumnWarps == 1 || sizeof(FoldState) <= sizeof(Meeting::weights), "sums are read when some warps fold");
+// Where warps that divide the columns meet.
+constexpr int kMeetingBytes = kColumnWarps > 1 ? (sizeof(Meeting) + 15) / 16 * 16 : 0;
+static_assert(sizeof(BlockState) + kMeetingBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
     unsigned char* const state = queries + kRows * kQueryBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
-    FoldState& fold = *reinterpret_cast<FoldState*>(state);
-    BlockState& block = *reinterpret_cast<BlockState*>(state + kSharedStateBytes);
+    BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
     wait_for_turn();
@@ -84,7 +83,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     bool is_first = true;
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
-        if (threadIdx.x == 0) block.segment = segment;
+        if (threadIdx.x == 0) {
+            block.segment = segment;
+            start_part(p, block.share, segment);
+        }
         load_queries<QueryRows>(p, segment, shared_address(queries));
         cp_async_commit();
         if (is_first) {  // after the queries, since tiles wait for the page table
@@ -138,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         softmax.finish(math, partners, states);
         RowResults results(p, block.segment, math.output(), states, warp, lane);
         if constexpr (kHasSplitSize) {
-            hand_on_split(p, block.share, block.segment, results, folded, fold);
+            hand_on_split(p, block.share, block.segment, results, folded, block.merge);
         } else {
-            hand_on(p, block.share, block.segment, results, fold);
+            hand_on(p, block.share, block.segment, results, block.merge);
         }
         __syncthreads();  // all have read the queries and the segment, which now change
     }

@@ -29,7 +29,7 @@ struct BlockState {
     u64 full[kStages], empty[kStages];  // mbarriers of the slots
     Share share;
     Segment segment;
-    FoldState fold;
+    MergeState merge;
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
@@ -149,7 +149,10 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     Walker walker(block.share);
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
-        if (threadIdx.x == 0) block.segment = segment;
+        if (threadIdx.x == 0) {
+            block.segment = segment;
+            start_part(p, block.share, segment);
+        }
         load_queries<QueryRows>(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
@@ -225,9 +228,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         softmax.finish(math, partners, states);
         RowResults results(p, block.segment, math.output(), states, warp, lane);
         if constexpr (kHasSplitSize) {
-            hand_on_split(p, block.share, block.segment, results, folded, block.fold);
+            hand_on_split(p, block.share, block.segment, results, folded, block.merge);
         } else {
-            hand_on(p, block.share, block.segment, results, block.fold);
+            hand_on(p, block.share, block.segment, results, block.merge);
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }

@@ -30,15 +30,14 @@
 struct BlockState {
     Share share;
     Segment segment;
+    MergeState merge;
     int clear_begin, clear_end;  // tiles that begin before or behind these keys may have some that no row sees
     int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
     float2 scales[kIsQuantised ? kTileKeys : 1];  // of a tile's keys and values
 };
-// Warps meet while keys are read, the block folds after that: in the same place.
 constexpr int kMeetingBytes = (sizeof(Meeting) + 15) / 16 * 16;
 static_assert(sizeof(BlockState) + kMeetingBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 static_assert(kColumnWarps > 1, "warps share their rows");
-static_assert(sizeof(FoldState) <= kMeetingBytes, "the block folds where its warps have met");
 static_assert(kStages >= 1, "a tile has a place");
 
 template <typename T, int kBytes>
@@ -60,7 +59,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
     unsigned char* const state = queries + kRows * kRowBytes + kNumbersBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
-    FoldState& fold = *reinterpret_cast<FoldState*>(state);
     BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
@@ -112,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     for (Segment segment; walker.next(p, block.share, segment);) {
         if (threadIdx.x == 0) {
             block.segment = segment;
+            start_part(p, block.share, segment);
             const Reach reach(p, segment, 0, kRows);
             const bool may_clear = may_see_nothing(p, segment);
             block.clear_begin = may_clear ? reach.full_begin : 0;
@@ -166,9 +165,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         softmax.finish(math, partners, states);
         RowResults results(p, block.segment, math.output(), states, warp, lane);
         if constexpr (kHasSplitSize) {
-            hand_on_split(p, block.share, block.segment, results, folded, fold);
+            hand_on_split(p, block.share, block.segment, results, folded, block.merge);
         } else {
-            hand_on(p, block.share, block.segment, results, fold);
+            hand_on(p, block.share, block.segment, results, block.merge);
         }
         __syncthreads();  // all have read the queries and the segment, which now change
     }

@@ -121,7 +121,7 @@ def attention_launch(
         slots += cut_items * max_splits
     scratch = {
         "partials": Scratch((slots * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
-        "counters": Scratch((metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
+        "counters": Scratch((4 * metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
     }
     if tiles.cluster > 1:  # merges in its shared memory
         scratch = {}

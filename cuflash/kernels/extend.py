@@ -114,9 +114,9 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
 
 
 def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
-    """Return room for a share and a segment, and for a struct Meeting or FoldState, of extend.cu."""
+    """Return room for what the threads of a block have in common, and for a struct Meeting of extend.cu."""
     if column_warps == 1:
-        return _SHARE_BYTES + 36 * rows + 16
+        return _SHARE_BYTES
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
 
 

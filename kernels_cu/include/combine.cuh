@@ -133,29 +133,40 @@ struct Parts {
     __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * kStride; }
 };
 
-// Merges the parts of an item and writes the answer: a row per warp, kWide parts at a time, all of their loads in flight.
-__device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts) {
-    constexpr int kWide = 16;
+// Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and 16 / kRowsAtOnce
+// parts of each at a time, all of their loads in flight.
+template <int kRowsAtOnce = 1>
+__device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts, int row_begin,
+                                            int row_end) {
+    constexpr int kWide = 16 / kRowsAtOnce;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // What lane r * kWide + i has of row r and part i.
+    const auto of_lane = [](float value, int r, int i) { return __shfl_sync(kFullWarp, value, r * kWide + i); };
 #pragma unroll 1
-    for (int row = warp; row < segment.valid_rows; row += kWarps) {
+    for (int first = row_begin + warp * kRowsAtOnce; first < row_end; first += kWarps * kRowsAtOnce) {
+        const int row = kRowsAtOnce == 1 ? first : min(first + lane / kWide % kRowsAtOnce, row_end - 1);  // that this lane weighs
         const RowOutput at(p, segment, row);
         float lse;
 #pragma unroll 1
         for (int vector = lane; vector < (kVectors + 31) / 32 * 32; vector += 32) {
             const bool exists = vector < kVectors;
             RowState merged = {kLowest, 0.0f};
-            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float4 o[kRowsAtOnce];
+            for_each<kRowsAtOnce>([&](int r) { o[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
 #pragma unroll 1
             for (int begin = 0; begin < parts.count; begin += kWide) {
                 const int number = exists ? parts.count - begin : 0;
-                const float4* const from = partial_output(p, parts.next + begin * Parts::kStride) + row * kVectors + vector;
-                float4 part[kWide];
-                part[0] = load_cg_if(number > 0, partial_output(p, parts.slot(begin)) + row * kVectors + vector);
+                float4 part[kRowsAtOnce][kWide];
+                for_each<kRowsAtOnce>([&](int r) {
+                    const int offset = (first + r) * kVectors + vector;
+                    const bool is_row = kRowsAtOnce == 1 || first + r < row_end;
+                    const float4* const from = partial_output(p, parts.next + begin * Parts::kStride) + offset;
+                    part[r][0] = load_cg_if(number > 0 && is_row, partial_output(p, parts.slot(begin)) + offset);
 #pragma unroll
-                for (int i = 1; i < kWide; ++i) {
-                    part[i] = load_cg_if(i < number, from + i * Parts::kStride * kRows * kVectors);
-                }
+                    for (int i = 1; i < kWide; ++i) {
+                        part[r][i] = load_cg_if(i < number && is_row, from + i * Parts::kStride * kRows * kVectors);
+                    }
+                });
                 // Lane i % kWide weighs part begin + i.
                 const int number_of_lane = begin + lane % kWide;
                 RowState state = {kLowest, 0.0f};
@@ -166,23 +177,38 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                 if constexpr (kHasSplitSize) {
                     const Fold mine = fold_lanes<kWide>(p.score_scale, state, merged.maximum);
                     for_each<kWide>([&](int i) {
-                        const Fold fold = {__shfl_sync(kFullWarp, mine.kept, i), __shfl_sync(kFullWarp, mine.added, i)};
-                        const float sum = __shfl_sync(kFullWarp, state.sum, i);
-                        if (begin + i == 0) o = part[i], merged.sum = sum;
-                        else if (begin + i < parts.count) o = fold(o, part[i]), merged.sum = fold(merged.sum, sum);
+                        const bool is_first = begin + i == 0, is_next = begin + i < parts.count;
+                        Fold fold;
+                        for_each<kRowsAtOnce>([&](int r) {
+                            fold = {of_lane(mine.kept, r, i), of_lane(mine.added, r, i)};
+                            if (is_first) o[r] = part[r][i];
+                            else if (is_next) o[r] = fold(o[r], part[r][i]);
+                        });
+                        const int r = kRowsAtOnce == 1 ? 0 : lane / kWide % kRowsAtOnce;
+                        const float sum = of_lane(state.sum, r, i);
+                        if (kRowsAtOnce > 1) fold = {of_lane(mine.kept, r, i), of_lane(mine.added, r, i)};
+                        if (is_first) merged.sum = sum;
+                        else if (is_next) merged.sum = fold(merged.sum, sum);
                     });
                 } else {
                     float before;
                     const float weight = merge_lanes<kWide>(p.score_scale, state, merged, before);
-                    scale(o, before);
-                    for_each<kWide>([&](int i) { add_weighted(o, __shfl_sync(kFullWarp, weight, i), part[i]); });
+                    for_each<kRowsAtOnce>([&](int r) {
+                        scale(o[r], kRowsAtOnce == 1 ? before : of_lane(before, r, 0));
+                        for_each<kWide>([&](int i) { add_weighted(o[r], of_lane(weight, r, i), part[r][i]); });
+                    });
                 }
             }
             const Answer answer = merge_other(p, at, finish_row(p, at, merged, lse), lse);
-            if (exists) store_answer(p, at, vector, o, answer);
+            for_each<kRowsAtOnce>([&](int r) {
+                const Answer of_row = kRowsAtOnce == 1 ? answer : Answer{of_lane(answer.own, r, 0), of_lane(answer.other, r, 0)};
+                if (!exists || (kRowsAtOnce > 1 && first + r >= row_end)) return;
+                store_answer(p, kRowsAtOnce == 1 ? at : RowOutput(p, segment, first + r), vector, o[r], of_row);
+            });
         }
         __syncwarp();
-        if (lane == 0 && p.softmax_lse) p.softmax_lse[at.lse] = lse;
+        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kWide == 0 && first + lane / kWide == row && lane < 16;
+        if (is_rows && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }
 
@@ -276,5 +302,5 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         __syncthreads();
         if (!is_last) return;
     }
-    merge_parts(p, segment, parts);
+    merge_parts(p, segment, parts, 0, segment.valid_rows);
 }

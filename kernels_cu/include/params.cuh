@@ -32,7 +32,7 @@ struct DecodeParams {
     const float* v_descale;    // likewise
     const int* plan;           // schedule.cuh
     float* partials;           // (slots, ROWS, HEAD_DIM_V) unnormalised outputs, then (slots, ROWS, 2) maxima and sums
-    unsigned int* counters;    // (blocks,) zero before and after every launch
+    unsigned int* counters;    // (blocks, 4) zero before and after every launch; of items that lie in several blocks
     Lengths lengths;
     KVCache cache;
     Tree tree;

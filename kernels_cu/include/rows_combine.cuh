@@ -1,17 +1,14 @@
 // From the results of blocks to the answer, where every warp of a block has rows of its own.
 //
-// Items that lie in several blocks are merged in a tree of fixed shape: a node has kWide children, in the order of the keys. Each
-// child is stored in a slot of `partials`; the block that arrives last at a node folds its children and goes on to the node
-// above. No block waits for another, results never depend on timing, and no block reads more than kWide results in a row
-// (64 rows of 128 values are 33 KB each).
+// An item that lies in several blocks is merged by as many of them as are there when the last one arrives: a block whose share
+// is at an end waits for the others if all of them have begun with the item, and merges some of its rows. Whoever merges a row,
+// its parts come in the order of the keys, so that results never depend on timing.
 //
 // With split_size a result is the left fold of the item's splits, whoever computes them: the block that begins an item folds its
 // splits as they come, into its slot; blocks that go on with it keep each split in a slot, and the last to arrive folds them.
 #pragma once
 #include "combine.cuh"
 #include "rows_softmax.cuh"
-
-constexpr int kWide = 4;
 
 // The results of a warp's rows as they lie in registers.
 class RowResults {
@@ -96,141 +93,109 @@ private:
     bool has_state_;
 };
 
-// What the threads of a block have in common when they fold, in shared memory.
-struct FoldState {
-    float2 steps[kRows][kWide];  // Folds: of each child but the first, in whose place stands the Answer
-    u32 is_last;
+// Words of `counters` that the blocks of an item share, the four of its first block; 0 between launches.
+enum ItemWord {
+    kStarted,  // blocks that have begun with the item
+    kArrived,  // blocks whose parts are stored, and 2^16 for each of them that waits
+    kMergers,  // blocks that merge, as soon as all parts are stored and more than one does
+    kGone,     // of these, those that know it
+    kItemWords
 };
 
-// Whether this block is the last of `others` + 1 to arrive at a counter; what they have stored is then seen.
-__device__ __forceinline__ bool arrives_last(unsigned int* counter, u32 others, FoldState& fold) {
-    worker_barrier();
-    if (threadIdx.x == 0) fold.is_last = atomic_inc_acq_rel(counter, others) == others;
-    worker_barrier();
-    return fold.is_last;
+// What the threads of a block have in common when an item is merged, in shared memory.
+struct MergeState {
+    u32 mergers;  // blocks that merge the item; 0: this one does not
+    u32 number;   // of this one among them
+};
+
+// Whether a segment's item has other parts, and a thread says so when it begins.
+__device__ __forceinline__ void start_part(const DecodeParams& p, const Share& share, const Segment& segment) {
+    if (kHasSplitSize || (segment.starts && segment.ends)) return;
+    atomic_add(p.counters + kItemWords * cut_item(share, segment).first_block + kStarted, 1);
 }
 
-// Folds `count` results in order, 1 to kWide; slot_of(i) is the slot of the i-th. The result goes to the first one's slot, or is
-// the answer. A barrier must stand between two calls.
-template <typename SlotOf>
-__device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment& segment, FoldState& fold, int count,
-                                           bool is_answer, SlotOf slot_of) {
-#pragma unroll 1
-    for (int row = threadIdx.x; row < segment.valid_rows; row += kThreads) {
-        float2 part[kWide];
-        for_each<kWide>([&](int i) { part[i] = load_cg(partial_states(p, slot_of(min(i, count - 1))) + row); });
-        RowState state = {part[0].x, part[0].y};
-#pragma unroll
-        for (int i = 1; i < kWide; ++i) {
-            if (i >= count) break;
-            const Fold step = Fold::of(state, {part[i].x, part[i].y}, p.score_scale);
-            fold.steps[row][i] = make_float2(step.kept, step.added);
+// Says that this block's part of an item is stored. Returns whether it is among those that merge the item; all parts are then
+// seen. A block may wait if it has nothing else to do. It does so only if all blocks of the item run: else those which have not
+// begun might be waiting for its place.
+__device__ __forceinline__ bool joins_merge(const DecodeParams& p, const Cut& cut, bool may_wait, MergeState& merge) {
+    worker_barrier();
+    if (threadIdx.x == 0) {
+        const u32 parts = cut.last_block - cut.first_block + 1;
+        u32* const words = p.counters + kItemWords * cut.first_block;
+        const bool waits = may_wait && load_relaxed(words + kStarted) == parts;
+        const u32 before = atomic_add_acq_rel(words + kArrived, waits ? 0x10001 : 1);
+        merge = {0, before >> 16};
+        if ((before & 0xffff) == parts - 1) {
+            merge.mergers = merge.number + 1;
+            if (merge.number > 0) store_release(words + kMergers, merge.mergers);
+        } else if (waits) {
+            do merge.mergers = load_acquire(words + kMergers);
+            while (merge.mergers == 0);
         }
-        if (is_answer) {
-            const RowOutput at(p, segment, row);
-            float lse;
-            const Answer answer = merge_other(p, at, finish_row(p, at, state, lse), lse);
-            fold.steps[row][0] = make_float2(answer.own, answer.other);
-            if (p.softmax_lse) p.softmax_lse[at.lse] = lse;
-        } else {
-            store_global(partial_states(p, slot_of(0)) + row, make_float2(state.maximum, state.sum));
+        const bool is_last = merge.mergers == 1 ||
+                             (merge.mergers > 1 && atomic_add_acq_rel(words + kGone, 1) == merge.mergers - 1);
+        if (is_last) {
+#pragma unroll
+            for (int word = 0; word < kItemWords; ++word) words[word] = 0;
         }
     }
     worker_barrier();
-    constexpr int kAtOnce = 4;  // float4s of each result whose loads are in flight together
-    const int vectors = segment.valid_rows * kVectors;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < vectors; first += kAtOnce * kThreads) {
-        float4 part[kAtOnce][kWide];
-        for_each<kAtOnce, kWide>([&](int n, int i) {
-            const int vector = first + n * kThreads;
-            part[n][i] = load_cg_if(i < count && vector < vectors, partial_output(p, slot_of(min(i, count - 1))) + vector);
-        });
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-            const int vector = first + n * kThreads, row = vector / kVectors;
-            if (vector >= vectors) break;
-            float4 o = part[n][0];
-#pragma unroll
-            for (int i = 1; i < kWide; ++i) {
-                if (i >= count) break;
-                const float2 step = fold.steps[row][i];
-                o = Fold{step.x, step.y}(o, part[n][i]);
-            }
-            if (is_answer) {
-                const float2 answer = fold.steps[row][0];
-                store_answer(p, RowOutput(p, segment, row), vector % kVectors, o, {answer.x, answer.y});
-            } else {
-                store_global(partial_output(p, slot_of(0)) + vector, o);
-            }
-        }
+    return merge.mergers > 0;
+}
+
+// Merges this block's share of the rows of an item.
+__device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment& segment, const Parts& parts,
+                                           const MergeState& merge) {
+    const int begin = merge.number * segment.valid_rows / merge.mergers;
+    const int end = (merge.number + 1) * segment.valid_rows / merge.mergers;
+    if (parts.count <= 4) {
+        merge_parts<4>(p, segment, parts, begin, end);
+    } else {
+        merge_parts(p, segment, parts, begin, end);
     }
 }
 
 // Writes the answer of an item that this block has read whole; results to be merged in pass through its slot.
-__device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results,
-                                             FoldState& fold) {
+__device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results) {
     if (!p.merge.merge_lse) return results.answer();
     const int slot = 2 * blockIdx.x + 1;
     results.store(slot);
     worker_barrier();
-    fold_slots(p, segment, fold, 1, true, [&](int) { return slot; });
+    merge_parts<4>(p, segment, {slot, slot, 1}, 0, segment.valid_rows);
 }
 
-// Hands a segment's results on: to the output, or to the other blocks of its item.
+// Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
-                                        const RowResults& results, FoldState& fold) {
-    if (segment.starts && segment.ends) return finish_whole(p, segment, results, fold);
+                                        const RowResults& results, MergeState& merge) {
+    if (segment.starts && segment.ends) return finish_whole(p, segment, results);
     const Cut cut = cut_item(share, segment);
-    const int parts = cut.last_block - cut.first_block + 1;
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
     // first one, slot 2 b.
-    const auto slot_of = [&](int part) { return 2 * (cut.first_block + part) + (part == 0); };
-    int node = blockIdx.x - cut.first_block;  // the first part of those whose results this block has
-    results.store(slot_of(node));
-    // A node of `level` whose first part is i has the counter of part i + level. It has more than 4^level parts, so that part
-    // exists and is not the item's last one, whose block may be the first of the next item.
-    int level = 0;
-#pragma unroll 1
-    for (int size = 1; size < parts; size *= kWide, ++level) {  // size: parts of a child
-        const int parent = node - node % (size * kWide);
-        const int children = min(kWide, (parts - parent + size - 1) / size);
-        if (children > 1) {
-            if (!arrives_last(p.counters + cut.first_block + parent + level, children - 1, fold)) return;
-            const bool is_root = parts <= size * kWide;
-            fold_slots(p, segment, fold, children, is_root, [&](int i) { return slot_of(parent + i * size); });
-        }
-        node = parent;
-    }
+    results.store(2 * blockIdx.x + segment.starts);
+    const bool has_more = segment.ends && !(share.end.item == segment.item + 1 && share.end.key == 0);
+    if (!joins_merge(p, cut, !has_more, merge)) return;
+    merge_rows(p, segment, {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1}, merge);
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they
 // are this block's.
 __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share& share, const Segment& segment,
-                                              RowResults& results, RowStates& folded, FoldState& fold) {
+                                              RowResults& results, RowStates& folded, MergeState& merge) {
     if (segment.split < 0) return;
     const Cut cut = cut_item(share, segment);
     const int slots = split_slots(p, segment.item, cut.first_block);
     if (segment.starts) {
         const int slot = 2 * blockIdx.x + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
-        if (segment.last && segment.ends) return finish_whole(p, segment, results, fold);
+        if (segment.last && segment.ends) return finish_whole(p, segment, results);
         results.store(slot);
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
         results.store(slots + segment.split);
     }
-    if (!segment.last || !arrives_last(p.counters + cut.first_block, cut.last_block - cut.first_block, fold)) return;
+    if (!segment.last || !joins_merge(p, cut, false, merge)) return;
     const int begin = segment.visible.begin, splits = split_count(p, segment.visible);
     const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
-    const int first = min(max(cut_key, begin) / p.split_size - begin / p.split_size, splits);
-    int done = first;  // splits that lie folded in the first block's slot
-#pragma unroll 1
-    do {
-        const int count = min(kWide, 1 + splits - done);
-        if (done > first) worker_barrier();
-        fold_slots(p, segment, fold, count, done + count - 1 == splits,
-                   [&](int i) { return i == 0 ? 2 * cut.first_block + 1 : slots + done - 1 + i; });
-        done += count - 1;
-    } while (done < splits);
+    const int done = min(max(cut_key, begin) / p.split_size - begin / p.split_size, splits);  // that its slot has folded
+    merge_rows(p, segment, {2 * cut.first_block + 1, slots + done - 1, 1 + splits - done}, merge);
 }

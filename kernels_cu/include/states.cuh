@@ -89,6 +89,6 @@ __device__ __forceinline__ Fold fold_lanes(float scale, RowState mine, float& ma
     }
     float before = __shfl_up_sync(kFullWarp, after, 1, kCount);
     if (lane == 0) before = maximum;
-    maximum = __shfl_sync(kFullWarp, after, kCount - 1);
+    maximum = __shfl_sync(kFullWarp, after, kCount - 1, kCount);
     return {weight_of(before, after, scale), weight_of(mine.maximum, after, scale)};
 }

@@ -9,6 +9,31 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 last) {
     return old;
 }
 
+// Adds to a counter and returns what it was, the first one in the same order.
+__device__ __forceinline__ u32 atomic_add_acq_rel(u32* counter, u32 number) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(number) : "memory");
+    return old;
+}
+__device__ __forceinline__ void atomic_add(u32* counter, u32 number) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(number) : "memory");
+}
+
+// What other blocks write meanwhile: in any order, or after all that the writer of the word has seen and written.
+__device__ __forceinline__ u32 load_relaxed(const u32* from) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+__device__ __forceinline__ u32 load_acquire(const u32* from) {
+    u32 word;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+__device__ __forceinline__ void store_release(u32* to, u32 word) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
 // A page number, and its neighbours to L2: the next tiles ask for those.
 __device__ __forceinline__ u32 load_page(const int* from) {
     u32 page;
