@@ -129,12 +129,39 @@ def span_of(array: NativeArray) -> tuple[int, int]:
     return begin, end + array.itemsize
 
 
+def has_each_once(array: NativeArray) -> bool:
+    """Whether no two elements of an array share memory, and no stride is negative."""
+    end = array.itemsize
+    for stride, size in sorted((stride, size) for size, stride in zip(array.shape, array.strides) if size > 1):
+        if stride < end:
+            return False
+        end += (size - 1) * stride
+    return True
+
+
 def overlaps(first: NativeArray, second: NativeArray) -> bool:
-    """Whether two arrays may share memory: whether their spans meet."""
+    """Whether two arrays may share memory: whether their spans meet, and they do not take turns."""
     if not first.size or not second.size:
         return False
     a, b = span_of(first), span_of(second)
-    return a[0] < b[1] and b[0] < a[1]
+    return a[0] < b[1] and b[0] < a[1] and not _take_turns(first, second)
+
+
+def _take_turns(first: NativeArray, second: NativeArray) -> bool:
+    """Whether two arrays lie in steps of one size, each in a part of every step that the other leaves free."""
+    (step, extent), (other_step, other_extent) = map(_outermost, (first, second))
+    if step != other_step or not step:
+        return False
+    offset = (address_of(second) - address_of(first)) % step
+    return extent <= offset and offset + other_extent <= step
+
+
+def _outermost(array: NativeArray) -> tuple[int, int]:
+    """Return the largest stride of an array, and the bytes between the ends of what lies within one step of it."""
+    steps = sorted((stride, size) for size, stride in zip(array.shape, array.strides) if size > 1)
+    if not steps or steps[0][0] < 0:
+        return 0, 0
+    return steps[-1][0], array.itemsize + sum((size - 1) * stride for stride, size in steps[:-1])
 
 
 def aligned(name: str, array: NativeArray, size: int) -> NativeArray:

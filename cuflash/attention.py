@@ -183,8 +183,9 @@ def flash_attn_with_kvcache(
         split_size: As in ``get_scheduler_metadata``: results independent of the batch.
         kv_dtype: What the bits of a cache of uint8 are: float8_e4m3fn, float8_e5m2 or int8.
         layout: "NHD", or "HND" for caches (pages, heads_kv, page_size, dim) or (rows, heads_kv, capacity, dim).
-        out: Where to write the output, as q with headdim_v.
-        softmax_lse: Where to write the LSE, (batch, heads_q, seqlen_q) or (heads_q, total_q) float32.
+        out: Where to write the output, as q with headdim_v; rows at any multiples of 16 bytes.
+        softmax_lse: Where to write the LSE, (batch, heads_q, seqlen_q) or (heads_q, total_q) float32; likewise any
+            strides but that of the last axis. Both may take turns in one buffer.
         tree_mask: bool (batch, seqlen_q, seqlen_q), or (total_q, max_seqlen_q) with ragged queries, or the same packed
             along the last axis as uint32 words, bit j of word w for key 32 w + j: entry (i, j) says whether query i
             sees the j-th of the last sq keys of its sequence; it sees all before those. Only without other masks and

@@ -1,6 +1,6 @@
-"""What one rank of test_context_parallel.py does: ``mpiexec -n 3 python context_parallel_ranks.py SCENARIO [nccl]``.
+"""A rank of test_context_parallel.py: ``mpiexec -n 3 python context_parallel_ranks.py SCENARIO [HOW [CASES]]``.
 
-With ``nccl`` each rank has a GPU of its own, and arrays travel over NCCL (not run yet).
+With ``direct`` or ``collective``, which say how results travel, each rank has a GPU of its own. CASES are numbers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,25 +22,25 @@ from mpi4py import MPI
 from problems import UNIT_ROUNDOFF, Backend, transfer
 
 import cuflash
+from cuflash.context_parallel.mpi import MpiTransport
+from cuflash.context_parallel.nccl import NcclTransport
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
 LAST = SIZE - 1
-TIMEOUT = 2.0  # of ranks that wait for one that is missing
 PATIENT = 60.0  # of others: a busy machine may let a rank stand still for a while
 HEADS = (12, 2)  # shares for 1, 2, 3 and 4 ranks
-ON_GPUS = "nccl" in sys.argv[2:]
+HOW = sys.argv[2] if len(sys.argv) > 2 else ""
+ON_GPUS = bool(HOW)
+TIMEOUT = 6.0 if ON_GPUS else 2.0  # of ranks that wait for one that is missing
 
 if ON_GPUS:
     import cupy
     import nccl.core
 
     cupy.cuda.Device(RANK).use()
-    UNIQUE_ID = WORLD.bcast(nccl.core.get_unique_id() if RANK == 0 else None)
-    COMM = nccl.core.Communicator.init(nranks=SIZE, rank=RANK, unique_id=UNIQUE_ID)
     BACKEND = Backend("cuda", cupy.asarray, cupy.asnumpy)
 else:
-    COMM = WORLD
     BACKEND = Backend("numpy", lambda array: array, np.asarray)
 
 CASES = [
@@ -110,8 +111,16 @@ def own_inputs(case: Case, interleave: int) -> dict[str, Any]:
     return {name: x for name, x in whole.items() if name not in ("page_table", "cache_batch_idx")} | own
 
 
+_communicators: list[Any] = []
+
+
 def make_group(**options: Any) -> cuflash.ContextParallel:
-    return cuflash.ContextParallel(COMM, control=WORLD if ON_GPUS else None, timeout=PATIENT, **options)
+    if not ON_GPUS:
+        return cuflash.ContextParallel(WORLD, **{"timeout": PATIENT} | options)
+    unique_id = WORLD.bcast(nccl.core.get_unique_id() if RANK == 0 else None)
+    comm = nccl.core.Communicator.init(nranks=SIZE, rank=RANK, unique_id=unique_id)
+    _communicators.append(comm)
+    return cuflash.ContextParallel(comm, **{"control": WORLD, "exchange": HOW, "timeout": PATIENT} | options)
 
 
 def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any]) -> Any:
@@ -163,8 +172,10 @@ def same(a: Any, b: Any) -> bool:
 def results() -> None:
     """Every mask, several queries, append, empty ranks, ragged batches; shares of the heads and all of them."""
     shares = {i: make_group(interleave=i) for i in (1, 16, 64)}
-    everything = make_group(interleave=16, heads="all", queries="share")
-    for number, case in enumerate(CASES):
+    other = {"direct": "collective", "collective": "direct"}.get(HOW, "auto")
+    everything = make_group(interleave=16, heads="all", queries="share", exchange=other)
+    for number in map(int, sys.argv[3:] or range(len(CASES))):
+        case = CASES[number]
         answer = WORLD.bcast(
             reference.attention(**whole_inputs(case)) if number % SIZE == RANK else None, number % SIZE
         )
@@ -248,22 +259,28 @@ def fault(*texts: str) -> Iterator[None]:
 
 def disagreements() -> None:
     """Another problem, another version, other lengths: every rank hears who has what, and the group is over."""
+    if ON_GPUS:
+        os.environ["CUFLASH_VALIDATE"] = "1"  # else calls are not compared
     q, cache = np.ones((2, 1, HEADS[0], 64), np.float32), np.ones((2, 40, HEADS[1], 64), np.float32)
     lengths = np.array([70, 9], np.int32)
     one = RANK == LAST
 
+    def native(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: BACKEND.to_native(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+
     def plan(group: cuflash.ContextParallel, **options: Any) -> Any:
         arguments = {"headdim": 64, "cache_seqlens": lengths} | options
-        return group.plan(2, 1, 80, *HEADS, qkv_dtype="float32", **arguments)
+        return group.plan(2, 1, 80, *HEADS, qkv_dtype="float32", **native(arguments))
 
     def call(group: cuflash.ContextParallel, **options: Any) -> Any:
-        return group.attend(**{"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": lengths} | options)
+        arguments = {"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": lengths} | options
+        return group.attend(**native(arguments))
 
     ranks = f"rank {LAST} has"
     for function, options, field in [
         (plan, {"headdim": 96}, "headdim"),
         (plan, {"causal": True, "attention_chunk": 5}, "attention_chunk"),
-        (plan, {"cache_seqlens": np.array([70, 8])}, "cache_seqlens"),
+        (plan, {"cache_seqlens": np.array([70, 8], np.int32)}, "cache_seqlens"),
         (call, {"cache_seqlens": 70}, "cache_seqlens"),
         (call, {"softcap": 2.0}, "has_softcap"),
         (call, {"softmax_scale": 0.5}, "softmax_scale"),
@@ -308,34 +325,80 @@ def disagreements() -> None:
     print("done", flush=True)
 
 
+@contextlib.contextmanager
+def timed() -> Iterator[None]:
+    """Say how long it takes to hear of a fault."""
+    begin = time.monotonic()
+    try:
+        yield
+    except cuflash.ContextParallelError as error:
+        print(f"{time.monotonic() - begin:.1f} s: {error}\n", end="", flush=True)
+        raise
+
+
 def one_is_missing(what: str) -> None:
     """The last rank does something else than to call; all others hear its name in time."""
     WORLD.Barrier()  # they may have started one after the other
-    group = cuflash.ContextParallel(WORLD, timeout=TIMEOUT)
-    q, cache = np.ones((1, 1, 12, 64), np.float32), np.ones((1, 40, 1, 64), np.float32)
-    group.attend(q, cache, cache, cache_seqlens=40)
+    q, cache = (BACKEND.to_native(np.ones(shape, np.float32)) for shape in ((1, 1, 12, 64), (1, 40, 1, 64)))
+    with make_group() as patient:  # compiles
+        patient.attend(q, cache, cache, cache_seqlens=40)
+    group = make_group(timeout=TIMEOUT)
+    lengths = BACKEND.to_native(np.full(1, 40, np.int32))
+    plan = group.plan(1, 1, 40, 12, 1, 64, lengths, qkv_dtype="float32")
+
+    def call() -> Any:
+        return group.attend(q, cache, cache, cache_seqlens=lengths, scheduler_metadata=plan)
+
+    call()
+    group.wait()
+    if what == "never replays":
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            out = call()
+            group.wait()
+            stream.begin_capture()
+            group.attend(q, cache, cache, cache_seqlens=lengths, scheduler_metadata=plan, out=out)
+            captured = stream.end_capture()
+        call = captured.launch
     if RANK == LAST:
         if what == "raises":
             raise RuntimeError("outside of the group")
         if what == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
-    begin = time.monotonic()
-    try:
-        group.attend(q, cache, cache, cache_seqlens=40)
-    except cuflash.ContextParallelError as error:
-        print(f"{time.monotonic() - begin:.1f} s: {error}\n", end="", flush=True)
-        raise
+    with timed():
+        call()
+        group.wait()
+
+
+def stuck() -> None:
+    """A stream that never ends, on a machine without a GPU: whoever waits for it hears who does not."""
+    event = types.SimpleNamespace(record=lambda stream: None, done=False)
+    cuda = types.SimpleNamespace(Event=lambda **_: event, get_current_stream=lambda: None)
+    sys.modules["cupy"] = types.SimpleNamespace(cuda=cuda)  # type: ignore[assignment]
+    comm = types.SimpleNamespace(
+        rank=RANK, nranks=SIZE, is_valid=True, get_async_error=lambda: 0, abort=lambda: setattr(comm, "is_valid", False)
+    )
+    transport = NcclTransport(comm, MpiTransport(WORLD, TIMEOUT), TIMEOUT)
+    if RANK == LAST:
+        time.sleep(60)
+    with timed():
+        try:
+            transport.wait()
+        finally:
+            transport.tell("over")
+            assert not comm.is_valid
 
 
 def graph() -> None:
-    """A step of several layers in one CUDA graph, collectives included; for ``nccl`` alone."""
+    """A step of several layers in one CUDA graph, exchanges included; on GPUs alone."""
     case = Case(seqlens=(300, 40, 190), heads=HEADS, dtype="float16", page_size=16)
     group = make_group(interleave=16)
     inputs = own_inputs(case, 16)
     answer = reference.attention(**whole_inputs(case))
     given, plan = transfer(inputs, BACKEND), make_plan(group, case, inputs)
-    outs = [cupy.empty((3, 1, HEADS[0] // SIZE, 64), np.float16) for _ in range(32)]
+    # An odd number: inboxes take turns, and a replay begins with the one that another ended with.
+    outs = [cupy.empty((3, 1, HEADS[0] // SIZE, 64), np.float16) for _ in range(33)]
 
     def step() -> None:
         for out in outs:
@@ -348,21 +411,23 @@ def graph() -> None:
         stream.begin_capture()
         step()
         captured = stream.end_capture()
-        for out in outs:
-            out.fill(0)
-        captured.launch(stream)
-        group.wait()
-    for out in outs:
-        whole = np.concatenate(WORLD.allgather(out.get()), -2)
-        assert (np.abs(whole - answer.out) <= 2.0**-9 * answer.magnitude).all()
+        for _ in range(3):
+            for out in outs:
+                out.fill(0)
+            captured.launch(stream)
+            captured.launch(stream)
+            group.wait()
+            for out in outs:
+                whole = np.concatenate(WORLD.allgather(out.get()), -2)
+                assert (np.abs(whole - answer.out) <= 2.0**-9 * answer.magnitude).all()
     del captured  # before the communicator
     group.close()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("results", "disagreements", "graph"):
+    if sys.argv[1] in ("results", "disagreements", "stuck", "graph"):
         globals()[sys.argv[1]]()
     else:
         one_is_missing(sys.argv[1])
-    if ON_GPUS:
-        COMM.destroy()
+    for comm in _communicators:
+        comm.destroy()

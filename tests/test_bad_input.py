@@ -137,6 +137,11 @@ def odd_rows(array: np.ndarray) -> np.ndarray:
     return memory[..., :-1]
 
 
+def overlapping(array: np.ndarray) -> np.ndarray:
+    """Return rows that all lie at one place."""
+    return np.lib.stride_tricks.as_strided(array, strides=(0, 0, 0, array.itemsize))
+
+
 def seqlens(*values: Any, dtype: Any = np.int32) -> np.ndarray:
     return np.array(values, dtype)
 
@@ -305,9 +310,13 @@ BAD: list[tuple[Callable[[], Arguments], str, Arguments, type[Exception]]] = [
     (contiguous, "out", {"out": Change(lambda out: out[..., :16])}, ValueError),
     (contiguous, "out", {"out": as_float16}, ValueError),
     (contiguous, "out", {"out": Change(read_only)}, ValueError),
-    (contiguous, "out", {"out": Change(lambda out: out.swapaxes(1, 2).copy().swapaxes(1, 2))}, ValueError),
+    (contiguous, "out", {"out": Change(lambda out: np.repeat(out, 2, -1)[..., ::2])}, ValueError),
+    (contiguous, "out", {"out": Change(lambda out: np.pad(out, ((0, 0),) * 3 + ((0, 1),))[..., :-1])}, ValueError),
+    (contiguous, "out", {"out": Change(overlapping)}, ValueError),
+    (contiguous, "out", {"out": Change(lambda out: out[:, :, ::-1])}, ValueError),
     (contiguous, "out", {"out": as_list}, TypeError),
     (contiguous, "softmax_lse", {"softmax_lse": Change(lambda lse: lse.swapaxes(1, 2).copy())}, ValueError),
+    (contiguous, "softmax_lse", {"softmax_lse": Change(lambda lse: np.repeat(lse, 2, -1)[..., ::2])}, ValueError),
     (contiguous, "softmax_lse", {"softmax_lse": Change(lambda lse: lse.astype(np.float64))}, ValueError),
     (contiguous, "softmax_lse", {"softmax_lse": Change(read_only)}, ValueError),
     (contiguous, "return_softmax_lse", {"return_softmax_lse": 1}, TypeError),

@@ -9,11 +9,14 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -22,10 +25,11 @@ import pytest
 from problems import DTYPES, Backend
 
 import cuflash
+from cuflash.context_parallel import nccl as nccl_transport
 from cuflash.context_parallel.agreement import difference
 from cuflash.context_parallel.group import merge_blocks
 from cuflash.context_parallel.nccl import NcclTransport
-from cuflash.context_parallel.packing import Packing
+from cuflash.packing import Packing
 
 HERE = Path(__file__).parent
 RANKS = HERE / "context_parallel_ranks.py"
@@ -75,20 +79,33 @@ def test_ranks_that_disagree(ranks: int) -> None:
 @needs_mpi
 def test_a_rank_is_missing() -> None:
     """Both others say so within the timeout, and all end; so they do, sooner or later, if one is killed."""
-    processes = {what: start(3, str(RANKS), what) for what in ("raises", "never calls", "is killed")}
+    check_missing({what: start(3, str(RANKS), what) for what in ("raises", "never calls", "stuck", "is killed")}, 2, 2)
+
+
+def check_missing(processes: dict[str, subprocess.Popen[str]], last: int, seconds: float) -> None:
+    """All but the last rank name it in time, and all end with an error."""
     for what, process in processes.items():
         code, out, err = finish(process)
         assert code != 0, what
         if what != "is killed":  # then the launcher ends the others before they can say anything
-            times = re.findall(r"^([\d.]+) s: .*rank 2 did not answer within 2 s$", out, re.MULTILINE)
-            assert len(times) == 2, out + err
-            assert all(float(seconds) < 4 for seconds in times)
+            pattern = rf"^([\d.]+) s: .*rank {last} did not answer within {seconds:g} s$"
+            times = re.findall(pattern, out, re.MULTILINE)
+            assert len(times) == last, out + err
+            assert all(float(time) < seconds + 2 for time in times)
 
 
 @needs_mpi
 def test_demo() -> None:
     out = run(3, "-m", "cuflash", "--context-parallel", "--batch", "3", "--seqlen", "200", "--heads", "6/2")
     assert "3 ranks" in out and "within float32's rounding" in out
+
+
+@needs_mpi
+def test_bench() -> None:
+    """The instrument, which checks what it times, on host arrays."""
+    out = run(2, "-m", "tests.bench", "ranks", "--shapes", "b2 L640", "--rounds", "1", "--json")
+    (record,) = json.loads(out)
+    assert record["workload"] == "b2 L640" and record["collective_us"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ one process
@@ -130,12 +147,13 @@ def test_differences_name_the_ranks() -> None:
 
 
 class FakeNccl:
-    """An nccl4py communicator whose collectives never end, or break."""
+    """An nccl4py communicator whose collectives never end, or break; an abort takes a while, or waits for a graph."""
 
     rank, nranks, is_valid = 1, 4, True
 
     def __init__(self, state: int = 0) -> None:
-        self.state, self.calls = state, list[str]()
+        self.state, self.calls, self.graph_is_gone = state, list[str](), threading.Event()
+        self.graph_is_gone.set()
 
     def allgather(self, send: np.ndarray, received: np.ndarray, *, stream: int) -> None:
         assert received.shape == (4, send.size) and stream == 7
@@ -148,21 +166,48 @@ class FakeNccl:
         return "the network is gone"
 
     def abort(self) -> None:
-        self.is_valid = False
         self.calls.append("abort")
+        self.graph_is_gone.wait()
+        time.sleep(0.05)
+        self.is_valid = False
 
 
-@pytest.mark.parametrize("state, text", [(0, "waited 0.05 s"), (7, "waited 0.05 s"), (6, "the network is gone")])
-def test_nccl_that_does_not_end(state: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without GPUs: the communicator is aborted at the deadline, and whoever fails aborts his own once."""
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A stand-in for CuPy, whose stream never ends; whether it is being captured."""
+    state = [False]
     event = types.SimpleNamespace(record=lambda stream: None, done=False)
-    cuda = types.SimpleNamespace(Event=lambda **_: event, get_current_stream=lambda: types.SimpleNamespace(ptr=7))
+    stream = types.SimpleNamespace(ptr=7, is_capturing=lambda: state[0])
+    cuda = types.SimpleNamespace(Event=lambda **_: event, get_current_stream=lambda: stream)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, empty=np.empty, asarray=np.asarray))
+    monkeypatch.setattr(nccl_transport, "_MOST_OF_ABORT", 0.01)  # shorter than any abort
+    return state
+
+
+@pytest.mark.parametrize("state, text", [(0, "waited 0.5 s"), (7, "waited 0.5 s"), (6, "the network is gone")])
+def test_nccl_that_does_not_end(state: int, text: str, capturing: list[bool]) -> None:
+    """Without GPUs: the communicator is aborted at the deadline, once, and has been when the error comes."""
     comm = FakeNccl(state)
-    transport = NcclTransport(comm, None, 0.05)
+    transport = NcclTransport(comm, None, 0.5)
     with pytest.raises(cuflash.ContextParallelError, match=text):
         transport.gather(b"12345678")
+    assert not comm.is_valid
     transport.tell("again")
+    assert comm.calls == ["allgather", "abort"]
+
+
+def test_nccl_that_a_graph_holds(capturing: list[bool]) -> None:
+    """Then an abort ends no sooner than the graph, and is not waited for."""
+    comm = FakeNccl()
+    transport = NcclTransport(comm, None, 60.0)
+    capturing[0] = True
+    transport.all_gather(np.zeros(8, np.uint8), np.zeros((4, 8), np.uint8))
+    capturing[0] = False
+    comm.graph_is_gone.clear()
+    begin = time.monotonic()
+    transport.tell("over")
+    assert time.monotonic() - begin < 5 and comm.is_valid
+    comm.graph_is_gone.set()
     assert comm.calls == ["allgather", "abort"]
 
 

@@ -12,15 +12,20 @@ import pytest
 from cuflash import kernels
 from cuflash.device import Device
 from cuflash.kernels import source as sources
+from cuflash.kernels.exchange import exchange_variant
 from cuflash.kernels.launch import make_launch
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, field_paths
 from cuflash.problem import make_problem
 from cuflash.simulator import SimModule
 
-KERNELS = ["plan", "decode", "append", "merge"]
+KERNELS = ["plan", "decode", "append", "merge", "exchange"]
 _PROBLEM = make_problem(1, 1, 64, 8, 64, qkv_dtype="bfloat16")
-VARIANTS = (*kernels.variants(_PROBLEM, kernels.choose(_PROBLEM, Device(132, 90)), True), merge_variant("bfloat16"))
+VARIANTS = (
+    *kernels.variants(_PROBLEM, kernels.choose(_PROBLEM, Device(132, 90)), True),
+    merge_variant("bfloat16"),
+    exchange_variant("bfloat16"),
+)
 
 NESTED = """
 struct Divisor {

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import Backend
+from inputs import make_inputs
+from problems import DTYPES, Backend, Case, transfer
 from small import DIM, PAGE, Arguments, call, native
 
 import cuflash
+from cuflash import arrays
+from cuflash.packing import Packing
 
 STRIDES = [0, 1, -1, 3, -(10**6), 2**38]  # in elements
 
@@ -137,3 +140,47 @@ def test_pages_of_one_key(backend: Backend) -> None:
     for stride in STRIDES:
         views = {name: restride(given[name], 1, stride, backend) for name in ("k_cache", "v_cache")}
         np.testing.assert_array_equal(call(given | views, backend)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seqlens=(130, 5, 0), heads=(4, 2)),
+        Case(seqlens=(70, 3), seqlens_q=3, causal=True, new=3, dtype="bfloat16", page_size=16),
+        Case(seqlens=(40, 90), seqlens_q=(1, 5), unowned=(1, 2), heads=(12, 2), dtype="float16"),
+        Case(seqlens=(50, 5), seqlens_q=30, causal=True, heads=(12, 2), headdim=(96, 64), dtype="bfloat16"),
+        Case(seqlens=(50, 5), headdim=(576, 512), mla="joint", heads=(16, 1), dtype="bfloat16"),
+    ],
+    ids=["decode", "append", "ragged", "many rows", "latent"],
+)
+def test_results_that_take_turns(case: Case, backend: Backend) -> None:
+    """Output and LSE of a head after those of another, in one buffer, whose other bytes stay as they are."""
+    inputs = make_inputs(case)
+    out, lse = call(transfer(inputs, backend), backend)
+    packing = Packing(out.shape[:-2], 1, out.shape[-1], DTYPES[case.out_dtype])
+    blocks = np.full((out.shape[-2], packing.nbytes), 99, np.uint8)
+    wanted = blocks.copy()
+    packing.fill(wanted, out, lse)
+    given = backend.to_native(blocks)
+    place, place_lse = packing.in_place(given)
+    for repeated in (False, True):
+        found = call(transfer(inputs, backend) | {"out": place, "softmax_lse": place_lse}, backend)
+        assert [x.tobytes() for x in found] == [out.tobytes(), lse.tobytes()], repeated
+        np.testing.assert_array_equal(backend.to_numpy(given), wanted)
+
+
+def test_what_shares_memory() -> None:
+    memory = np.zeros((6, 10), np.float32)
+    left, right, middle = memory[:, :4], memory[:, 4:], memory[:, 3:6]
+    for one, other, wanted in [
+        (left, right, False), (right, left, False), (left, middle, True), (right, middle, True), (left, left, True),
+        (left[2:], right[:3], False), (left[:2], left[2:], False), (left[::2], left[1::2], False),
+        (left, memory[0, 4:], True),  # no steps of one size: nobody looks closer
+        (left[::-1], left[::-1], True), (memory[0, :1], memory[0, :1], True), (left[:0], left, False),
+        (memory.T[:4], memory.T[4:], False),
+    ]:  # fmt: skip
+        assert arrays.overlaps(one, other) == wanted
+        assert wanted or not np.shares_memory(one, other)
+    assert arrays.has_each_once(left) and arrays.has_each_once(memory.T) and arrays.has_each_once(memory[:1])
+    assert not arrays.has_each_once(left[::-1]) and not arrays.has_each_once(np.broadcast_to(memory, (2, 6, 10)))
+    assert not arrays.has_each_once(np.lib.stride_tricks.as_strided(memory, (3, 4), (12, 4)))

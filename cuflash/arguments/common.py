@@ -10,6 +10,7 @@ from ..arrays import (
     NativeArray,
     address_of,
     empty,
+    has_each_once,
     import_array,
     import_index,
     is_on_device,
@@ -77,8 +78,19 @@ def lse_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*batch, heads, positions)
 
 
-def output(name: str, given: Any, like: NativeArray, shape: tuple[int, ...], dtype: Any) -> NativeArray:
-    """Return the caller's output array, checked, or a new one where ``like`` lives."""
+def output(
+    name: str, given: Any, like: NativeArray, shape: tuple[int, ...], dtype: Any, strided: bool = False
+) -> NativeArray:
+    """Return the caller's output array, checked, or a new one where ``like`` lives.
+
+    Args:
+        name: The argument's name.
+        given: The caller's array, or None.
+        like: An array of the memory in which a new one is made.
+        shape: What it must have.
+        dtype: Likewise.
+        strided: Whether only its last axis must be contiguous.
+    """
     if given is None:
         return empty(shape, dtype, like)
     array = import_array(name, given)
@@ -87,10 +99,17 @@ def output(name: str, given: Any, like: NativeArray, shape: tuple[int, ...], dty
         raise ValueError(f"{name} must be {dtype}, got {array.dtype}")
     if not is_writeable(array, given):
         raise ValueError(f"{name} must be writeable, got a read-only array")
-    if array.size and not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")
     # A row of the output is stored by vectors, an LSE is one number.
     boundary = UNIT if name == "out" else array.itemsize
+    if array.size and not array.flags.c_contiguous:
+        if not strided:
+            raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")
+        *outer, last = strides_of(array)
+        if last not in (0, array.itemsize) or any(step % boundary for step in outer) or not has_each_once(array):
+            raise ValueError(
+                f"{name} must have a contiguous last dimension and strides of multiples of {boundary} bytes "
+                f"without an overlap, got {array.strides}"
+            )
     if array.size and address_of(array) % boundary:
         raise ValueError(f"{name} must begin at a multiple of {boundary} bytes, got address {address_of(array):#x}")
     return array

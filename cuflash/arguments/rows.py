@@ -41,10 +41,10 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
 
 def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
     """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
-    out = output("out", given["out"], q, (*q.shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype))
+    out = output("out", given["out"], q, (*q.shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype), True)
     if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
         return out, None
-    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape(q.shape), np.dtype(np.float32))
+    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape(q.shape), np.dtype(np.float32), True)
 
 
 def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray | None:

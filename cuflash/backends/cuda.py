@@ -82,7 +82,7 @@ def _function(variant: Variant, number: int) -> Any:
     # ask. And shared memory rather than L1, so that all blocks that a plan counts on are resident.
     most = cupy.cuda.Device(number).attributes["MaxSharedMemoryPerBlockOptin"]
     kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
-    if variant.kernel not in ("plan", "append", "merge"):
+    if variant.kernel not in ("plan", "append", "merge", "exchange"):
         kernel.preferred_shared_memory_carveout = 100
     return kernel.kernel  # of the device: the RawKernel would look up the device in every launch
 

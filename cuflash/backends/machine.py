@@ -88,6 +88,11 @@ class KernelBackend:
             with self.machine(outs) as machine:
                 run(machine, Step((merge_launch(outs, lses, mask, base2),)), arrays)
 
+    def exchange(self, launch: Launch, arrays: dict[str, NativeArray | None]) -> None:
+        """Write ``out`` and ``softmax_lse``, merged with what other ranks do at once; see ``kernels/exchange.py``."""
+        with self.machine(arrays["partial"]) as machine:
+            run(machine, Step((launch,)), arrays)
+
 
 def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> None:
     """Run the launches of a step.

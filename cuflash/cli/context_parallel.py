@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.backend == "cuda" and not on_gpus:
         raise RuntimeError(f"every rank needs a GPU and NCCL: {reason}; {packages.install(packages.NCCL)}")
     with environment(CUFLASH_BACKEND="cuda" if on_gpus else "numpy"):
-        comm: Any = _nccl_communicator(world) if on_gpus else world
+        comm: Any = nccl_communicator(world) if on_gpus else world
         num_heads = arguments.heads or (32, 8)
         heads = "all" if num_heads[0] % world.size else "share"
         with ContextParallel(
@@ -56,8 +56,8 @@ def _has_nccl() -> bool:
     return True
 
 
-def _nccl_communicator(world: Any) -> Any:
-    """Return a communicator of one GPU per rank; not run by this project's tests."""
+def nccl_communicator(world: Any) -> Any:
+    """Return a communicator of one GPU per rank, which becomes the current one."""
     import cupy
     import nccl.core
 

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -26,15 +25,16 @@ from ..arrays import (
 )
 from ..attention import flash_attn_with_kvcache
 from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
+from ..kernels.exchange import exchange_launch, half_bytes
 from ..mask import Shard
 from ..metadata import SchedulerMetadata
+from ..packing import Packing
 from ..problem import integer, real
 from ..scheduling import get_scheduler_metadata
 from .agreement import Description, agree, describe_kind, describe_lengths, describe_operands, describe_problem
 from .fault import ContextParallelError
 from .mpi import MpiTransport
 from .nccl import NcclTransport
-from .packing import Packing
 
 _MAX_INTERLEAVE = 2**31 - 1
 _PLACE = ("cp_world_size", "cp_rank", "cp_interleave")
@@ -63,6 +63,7 @@ class ContextParallel:
         rank: This rank.
         world_size: Ranks.
         shard: Which positions this rank holds: ``shard.held(n)`` is how many of the first n.
+        exchange: "direct" or "collective", how results travel.
 
     Example:
         >>> import cuflash, numpy as np
@@ -80,6 +81,7 @@ class ContextParallel:
         queries: str = "replicated",
         heads: str = "share",
         wire_dtype: Any = None,
+        exchange: str = "auto",
         timeout: float = 30.0,
         control: Any = None,
     ) -> None:
@@ -94,6 +96,9 @@ class ContextParallel:
             heads: "share": a rank gets the results of its share of the query heads. "all": every rank gets all.
             wire_dtype: Elements of outputs between ranks: float16, bfloat16 or float32; by default those of the
                 queries. Only float32 queries can have others than their own.
+            exchange: How results travel between GPUs. "collective": by NCCL. "direct": each GPU writes into the others'
+                memory, which takes one host whose GPUs reach each other. "auto": direct where it works, else the
+                collective; the attribute says which.
             timeout: Seconds that ranks wait for each other.
             control: With nccl4py, an mpi4py communicator of the same ranks that carries what the hosts say to each
                 other. Without it that goes through NCCL, which cannot tell which rank is missing.
@@ -103,7 +108,11 @@ class ContextParallel:
             ValueError: For a wrong option.
             ContextParallelError: If ranks are missing, or have other options or another version.
         """
-        options = {"queries": (queries, ("replicated", "share")), "heads": (heads, ("share", "all"))}
+        options = {
+            "queries": (queries, ("replicated", "share")),
+            "heads": (heads, ("share", "all")),
+            "exchange": (exchange, ("auto", "direct", "collective")),
+        }
         for name, (value, known) in options.items():
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
@@ -129,9 +138,16 @@ class ContextParallel:
             self._agree({
                 "call": "ContextParallel", "version": __version__, "world_size": self.world_size,
                 "interleave": interleave, "queries": queries, "heads": heads,
-                "wire_dtype": None if self._wire is None else self._wire.name, "timeout": timeout,
-                "CUFLASH_VALIDATE": os.environ.get("CUFLASH_VALIDATE", "0"),
+                "wire_dtype": None if self._wire is None else self._wire.name, "exchange": exchange,
+                "timeout": timeout, "CUFLASH_VALIDATE": os.environ.get("CUFLASH_VALIDATE", "0"),
             })  # fmt: skip
+            self._inboxes = None
+            if exchange != "collective" and self._transport.on_device:
+                self._inboxes = self._transport.open_inboxes()
+            self.exchange = "collective" if self._inboxes is None else "direct"
+            if exchange not in ("auto", self.exchange):
+                raise ContextParallelError("exchange='direct' takes GPUs of one host that reach each other's memory",
+                                           is_known=True)  # fmt: skip
 
     def plan(self, *args: Any, **kwargs: Any) -> SchedulerMetadata:
         """Plan a step; see ``get_scheduler_metadata``.
@@ -196,6 +212,7 @@ class ContextParallel:
     def close(self) -> None:
         """End the group; all ranks do it at once. Further calls are refused."""
         with self._together():
+            self._transport.wait()  # other ranks' GPUs may still write to this one's
             self._agree({"call": "close"})
         self._fault = "it has been closed"
         self._transport.close()
@@ -270,29 +287,40 @@ class ContextParallel:
         lse = output("softmax_lse", given["softmax_lse"], q, packing.lse_shape, np.dtype(np.float32))
 
         blocks = self._kept("send", (parts, packing.nbytes), np.uint8, q)
-        in_place = parts == 1 and packing.dtype == dtype
-        if in_place:
-            partial, partial_lse = packing.outs(blocks)[0], packing.lses(blocks)[0]
-        else:
-            whole = replace(packing, heads=num_heads)
-            partial = self._kept("out", whole.out_shape, dtype, q)
-            partial_lse = self._kept("softmax_lse", whole.lse_shape, np.float32, q)
+        partial, partial_lse = packing.in_place(blocks)
+        is_packed = packing.dtype == dtype
+        if not is_packed:
+            partial = self._kept("out", partial.shape, dtype, q)
+            partial_lse = self._kept("softmax_lse", partial_lse.shape, np.float32, q)
         self._attend_here(given | {"q": q, "out": partial, "softmax_lse": partial_lse, "return_softmax_lse": True})
-        if not in_place:
+        if not is_packed:
             packing.fill(blocks, partial, partial_lse)
 
-        received = self._kept("received", (self.world_size, packing.nbytes), np.uint8, q)
         if packing.nbytes:
-            if parts == 1:
-                self._transport.all_gather(blocks[0], received)
-            else:
-                self._transport.all_to_all(blocks, received)
-            merge_blocks(packing.outs(received), packing.lses(received), out, lse)
+            self._exchange(packing, blocks, out, lse)
         results = [
             mine if (mine := given[name]) is not None else exporter(like)(array)
             for name, array in (("out", out), ("softmax_lse", lse))
         ]
         return tuple(results) if given["return_softmax_lse"] else results[0]
+
+    def _exchange(self, packing: Packing, blocks: NativeArray, out: NativeArray, lse: NativeArray) -> None:
+        """Send each rank its block, and merge what comes from all into ``out`` and ``lse``."""
+        size, parts = self.world_size, len(blocks)
+        if self._inboxes is not None and packing.dtype == out.dtype:
+            inbox = self._inboxes.open(half_bytes(packing, size))
+            launch = exchange_launch(packing, self.rank, size, parts > 1, inbox.half_bytes)
+            backends.select(out).exchange(launch, {
+                "partial": blocks, "inbox": inbox.memory, "inboxes": inbox.addresses, "stop": self._inboxes.stop,
+                "out": out, "softmax_lse": lse,
+            })  # fmt: skip
+            return
+        received = self._kept("received", (size, packing.nbytes), np.uint8, blocks)
+        if parts == 1:
+            self._transport.all_gather(blocks[0], received)
+        else:
+            self._transport.all_to_all(blocks, received)
+        merge_blocks(packing.outs(received), packing.lses(received), out, lse)
 
     def _attend_here(self, given: dict[str, Any]) -> None:
         """Attend to this rank's keys, after the ranks have agreed about the call."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .fault import ContextParallelError, name_ranks
 
-_DATA, _FAULT = 18211, 18212  # tags; the first exchange takes place in the caller's communicator
+_DATA, _FAULT, _ROLL = 18211, 18212, 18213  # tags; the first exchange takes place in the caller's communicator
 _EAGER = 200  # polls without a pause: what is on its way arrives in microseconds
 _PAUSE = 5e-5
 _LONGEST_TEXT = 2000
@@ -92,6 +92,17 @@ class MpiTransport:
             self._ends_with_care = True
             atexit.register(self._end)
 
+    def missing(self, seconds: float) -> list[int]:
+        """Return the ranks that do not call this, too, within so many seconds; nothing else may follow it."""
+        nothing = np.zeros((self.size, 1), np.uint8)
+        sends = [self._comm.Isend(nothing[self.rank], peer, _ROLL) for peer in self._peers()]
+        receives = {peer: self._comm.Irecv(nothing[peer], peer, _ROLL) for peer in self._peers()}
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._mpi.Request.Testall(list(receives.values())):
+            time.sleep(_PAUSE)
+        _abandoned.append((receives, sends, nothing))
+        return [peer for peer, request in receives.items() if not request.Test()]
+
     def wait(self) -> None:
         """Nothing is ever under way when a call has returned."""
 
@@ -119,14 +130,19 @@ class MpiTransport:
         deadline = time.monotonic() + self.timeout
         polls = 0
         while not self._mpi.Request.Testall(requests):
-            self._listen()
+            self.listen()
             if time.monotonic() > deadline:
                 silent = [peer for peer, request in receives.items() if not request.Test()] or self._peers()
                 raise ContextParallelError(f"{name_ranks(silent)} did not answer within {self.timeout:g} s")
             polls += 1
             time.sleep(0 if polls < _EAGER else _PAUSE)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Raise if a rank has told that it has failed.
+
+        Raises:
+            ContextParallelError: With what it said.
+        """
         status = self._mpi.Status()
         if self._comm.Iprobe(self._mpi.ANY_SOURCE, _FAULT, status):
             message = np.empty(status.Get_count(self._mpi.BYTE), np.uint8)

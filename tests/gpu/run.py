@@ -61,6 +61,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
         Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py"), 120),
         Part("dlpack", (*PYTEST, f"{HERE}/test_gpu_dlpack.py"), 120),
         Part("devices", (*PYTEST, f"{HERE}/test_gpu_devices.py"), 120),
+        Part("ranks", (*PYTEST, *distributed, f"{HERE}/test_gpu_context_parallel.py"), 120),
         Part("paged", (*PYTEST, f"{HERE}/test_gpu_paged.py"), 120),
         Part("model", (*PYTEST, f"{HERE}/test_gpu_model.py"), 120),
         *(
