@@ -24,7 +24,8 @@ class Partition:
         min_share: Keys of a block below which cutting items further does not pay.
         overhead: What an item costs beyond its keys, as a multiple of what it costs with keys of 16 bits. It is counted
             in keys, which take half the time where they have half the bytes.
-        longest_share: Per cent of the mean share that keeping items whole may give the longest one.
+        longest_share: Per cent of the mean share that keeping items whole may give the longest one ..
+        longest_excess: .. and at most so many keys more than the mean.
     """
 
     family: str
@@ -37,3 +38,4 @@ class Partition:
     min_share: int = 64
     overhead: int = 1
     longest_share: int = 106
+    longest_excess: int = 2**31 - 1

@@ -139,19 +139,20 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     all_keys = int(keys.sum()) * heads
     shortest, longest = int(keys.min()), int(keys.max())
     blocks = min(max(items, -(-all_keys // partition.min_share)), num_blocks)
-    # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that are
-    # about as long as one another: they then count as equal.
+    # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that
+    # are about as long as one another: they then count as equal.
     even = shortest == longest
     aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
-    most = all_keys // 100 * partition.longest_share // blocks * aligned
-    if aligned <= blocks and aligned * 8 >= blocks * 7 and (even or items * longest <= most):
-        even, blocks = True, aligned
+    longest_share = -(-items * longest // max(aligned, 1))
+    if aligned <= blocks and aligned * 8 >= blocks * 7:
+        if even or longest_share <= _most_keys(partition, all_keys, blocks):
+            even, blocks = True, aligned
     overhead = 0 if even else item_overhead(items, all_keys) * partition.overhead
     costs = np.full(units, max(longest, 1)) if even else keys + overhead
     total = int(costs.sum()) * heads
     slack = 0
     if problem.split_size is None:  # by what the longest share may exceed the mean, both of its ends together
-        slack = max(0, (partition.longest_share * -(-all_keys // blocks) // 100 - -(-total // blocks)) // 2)
+        slack = max(0, (_most_keys(partition, all_keys, blocks) - -(-total // blocks)) // 2)
 
     share, rest = divmod(total, blocks)
     block = np.arange(blocks, dtype=np.int64)
@@ -179,9 +180,9 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
         # Items that equal shares would cut into more parts: equal parts instead.
         many = (cost - 1) * blocks > (parts - 1) * total
         part = (2 * parts * x + cost) // (2 * cost)
-        even = (begin + (end - begin) * part // parts + partition.grain // 2) // partition.grain * partition.grain
-        even = np.where(part == 0, begin, np.where(part == parts, end, even))
-        key = np.where(many, even, key)
+        equal = (begin + (end - begin) * part // parts + partition.grain // 2) // partition.grain * partition.grain
+        equal = np.where(part == 0, begin, np.where(part == parts, end, equal))
+        key = np.where(many, equal, key)
     after = key >= end
     item += after & (x > 0)
     key[after | (key <= begin)] = 0
@@ -189,6 +190,12 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     kept = item < items
     kept[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
     return item[kept], key[kept]
+
+
+def _most_keys(partition: Partition, all_keys: int, blocks: int) -> int:
+    """Return how many keys the longest of ``blocks`` shares may have."""
+    mean = -(-all_keys // blocks)
+    return min(partition.longest_share * mean // 100, mean + partition.longest_excess)
 
 
 def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tuple[Ints, Ints]:

@@ -18,6 +18,7 @@
 #include "segment.cuh"
 #include "stream.cuh"
 using Math = WgmmaMath<Element>;
+static_assert(kStages >= 4, "keys are waited for while the values of two tiles before them are read");
 
 constexpr int kLoaderThreads = kLoaderWarps * 32;
 constexpr int kBlockThreads = kThreads + kLoaderThreads;
@@ -43,32 +44,6 @@ struct Place {
         slot += half_stages;
         if (slot >= kStages) slot -= kStages, parity ^= 1;
     }
-};
-
-// Two warpgroups start their products in turns, so that one multiplies while the other makes weights of scores. The one of the
-// first rows begins. A warpgroup without rows takes no turns, nor does the other one then.
-class Turns {
-public:
-    __device__ __forceinline__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {}
-
-    // Begins with an item's tiles, if any are multiplied in turns.
-    __device__ __forceinline__ void begin(bool is_needed, bool some) {
-        is_needed_ = kWarps == 8 && is_needed;
-        if (is_needed_ && some && warpgroup_ == 1) arrive_at_named_barrier(kFirst, kThreads);
-    }
-
-    __device__ __forceinline__ void take() const {
-        if (is_needed_) named_barrier(kFirst + warpgroup_, kThreads);
-    }
-
-    __device__ __forceinline__ void pass(bool is_last) const {
-        if (is_needed_ && !(warpgroup_ == 1 && is_last)) arrive_at_named_barrier(kFirst + 1 - warpgroup_, kThreads);
-    }
-
-private:
-    static constexpr int kFirst = 2;  // named barrier of warpgroup 0; 1 is worker_barrier's
-    int warpgroup_;
-    bool is_needed_ = false;
 };
 
 // Fills the ring with all tiles of the share.
@@ -134,7 +109,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
     Math math;
     Softmax softmax(p);
-    Turns turns(warp / 4);
     Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
@@ -175,14 +149,13 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             softmax.update(scores, math, partners);
         };
         // The slot of the values of a tile that begins at `key`, ready to be read.
-        const auto values_of = [&](u32 key) {
-            const u32 slot = full(values);
+        const auto values_of = [&](const Place& place, u32 key) {
+            const u32 slot = full(place);
             if (reach_of_all.needs_mask(key)) {  // the same for all warps
                 clear_values(p, block.segment, key, slot);
                 fence_for_wgmma();
                 worker_barrier();
             }
-            fence_for_wgmma();
             return slot;
         };
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
@@ -190,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         if (warp / 4 * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
             for (u32 key = begin; key < end; key += kTileKeys) {
                 full(keys), leave(keys);
-                values_of(key), leave(values);
+                values_of(values, key), leave(values);
             }
         } else if (begin < end) {
             const u32 first_slot = full(keys);
@@ -200,25 +173,30 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             leave(keys);
             weigh(begin);
             pack_weights(scores, weights);
-            u32 key = begin + kTileKeys;
-            turns.begin(block.segment.valid_rows > 64, key < end);
-            for (; key < end; key += kTileKeys) {
-                const u32 keys_slot = full(keys), values_slot = values_of(key - kTileKeys);
-                turns.take();
+            u32 key = begin, values_slot = values_of(values, key), keys_slot = 0;
+            const auto has_next = [&] { return key + kTileKeys < end; };
+            if (has_next()) keys_slot = full(keys);
+            fence_for_wgmma();
+            while (has_next()) {
+                key += kTileKeys;
                 math.start_scores(keys_slot, scores);
                 math.start_values(values_slot, weights);
-                turns.pass(key + kTileKeys >= end);
                 math.wait_for_scores(scores, true);
                 leave(keys);
                 weigh(key);
-                // ptxas puts what is not used before the wait behind it, where nothing runs beside it, but not over a loop.
                 pin(scores[0]);
-                full(values);
+                // The next tile is waited for while the values are multiplied. These loops are also what keeps the weights there:
+                // ptxas would make them behind the wait for the values, where nothing runs beside them.
+                Place next = values;
+                next.advance(2);
+                values_slot = values_of(next, key);
+                if (has_next()) keys_slot = full(keys);
+                fence_for_wgmma();
                 math.wait_for_values();
                 leave(values);
                 pack_weights(scores, weights);
             }
-            math.start_values(values_of(key - kTileKeys), weights);
+            math.start_values(values_slot, weights);
             math.wait_for_values();
             leave(values);
         }

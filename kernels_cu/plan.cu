@@ -25,7 +25,8 @@ struct PlanParams {
     unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
     int min_share;        // keys per block below which cutting items further does not pay
     int overhead;         // factor of what an item costs beyond its keys
-    int longest_share;    // per cent of the mean share that keeping items whole may give the longest one
+    int longest_share;    // per cent of the mean share that keeping items whole may give the longest one, ..
+    int longest_excess;   // .. and at most so many keys more than the mean
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
     int slice_shift;      // those of one part of 2^slice_shift of a sequence:
     int slice_units;      // so many units
@@ -64,6 +65,12 @@ __device__ int slice_of(const long long* before, int low, int high, long long ta
         else high = middle;
     }
     return low;
+}
+
+// Keys that the longest of `blocks` shares may have.
+__device__ long long most_keys(const PlanParams& p, long long all_keys, int blocks) {
+    const long long mean = (all_keys + blocks - 1) / blocks;
+    return min(p.longest_share * mean / 100, mean + p.longest_excess);
 }
 
 // Small problems: a cluster cuts its item into equal parts, whatever the other items are.
@@ -155,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + p.min_share - 1) / p.min_share));
     if (blocks) {
         const int aligned = items <= blocks ? blocks / items * items : p.divisor;
-        const long long most = all_keys / 100 * p.longest_share / blocks * aligned;
-        if (aligned <= blocks && aligned * 8ll >= blocks * 7ll && (even || (long long)items * longest <= most)) {
+        const long long longest_share = ((long long)items * longest + max(aligned, 1) - 1) / max(aligned, 1);
+        if (aligned <= blocks && aligned * 8ll >= blocks * 7ll && (even || longest_share <= most_keys(p, all_keys, blocks))) {
             even = true;
             blocks = aligned;
         }
@@ -182,8 +189,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         share = total / blocks;
         rest = (int)(total - share * blocks);
         if (p.split_size == 0) {  // both ends of a share together
-            const long long most = p.longest_share * ((all_keys + blocks - 1) / blocks) / 100;
-            slack = max(0ll, (most - (share + (rest > 0))) / 2);
+            slack = max(0ll, (most_keys(p, all_keys, blocks) - (share + (rest > 0))) / 2);
         }
     }
     __syncthreads();

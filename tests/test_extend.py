@@ -206,7 +206,7 @@ def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
 @BOTH
 @pytest.mark.parametrize(("heads", "queries", "length"), [((2, 1), 40, 1500), ((7, 1), 1, 700), ((4, 2), 20, 300)])
 def test_blocks_merge_together(heads: tuple[int, int], queries: int, length: int, arch: str, sim: Backend) -> None:
-    """Blocks that run at the same time wait for one another and share the rows: the bits are those of one that does all."""
+    """Blocks that run at the same time wait for one another and share the rows: one block merging has the same bits."""
     case = Case(dtype="bfloat16", heads=heads, headdim=(64, 64), seqlens=(length,), seqlens_q=queries, causal=True)
     inputs, answer, results, instructions = make_inputs(case), None, [], []
     for seed, window in ((None, 1), (None, 8), (3, 8), (4, 3)):

@@ -27,9 +27,9 @@ from .launch import ABSENT, Launch, Scratch, contiguous_strides, element_strides
 from .source import Variant, element_defines
 from .tiles import resident_blocks
 
-# Per cent of the mean share. A part of 64 rows is 33 KB that are written and read again, so that a cut costs what 6 % more
-# of the keys do.
-_LONGEST_SHARE = 112
+# A part of 64 rows of 128 values is 33 KB, written and read again: a cut costs what some 256 keys do. Per cent of the
+# mean share and keys beyond it; a share has two ends.
+_LONGEST_SHARE, _LONGEST_EXCESS = 112, 512
 SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _LOG2E = math.log2(math.e)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
@@ -42,7 +42,14 @@ def resident_partition(family: str, tiles: Any, problem: Problem, device: Device
     """Return the partition of a family whose blocks are those that the device holds at once."""
     num_blocks = resident_blocks(problem, device, tiles.blocks_per_sm)
     return Partition(
-        family, tiles.rows, tiles.row_blocks, num_blocks, tiles.cluster, tiles, longest_share=_LONGEST_SHARE
+        family,
+        tiles.rows,
+        tiles.row_blocks,
+        num_blocks,
+        tiles.cluster,
+        tiles,
+        longest_share=_LONGEST_SHARE,
+        longest_excess=_LONGEST_EXCESS,
     )
 
 

@@ -23,6 +23,7 @@ from .tiles import RESERVED_SHARED
 NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
+_LEAST_STAGES = 4
 _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
@@ -49,6 +50,8 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     fixed, slot = rows * d * 2 + state + _BARRIERS_BYTES * MOST_STAGES, tile_keys * max(d, dv) * 2
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
     stages = min(MOST_STAGES, (room - fixed) // slot)
+    if stages < _LEAST_STAGES:
+        return None
     row_blocks, shared = max(1, -(-problem.rows // rows)), fixed + stages * slot
     state += _BARRIERS_BYTES * stages
     sizes = d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, state

@@ -39,6 +39,7 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
         "min_share": partition.min_share,
         "overhead": partition.overhead,
         "longest_share": partition.longest_share,
+        "longest_excess": partition.longest_excess,
         "slice_sequences": slice_sequences,
         "slice_shift": slice_shift,
         "slice_units": slice_sequences * row_blocks if slice_sequences > 1 else -(-row_blocks >> slice_shift),

@@ -7,15 +7,12 @@
 // values of the one before it.
 #pragma once
 #include "elements.cuh"
-#include "ptx/matrices.cuh"
 #include "ptx/wgmma.cuh"
 #include "rows_tiles.cuh"
 
 template <typename T>
 class WgmmaMath {
     static constexpr int kSteps = (kHeadDim + 15) / 16;  // of 16 elements of a query
-    // Two warpgroups that read their queries from shared memory for every tile leave little of its bandwidth for keys.
-    static constexpr bool kKeepsQueries = kWarps == 8 && kSteps <= 8;
     static_assert(kRowTiles == 1 && kColumnWarps == 1, "a warp has 16 rows and all columns");
     static_assert(kColumnTiles % 8 == 0, "values are whole lines of 64 columns");
 
@@ -23,10 +20,6 @@ public:
     // Begins with an item's queries, 64 rows in shared memory.
     __device__ __forceinline__ void begin_item(u32 query) {
         query_ = query;
-        if constexpr (kKeepsQueries) {
-            const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-            for_each<kSteps>([&](int step) { ldmatrix_x4(queries_[step], query + QueryRows::offset(row, 2 * step + lane / 16)); });
-        }
         fill(output_, 0.0f);
     }
 
@@ -34,12 +27,8 @@ public:
     __device__ __forceinline__ void start_scores(u32 slot, Scores& s) const {
         wgmma_fence();
         for_each<kSteps>([&](int step) {
-            const u64 of_keys = wgmma_descriptor(step_address<kTileKeys>(slot, step));
-            if constexpr (kKeepsQueries) {
-                Wgmma<T, kKeyTiles>::scores(s[0], queries_[step], of_keys, step > 0);
-            } else {
-                Wgmma<T, kKeyTiles>::scores(s[0], wgmma_descriptor(step_address<64>(query_, step)), of_keys, step > 0);
-            }
+            Wgmma<T, kKeyTiles>::scores(s[0], wgmma_descriptor(step_address<64>(query_, step)),
+                                        wgmma_descriptor(step_address<kTileKeys>(slot, step)), step > 0);
         });
         wgmma_commit();
     }
@@ -93,6 +82,5 @@ private:
     }
 
     u32 query_;
-    u32 queries_[kKeepsQueries ? kSteps : 1][4];  // fragments A, see ptx/matrices.cuh
     Outputs output_;
 };

@@ -32,8 +32,3 @@ __device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-
-// Arrives at such a barrier without waiting for the others.
-__device__ __forceinline__ void arrive_at_named_barrier(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}

@@ -54,8 +54,8 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading = 16) {
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
     "%55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// S[64 x 8 kTiles] = (adds ? S : 0) + A B^T, 16 columns of A and B, B K-major in shared memory, A there, too, or in registers;
-// C[64 x 8 kTiles] += A B, A [64 x 16] in registers, B [16 x 8 kTiles] in shared memory with contiguous rows (MN-major).
+// S[64 x 8 kTiles] = (adds ? S : 0) + A B^T, 16 columns of A and B, both K-major in shared memory; C[64 x 8 kTiles] += A B, A
+// [64 x 16] in registers, B [16 x 8 kTiles] in shared memory with contiguous rows (MN-major).
 template <typename T, int kTiles>
 struct Wgmma;
 
@@ -68,14 +68,6 @@ struct Wgmma;
                          ", p, 1, 1, 0, 0; }" \
                          : accumulators \
                          : "l"(a), "l"(b), "r"(static_cast<u32>(adds)) \
-                         : "memory"); \
-        } \
-        static __device__ __forceinline__ void scores(float (&c)[tiles][4], const u32 (&a)[4], u64 b, bool adds) { \
-            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" w ", 0; " \
-                         "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {%" x ", %" y \
-                         ", %" z ", %" u "}, %" v ", p, 1, 1, 0; }" \
-                         : accumulators \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<u32>(adds)) \
                          : "memory"); \
         } \
         static __device__ __forceinline__ void add(float (&c)[tiles][4], const u32 (&a)[4], u64 b) { \
