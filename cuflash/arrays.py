@@ -19,6 +19,9 @@ from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, 
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
+device_types: set[type] = set()
+"""The types of CuPy's own arrays that have come in so far: such arrays come in as they are."""
+
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
 _INT32_MAX = 2**31 - 1
 _IMMUTABLE = (("jax", "Array"), ("tensorflow", "Tensor"))  # arrays that never change, which DLPack < 1.0 cannot say
@@ -129,6 +132,14 @@ def span_of(array: NativeArray) -> tuple[int, int]:
     return begin, end + array.itemsize
 
 
+def is_same(first: NativeArray, second: NativeArray) -> bool:
+    """Whether two arrays are one, or two objects for the same elements in the same memory."""
+    return first is second or (
+        (first.shape, first.strides, first.dtype) == (second.shape, second.strides, second.dtype)
+        and address_of(first) == address_of(second)
+    )
+
+
 def overlaps(first: NativeArray, second: NativeArray) -> bool:
     """Whether two arrays may share memory: whether their spans meet."""
     if not first.size or not second.size:
@@ -204,11 +215,6 @@ def is_on_device(native: NativeArray) -> bool:
     return not isinstance(native, np.ndarray)
 
 
-def is_device_type(kind: type) -> bool:
-    """Whether arrays of a type that has come in before are CuPy's own, which come in as they are."""
-    return _importers.get(kind) is _import_itself
-
-
 def memory_of(native: NativeArray) -> str:
     """Name the memory in which a native array lives."""
     return f"the memory of GPU {native.data.device_id}" if is_on_device(native) else "host memory"
@@ -231,6 +237,7 @@ def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
         return _import_numpy
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
+        device_types.add(type(x))
         return _import_itself
     if _is_traced(x):
         raise TypeError(

@@ -52,7 +52,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
         total_again, total_first = us(again), us(first)
         rows = [
             ("attention on a plan", "every later call", total_again),
-            ("", "signature, lookup", us(_captured(memo.Signature, "find", again))),
+            ("", "signature, lookup", us(_captured(memo, "spell", again))),
             ("", "launch: parameters", us(_captured(backend, "repeat", again))),
         ]
         rows.append(("", "the rest", total_again - rows[1][2] - rows[2][2]))
@@ -69,7 +69,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),
-            ("", "signature, lookup", us(_captured(memo.Signature, "find", lambda: plan(metadata)))),
+            ("", "signature, lookup", us(_captured(memo, "spell", lambda: plan(metadata)))),
             ("", "launch: parameters", us(_captured(backend, "repeat", lambda: plan(metadata)))),
             ("get_scheduler_metadata", "out=, first call", us(first_refill)),
             ("get_scheduler_metadata", "a new plan", us(lambda: plan(None))),
