@@ -7,6 +7,7 @@ imported here: whoever hands over a torch tensor has imported torch.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
@@ -56,7 +57,9 @@ def import_device_array(name: str, x: Any) -> NativeArray | None:
     kind = type(x)
     if not hasattr(kind, "__dlpack_device__") or isinstance(x, np.ndarray):
         return None
-    return import_array(name, x) if x.__dlpack_device__()[0] in CUDA_DEVICES else None
+    if x.__dlpack_device__()[0] not in CUDA_DEVICES:
+        return None
+    return _import_cuda(name, x) if _importers.get(kind) is _import_dlpack else import_array(name, x)
 
 
 def import_index(name: str, x: Any, wraps: bool = False) -> NativeArray:
@@ -261,20 +264,29 @@ def _import_numpy(name: str, x: np.ndarray) -> np.ndarray:
 
 def _import_dlpack(name: str, x: Any) -> NativeArray:
     device, _ = x.__dlpack_device__()
+    if device in CUDA_DEVICES:
+        return _import_cuda(name, x)
+    if device not in HOST_DEVICES:
+        raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")
     try:
-        if device in HOST_DEVICES:
-            return import_host(name, x, _is_immutable(x))
-        if device in CUDA_DEVICES:
-            try:
-                import cupy
-            except ImportError as error:
-                raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
-            # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet
-            # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
-            return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+        return import_host(name, x, _is_immutable(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error
-    raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")
+
+
+def _import_cuda(name: str, x: Any) -> NativeArray:
+    cupy: Any = sys.modules.get("cupy")  # an import statement takes as long as all else here
+    if cupy is None:
+        try:
+            cupy = importlib.import_module("cupy")
+        except ImportError as error:
+            raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
+    try:
+        # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet run on a
+        # GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
+        return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+    except BufferError as error:
+        raise ValueError(f"{name} cannot be shared: {error}") from error
 
 
 def _root(kind: type) -> str:

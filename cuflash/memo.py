@@ -17,7 +17,6 @@ from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .arrays import NativeArray, device_types, import_device_array
-from .dlpack import float8_name
 
 _MOST = 64  # calls that a plan remembers
 # os.environ as it lies beneath: two look-ups through it take 2 us, a tenth of a call.
@@ -112,7 +111,7 @@ def spell(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spell
             if not _is_array(x):
                 key += kind, x
                 continue
-            key += kind, float8_name(x)  # which comes as uint8
+            key += kind, getattr(x, "dtype", None)  # float8 comes as uint8
             foreign[len(arrays)] = x
             try:
                 x = import_device_array("array", x)

@@ -11,6 +11,7 @@ import pytest
 
 from cuflash import kernels
 from cuflash.device import Device
+from cuflash.kernels import launch as launches
 from cuflash.kernels import source as sources
 from cuflash.kernels.launch import Step, bind, make_launch
 from cuflash.kernels.merge import merge_variant
@@ -53,10 +54,10 @@ extern "C" __global__ void nested(const __grid_constant__ NestedParams p, long l
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A folder of sources in the place of the library's."""
     monkeypatch.setattr(sources, "_folder", lambda: tmp_path)
-    for cached in (sources.source, sources.struct_dtype):
+    for cached in (sources.source, sources.struct_dtype, launches._fields):
         cached.cache_clear()
     yield tmp_path
-    for cached in (sources.source, sources.struct_dtype):
+    for cached in (sources.source, sources.struct_dtype, launches._fields):
         cached.cache_clear()
 
 

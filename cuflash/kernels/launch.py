@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from struct import Struct
 from typing import Any
@@ -169,16 +169,13 @@ def make_launch(
         TypeError: If a field is not supplied, or one that the struct does not have.
     """
     dtype = struct_dtype(variant.file, struct)
-    fields = {path: (field, offset) for path, field, offset in field_paths(dtype)}
-    # A pointer is called as its array, whatever nested struct it stands in.
-    pointers = {path.rpartition(".")[2]: offset for path, (field, offset) in fields.items() if field == np.uint64}
-    numbers = {path for path, (field, _) in fields.items() if field != np.uint64}
-    wrong = numbers ^ set(values) | set(arrays or ()) - set(pointers)
+    numbers, pointers = _fields(variant.file, struct)
+    wrong = numbers.keys() ^ values.keys() | set(arrays or ()) - pointers.keys()
     if wrong:
         raise TypeError(f"{struct} and what is supplied differ in {', '.join(sorted(wrong))}")
     template = bytearray(dtype.itemsize)
     for path, value in values.items():
-        field, offset = fields[path]
+        field, offset = numbers[path]
         template[offset : offset + field.itemsize] = np.array(value, field).tobytes()
     names = {name: name for name in pointers} | dict(arrays or {})
     return Launch(
@@ -191,6 +188,18 @@ def make_launch(
         tuple(names[name] for name in pointers),
         tuple(pointers.values()),
     )
+
+
+@lru_cache(maxsize=None)
+def _fields(file: str, struct: str) -> tuple[dict[str, tuple[np.dtype[Any], int]], dict[str, int]]:
+    """Return the dtypes and offsets of a struct's numbers by their paths, and the offsets of its pointers by name."""
+    numbers, pointers = {}, {}
+    for path, field, offset in field_paths(struct_dtype(file, struct)):
+        if field == np.uint64:
+            pointers[path.rpartition(".")[2]] = offset  # called as its array, whatever nested struct it stands in
+        else:
+            numbers[path] = field, offset
+    return numbers, pointers
 
 
 def element_strides(array: NativeArray) -> tuple[int, ...]:
