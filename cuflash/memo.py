@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from .arrays import NativeArray, device_types, import_device_array
 
 _MOST = 64  # calls that a plan remembers
-# os.environ as it lies beneath: two look-ups through it take 2 us, a tenth of a call.
+# os.environ as it lies beneath: two look-ups through it take 2 us, a fifth of a call.
 _environment: Any = os.environ._data  # type: ignore[attr-defined]
 _VALIDATE, _BACKEND = (os.environ.encodekey(name) for name in ("CUFLASH_VALIDATE", "CUFLASH_BACKEND"))
 _PLAIN = frozenset((type(None), bool, int, float, str))  # types of which the value says everything

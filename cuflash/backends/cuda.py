@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -37,7 +37,7 @@ class Cuda(KernelBackend):
     def machine(self, array: NativeArray) -> AbstractContextManager[Machine]:
         """Return that GPU and CuPy's current stream on it."""
         number = array.data.device_id
-        return nullcontext(_Gpu(number)) if number == cupy.cuda.runtime.getDevice() else _other(number)
+        return _Gpu(number) if number == cupy.cuda.runtime.getDevice() else _other(number)
 
     def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
         """Compile and load kernels on that GPU; return how many of them were not there yet."""
@@ -130,13 +130,19 @@ class _Gpu:
         thread = threading.get_ident() if self._stream == _PER_THREAD_STREAM else 0
         self._key = self._number, self._stream, thread
 
+    def __enter__(self) -> _Gpu:
+        return self  # nothing to do, and nothing that takes time: calls come through here
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
     def address(self, array: NativeArray) -> int:
         return array.data.ptr
 
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         # Not from CuPy's pool: a captured graph uses it after this call, too.
         thread = threading.get_ident() if memory.passed_on else 0
-        return _workspaces.get((*self._key, name, thread), max(memory.nbytes, 1), memory.zeroed)
+        return _workspaces.get((self._key, name, thread), max(memory.nbytes, 1), memory.zeroed)
 
     def launch(self, launch_: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
         function = _function(launch_.variant, self._number)
