@@ -7,6 +7,7 @@ imported here: whoever hands over a torch tensor has imported torch.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
@@ -18,6 +19,9 @@ import numpy as np
 from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
+
+device_types: set[type] = set()
+"""The types of CuPy's own arrays that have come in so far: such arrays come in as they are."""
 
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
 _INT32_MAX = 2**31 - 1
@@ -53,7 +57,9 @@ def import_device_array(name: str, x: Any) -> NativeArray | None:
     kind = type(x)
     if not hasattr(kind, "__dlpack_device__") or isinstance(x, np.ndarray):
         return None
-    return import_array(name, x) if x.__dlpack_device__()[0] in CUDA_DEVICES else None
+    if x.__dlpack_device__()[0] not in CUDA_DEVICES:
+        return None
+    return _import_cuda(name, x) if _importers.get(kind) is _import_dlpack else import_array(name, x)
 
 
 def import_index(name: str, x: Any, wraps: bool = False) -> NativeArray:
@@ -137,6 +143,14 @@ def has_each_once(array: NativeArray) -> bool:
             return False
         end += (size - 1) * stride
     return True
+
+
+def is_same(first: NativeArray, second: NativeArray) -> bool:
+    """Whether two arrays are one, or two objects for the same elements in the same memory."""
+    return first is second or (
+        (first.shape, first.strides, first.dtype) == (second.shape, second.strides, second.dtype)
+        and address_of(first) == address_of(second)
+    )
 
 
 def overlaps(first: NativeArray, second: NativeArray) -> bool:
@@ -231,11 +245,6 @@ def is_on_device(native: NativeArray) -> bool:
     return not isinstance(native, np.ndarray)
 
 
-def is_device_type(kind: type) -> bool:
-    """Whether arrays of a type that has come in before are CuPy's own, which come in as they are."""
-    return _importers.get(kind) is _import_itself
-
-
 def memory_of(native: NativeArray) -> str:
     """Name the memory in which a native array lives."""
     return f"the memory of GPU {native.data.device_id}" if is_on_device(native) else "host memory"
@@ -258,6 +267,7 @@ def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
         return _import_numpy
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
+        device_types.add(type(x))
         return _import_itself
     if _is_traced(x):
         raise TypeError(
@@ -281,20 +291,29 @@ def _import_numpy(name: str, x: np.ndarray) -> np.ndarray:
 
 def _import_dlpack(name: str, x: Any) -> NativeArray:
     device, _ = x.__dlpack_device__()
+    if device in CUDA_DEVICES:
+        return _import_cuda(name, x)
+    if device not in HOST_DEVICES:
+        raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")
     try:
-        if device in HOST_DEVICES:
-            return import_host(name, x, _is_immutable(x))
-        if device in CUDA_DEVICES:
-            try:
-                import cupy
-            except ImportError as error:
-                raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
-            # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet
-            # run on a GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
-            return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+        return import_host(name, x, _is_immutable(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error
-    raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")
+
+
+def _import_cuda(name: str, x: Any) -> NativeArray:
+    cupy: Any = sys.modules.get("cupy")  # an import statement takes as long as all else here
+    if cupy is None:
+        try:
+            cupy = importlib.import_module("cupy")
+        except ImportError as error:
+            raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
+    try:
+        # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet run on a
+        # GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
+        return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+    except BufferError as error:
+        raise ValueError(f"{name} cannot be shared: {error}") from error
 
 
 def _root(kind: type) -> str:

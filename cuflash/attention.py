@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ from .arrays import (
     empty,
     exporter,
     is_on_device,
+    is_same,
     refuse_in_capture,
     span_of,
 )
@@ -22,7 +24,7 @@ from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
 from .public import public
-from .scheduling import Refill, make_metadata
+from .scheduling import make_metadata
 
 
 # What is returned follows from return_softmax_lse; a test compares these with the function itself.
@@ -83,6 +85,7 @@ def flash_attn_with_kvcache(
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 # fmt: on
 @public
+@memo.repeatable(page_table=("page_indptr", "page_indices"), merge_with=("merge_out", "merge_lse"))
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,
@@ -219,14 +222,7 @@ def flash_attn_with_kvcache(
         >>> out.shape
         (2, 1, 8, 64)
     """
-    given = locals()
-    plan = arguments.plan_of(scheduler_metadata)
-    # max_seqlen_k decides how much scratch a split_size needs; without a plan the capacity, which the shapes say, does.
-    calls, more = (memo.unplanned, None) if plan is None else (plan.calls, plan.max_seqlen_k)
-    key, call, arrays = _SIGNATURE.find(calls, given, more)
-    if call is None or not call.fits(arrays):
-        return _first_call(given, plan, calls, key, arrays)
-    return call(given, arrays, plan)
+    return _attend(locals())
 
 
 # What is not given, for other interfaces of the same call.
@@ -235,16 +231,6 @@ DEFAULTS: dict[str, Any] = {
     for name, parameter in inspect.signature(flash_attn_with_kvcache).parameters.items()
     if parameter.default is not parameter.empty
 }
-_SIGNATURE = memo.Signature(
-    flash_attn_with_kvcache,
-    (
-        "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx",
-        "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens", "sinks", "out",
-        "softmax_lse", "qv", "tree_mask", "q_descale", "k_descale", "v_descale",
-    ),
-    "scheduler_metadata",
-    {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")},
-)  # fmt: skip
 
 
 def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
@@ -263,112 +249,38 @@ def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
     return _results(given, operands.out, operands.softmax_lse)
 
 
-def _first_call(
-    given: dict[str, Any], plan: SchedulerMetadata | None, calls: memo.Calls, key: Any, arrays: memo.Arrays
-) -> Any:
-    """Check everything, attend, and remember what was prepared for calls of the same key."""
+def _attend(given: dict[str, Any]) -> Any:
+    """Check everything, attend, and say how to do it again."""
+    plan = arguments.plan_of(given["scheduler_metadata"])
     problem, operands = arguments.attention(given, plan)
     backend = backends.select(operands.q)
-    refill = None
+    refill, words = None, None
     if plan is None and backend.uses_plan:
         _refuse_planning_in_capture(operands.q)
         longest = _longest(operands.lengths, operands.cache.capacity, problem)
         plan, refill = make_metadata(problem, operands.lengths, longest, given["pack_gqa"])
+        words = plan.array.shape
     step = backend.attend(problem, operands, plan)
-    if step is not None and _came_as_they_are(operands, arrays):
-        memo.remember(calls, key, _Call(backend, step, refill, operands, arrays))
-    return _results(given, operands.out, operands.softmax_lse)
+    results = _results(given, operands.out, operands.softmax_lse)
+    if step is None:
+        return memo.first(results, None)
+    if refill is not None:
+        step = replace(step, launches=refill.launches + step.launches)
 
+    def again(arrays: memo.Arrays) -> _Call | None:
+        if not _came_as_they_are(operands, arrays):
+            return None
+        return _Call(backend, step, words, operands, arrays, given["return_softmax_lse"])
 
-class _Call:
-    """A call that has been checked and prepared, for calls of the same key."""
-
-    def __init__(self, backend: Any, step: Any, refill: Refill | None, operands: Operands, arrays: memo.Arrays) -> None:
-        """Remember what the call prepared, and none of the caller's arrays.
-
-        Args:
-            backend: Who runs it.
-            step: The launches.
-            refill: What plans, for a call without a plan.
-            operands: The data of the first call.
-            arrays: Its arrays by argument as they came.
-        """
-        lse = operands.softmax_lse
-        self._backend, self._step, self._refill = backend, step, refill
-        self._out, self._lse = (operands.out.shape, operands.out.dtype), None if lse is None else lse.shape
-        # What came as a number or not at all and is an array now, and what was given and ignored.
-        self._made = {
-            name: array
-            for name, array in operands.arrays.items()
-            if array is not arrays[name] and not _is_view_or_result(name, arrays[name])
-        }
-        caches = ("k_cache", "v_cache")
-        written = [("q", caches), ("k", caches), ("v", caches)] if operands.k is not None else []
-        written += [("out", caches)] if arrays["out"] is not None else []
-        self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
-        self._apart = [
-            (name, *_extent(arrays[name]), other, *_extent(arrays[other]))
-            for name, others in written
-            if arrays[name] is not None
-            for other in others
-        ]
-
-    def fits(self, arrays: dict[str, Any]) -> bool:
-        """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
-        if (arrays["k_cache"].data.ptr == arrays["v_cache"].data.ptr) != self._together:
-            return False
-        for name, begin, end, other, other_begin, other_end in self._apart:
-            place, other_place = arrays[name].data.ptr, arrays[other].data.ptr
-            if place + begin < other_place + other_end and other_place + other_begin < place + end:
-                return False
-        return True
-
-    def __call__(self, given: dict[str, Any], arrays: memo.Arrays, plan: SchedulerMetadata | None) -> Any:
-        """Attend, on a new plan without one."""
-        out, lse = arrays["out"], arrays["softmax_lse"]
-        if out is None:
-            arrays["out"] = out = empty(*self._out, arrays["q"])
-        if lse is None and self._lse is not None:
-            arrays["softmax_lse"] = lse = empty(self._lse, np.float32, out)
-        arrays.update(self._made)
-        if plan is not None:
-            arrays["plan"] = plan.array
-        elif self._refill is not None:
-            _refuse_planning_in_capture(out)
-            self._refill(arrays, empty(self._refill.shape, np.int32, out))
-        self._backend.repeat(self._step, arrays)
-        return _results(given, out, lse)
-
-
-def _extent(array: NativeArray) -> tuple[int, int]:
-    """Return where the elements of an array begin and end, counted from its address."""
-    begin, end = span_of(array)
-    return begin - address_of(array), end - address_of(array)
-
-
-def _results(given: dict[str, Any], out: NativeArray, lse: NativeArray | None) -> Any:
-    """Return what the caller asked for, as arrays of his kind."""
-    result = _in_kind(given, "out", out)
-    return (result, _in_kind(given, "softmax_lse", lse)) if given["return_softmax_lse"] else result
-
-
-def _in_kind(given: dict[str, Any], name: str, native: NativeArray) -> Any:
-    """Return the caller's own output, or a new one as an array of the queries' kind."""
-    mine = given[name]
-    if mine is native:
-        return native
-    # Exported also where it was given: that makes a framework's own stream wait for the result.
-    exported = exporter(given["q"] if mine is None else mine)(native)
-    return exported if mine is None else mine
+    return memo.first(results, again)
 
 
 def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
-    """Whether no argument had to be copied: a repeated call hands them on as they are."""
-    # Lengths were made if they were not given. What has no partner is ignored.
-    return bool(arrays) and all(
-        array is None or array is arrays[name] or (name == "cache_seqlens" and not hasattr(arrays[name], "shape"))
+    """Whether no array had to be copied: a repeated call hands them on as they are."""
+    return all(
+        is_same(array, arrays[name])
         for name, array in operands.arrays.items()
-        if name not in _VIEWS + _RESULTS
+        if array is not None and name in arrays and name not in _VIEWS
     )
 
 
@@ -376,8 +288,107 @@ _VIEWS = ("k_cache", "v_cache", "q_descale", "k_descale", "v_descale")  # of wha
 _RESULTS = ("out", "softmax_lse")  # made if they were not given
 
 
-def _is_view_or_result(name: str, given: Any) -> bool:
-    return name in _RESULTS or (name in _VIEWS and hasattr(given, "shape"))
+class _Call:
+    """A call that has been checked and prepared, for calls of the same key.
+
+    Its arrays have places: first those that it is given, in their order, then those that it makes, and a plan.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        step: Any,
+        words: tuple[int, ...] | None,
+        operands: Operands,
+        arrays: memo.Arrays,
+        returns_lse: bool,
+    ) -> None:
+        """Remember what the call prepared, and none of the caller's arrays.
+
+        Args:
+            backend: Who runs it.
+            step: The launches, with the planner's for a call without a plan.
+            words: The shape of a plan's array, for a call without a plan.
+            operands: The data of the first call.
+            arrays: Its arrays by argument as they came, in their order.
+            returns_lse: Whether it returns the LSE, too.
+        """
+        used = {name: array for name, array in operands.arrays.items() if array is not None}
+        new = {name: used[name] for name in _RESULTS if name in used and name not in arrays}
+        made = {name: used[name] for name in used if name not in arrays and name not in new}  # of numbers
+        names = [*arrays, *made, *new, "plan"]
+        places = {name: place for place, name in enumerate(names)}
+        # What was given and has no partner is ignored.
+        ignored = dict.fromkeys(operands.arrays.keys() - used.keys())
+        self._backend, self._step = backend, backend.bind(step, places | ignored, len(names))
+        self._words, self._new = words, [(array.shape, array.dtype) for array in new.values()]
+        self._made, self._made_addresses = list(made.values()), [address_of(array) for array in made.values()]
+        self._results = tuple(places[name] for name in _RESULTS[: 1 + returns_lse])
+        self._num_given, self._q = len(arrays), places["q"]
+        self._caches = k_cache, v_cache = places["k_cache"], places["v_cache"]
+        self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
+        written = ("q", "k", "v") if operands.k is not None else ()
+        self._apart = [
+            (places[name], cache, *_distances(arrays[name], array))
+            for name in (*written, "out")
+            if name in arrays
+            for cache, array in ((k_cache, arrays["k_cache"]), (v_cache, arrays["v_cache"]))
+        ]
+
+    def fits(self, addresses: list[int]) -> bool:
+        """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
+        k_cache, v_cache = self._caches
+        if (addresses[k_cache] == addresses[v_cache]) != self._together:
+            return False
+        for place, other, below, above in self._apart:
+            if below < addresses[place] - addresses[other] < above:
+                return False
+        return True
+
+    def __call__(
+        self, arrays: list[NativeArray], addresses: list[int], plan: SchedulerMetadata, foreign: dict[int, Any]
+    ) -> Any:
+        """Attend, on a new plan without one."""
+        q = arrays[self._q]
+        new = [empty(shape, dtype, q) for shape, dtype in self._new]
+        if self._words is None:
+            new.append(plan.array)
+        else:
+            _refuse_planning_in_capture(q)
+            new.append(empty(self._words, np.int32, q))
+        arrays = [*arrays, *self._made, *new]
+        addresses = [*addresses, *self._made_addresses, *[array.data.ptr for array in new]]
+        self._backend.repeat(self._step, arrays, addresses)
+        results = [arrays[place] for place in self._results]
+        if foreign:
+            q = foreign.get(self._q, q)
+            results = [
+                _in_kind(native, foreign.get(place, native) if place < self._num_given else None, q)
+                for place, native in zip(self._results, results)
+            ]
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _distances(array: NativeArray, other: NativeArray) -> tuple[int, int]:
+    """Return how far one array must begin before or behind another to share no memory with it."""
+    (begin, end), (other_begin, other_end) = span_of(array), span_of(other)
+    distance = address_of(array) - address_of(other)
+    return other_begin - end + distance, other_end - begin + distance
+
+
+def _results(given: dict[str, Any], out: NativeArray, lse: NativeArray | None) -> Any:
+    """Return what the caller asked for, as arrays of his kind."""
+    result = _in_kind(out, given["out"], given["q"])
+    return (result, _in_kind(lse, given["softmax_lse"], given["q"])) if given["return_softmax_lse"] else result
+
+
+def _in_kind(native: NativeArray, mine: Any, q: Any) -> Any:
+    """Return the caller's own output, or without one an array of the queries' kind."""
+    if mine is native:
+        return native
+    # Exported also where it was given: that makes a framework's own stream wait for the result.
+    exported = exporter(q if mine is None else mine)(native)
+    return exported if mine is None else mine
 
 
 def _refuse_planning_in_capture(array: NativeArray) -> None:

@@ -7,6 +7,8 @@ integers.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -138,7 +140,12 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
 
 def float8_name(x: Any) -> str | None:
     """Return the name of the float8 that an array's elements are, None if they are something else."""
-    name = str(getattr(x, "dtype", "")).rpartition(".")[2]
+    return _float8_name(getattr(x, "dtype", None))
+
+
+@lru_cache(maxsize=None)
+def _float8_name(dtype: Hashable) -> str | None:
+    name = str(dtype).rpartition(".")[2]
     return name if name.startswith("float8") else None
 
 

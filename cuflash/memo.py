@@ -4,7 +4,8 @@ A model calls attention once per layer, with other arrays of the same shapes, an
 remembers such calls by everything that decides about a call but the addresses (and, on a GPU, what the arrays hold).
 Calls that plan for themselves are remembered here.
 
-The key of a call is derived from the signature of its function: every parameter counts, as an array or as an option.
+The key of a call is what the caller spells: every argument that he gives counts, and what he does not give is a default
+that never changes. So a call costs what it gives, however many parameters its function has.
 """
 
 from __future__ import annotations
@@ -12,126 +13,177 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Hashable
-from operator import itemgetter
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from .arrays import NativeArray, import_device_array, is_device_type
-from .dlpack import float8_name
+from .arrays import NativeArray, device_types, import_device_array
 
 _MOST = 64  # calls that a plan remembers
-# os.environ as it lies beneath: two look-ups through it take 2 us, a tenth of a call.
+# os.environ as it lies beneath: two look-ups through it take 2 us, a fifth of a call.
 _environment: Any = os.environ._data  # type: ignore[attr-defined]
 _VALIDATE, _BACKEND = (os.environ.encodekey(name) for name in ("CUFLASH_VALIDATE", "CUFLASH_BACKEND"))
+_PLAIN = frozenset((type(None), bool, int, float, str))  # types of which the value says everything
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 Calls = dict[Hashable, Any]
-Arrays = dict[str, NativeArray | None]
+Arrays = dict[str, NativeArray]
 
 unplanned: Calls = {}  # calls without a plan
 
 
-class Signature:
-    """How the calls of one function are told apart.
+class Plan:
+    """What a plan has that calls are remembered by.
 
     Attributes:
-        arrays: Parameters that are arrays: their layouts count.
-        options: All other parameters, but those that the caller says he accounts for: their values and types count.
+        calls: Those that were given it.
+        max_seqlen_k: What decides about a call and changes when the plan is refilled.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arrays: tuple[str, ...],
-        accounted_for: str,
-        pairs: dict[str, tuple[str, str]] | None = None,
-    ) -> None:
-        """Derive the signature.
+    calls: Calls
+    max_seqlen_k: int
 
-        Args:
-            function: The function.
-            arrays: Names of its array parameters.
-            accounted_for: The parameter that chooses the memory to look in (a plan).
-            pairs: Parameters that may be a pair of arrays, and the names of the two.
-        """
-        parameters = inspect.signature(function).parameters
-        self._parts = dict(pairs or {})
-        arrays += tuple(name for name in self._parts if name not in arrays)
-        unknown = [name for name in (*arrays, accounted_for) if name not in parameters]
-        if unknown:
-            raise TypeError(f"{function.__name__} has no parameter {', '.join(unknown)}")
-        self.arrays = arrays
-        self.options = tuple(name for name in parameters if name not in arrays and name != accounted_for)
-        self._pairs = [i for i, name in enumerate(self.options) if isinstance(parameters[name].default, tuple)]
-        self._arrays_of, self._options_of = itemgetter(*arrays), itemgetter(*self.options)
-        absent = tuple(part for parts in self._parts.values() for part in parts)
-        self._names, self._absent = arrays + absent, (None,) * len(absent)
 
-    def find(self, calls: Calls, given: dict[str, Any], *more: Hashable) -> tuple[Hashable | None, Any, Arrays]:
-        """Find what is remembered of a call.
+class Again(Protocol):
+    """Does again what a call did, for calls of the same key."""
 
-        Args:
-            calls: Where to look.
-            given: All arguments by name.
-            more: What decides about the call beside its arguments.
+    def fits(self, addresses: list[int]) -> bool:
+        """Whether it may: what no key can say."""
 
-        Returns:
-            The key to remember the call by, what was remembered under it or None, and the arrays as native ones. No
-            key for a call that must be checked anew whatever came before: arrays whose values are checked (on the
-            host, or under ``CUFLASH_VALIDATE``), options that cannot be compared.
-        """
-        if _VALIDATE in _environment:
-            return None, None, {}
-        arrays = self._arrays_of(given) + self._absent
-        for name in self._parts:
-            if type(given[name]) is tuple:
-                arrays = self._taken_apart(name, arrays)
-        layouts: list[Hashable] = []
-        native = None  # the type of the array before
-        for index, x in enumerate(arrays):
+    def __call__(self, arrays: list[NativeArray], addresses: list[int], plan: Any, foreign: dict[int, Any]) -> Any:
+        """Return what the call returns; see :class:`Spelling`."""
+
+
+class Spelling(NamedTuple):
+    """What a call was given.
+
+    Attributes:
+        key: What decides about the call; None if it must be checked anew whatever came before: arrays whose values are
+            checked (on the host, or under ``CUFLASH_VALIDATE``).
+        plan: The plan among its arguments.
+        arrays: Its arrays in their order, as native ones.
+        addresses: Where they begin.
+        foreign: Those that came as another framework's, by their places.
+    """
+
+    key: Hashable | None
+    plan: Plan | None
+    arrays: list[NativeArray]
+    addresses: list[int]
+    foreign: dict[int, Any]
+
+
+_UNKNOWN = Spelling(None, None, [], [], {})
+
+
+def spell(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling:
+    """Return what a call is told apart by.
+
+    Args:
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its others.
+    """
+    if _VALIDATE in _environment:
+        return _UNKNOWN
+    key: list[Any] = [function, _environment.get(_BACKEND), *kwargs]
+    plan: Plan | None = None
+    arrays: list[NativeArray] = []
+    addresses: list[int] = []
+    foreign: dict[int, Any] = {}
+    given = [*args, *kwargs.values()]
+    # Types come first: they say how many entries follow. And True == 1, but not every argument that takes the one takes
+    # the other.
+    for x in given:
+        kind = type(x)
+        if kind in _PLAIN:
+            key += kind, x
+            continue
+        if kind not in device_types:
+            if isinstance(x, Plan):
+                key += kind, x.max_seqlen_k
+                plan = x
+                continue
+            if isinstance(x, tuple):
+                key += kind, len(x)
+                given += x  # they come behind all others
+                continue
+            if not _is_array(x):
+                key += kind, x
+                continue
+            key += kind, getattr(x, "dtype", None)  # float8 comes as uint8
+            foreign[len(arrays)] = x
+            try:
+                x = import_device_array("array", x)
+            except (TypeError, ValueError, ImportError):
+                x = None  # the function refuses it by its name
             if x is None:
-                layouts.append(None)
-                continue
+                return _UNKNOWN
             kind = type(x)
-            if kind is int or kind is float:  # stands for an array of equal numbers
-                layouts.append(x)
-                continue
-            if kind is not native:
-                if not is_device_type(kind):
-                    layouts.append(float8_name(x))  # which comes as uint8
-                    x = import_device_array(self._names[index], x)
-                    if x is None:
-                        return None, None, {}
-                    arrays = (*arrays[:index], x, *arrays[index + 1 :])
-                native = type(x)
-            data = x.data
-            # Of an address counts how it is aligned: kernels read by 16 bytes.
-            layouts += x.shape, x.strides, x.dtype.num, data.device_id, data.ptr & 15
-        options = self._options_of(given)
-        # Types too: True == 1, but not every argument that takes the one takes the other.
-        kinds = tuple(map(type, options))
-        for index in self._pairs:
-            if kinds[index] is tuple:
-                kinds += tuple(map(type, options[index]))
-        key = tuple(layouts), options, kinds, _environment.get(_BACKEND), more
-        try:
-            return key, calls.get(key), dict(zip(self._names, arrays))
-        except TypeError:
-            return None, None, {}
-
-    def _taken_apart(self, name: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arrays with the two of a pair in their own places; one that is no pair stays, for an error."""
-        places, parts = self._names.index, self._parts[name]
-        taken = list(arrays)
-        pair = taken[places(name)]
-        if len(pair) == len(parts):
-            taken[places(name)] = None
-            for part, array in zip(parts, pair):
-                taken[places(part)] = array
-        return tuple(taken)
+        data = x.data
+        address = data.ptr
+        # Of an address counts how it is aligned: kernels read by 16 bytes.
+        key += kind, x.shape, x.strides, x.dtype.num, data.device_id, address & 15
+        arrays.append(x)
+        addresses.append(address)
+    return Spelling(tuple(key), plan, arrays, addresses, foreign)
 
 
-def remember(calls: Calls, key: Hashable | None, call: Any) -> None:
-    """Add a call, if it has a key; the table starts anew when it is full."""
-    if key is not None:
-        if len(calls) >= _MOST:
-            calls.clear()
-        calls[key] = call
+class _First(NamedTuple):
+    result: Any
+    prepare: Callable[[Arrays], Again | None] | None
+
+
+def first(result: Result, prepare: Callable[[Arrays], Again | None] | None) -> Result:
+    """Return what a function returns that is :func:`repeatable`.
+
+    Args:
+        result: What its caller gets.
+        prepare: Returns what does the same again, given the call's arrays by name, in their order; None if nothing may.
+    """
+    return _First(result, prepare)  # type: ignore[return-value]
+
+
+def repeatable(**pairs: tuple[str, str]) -> Callable[[Function], Function]:
+    """Let calls of a function be remembered, which returns what :func:`first` makes of its result.
+
+    Args:
+        pairs: Parameters that may be a pair of arrays, and the names of the two.
+    """
+
+    def decorate(function: Function) -> Function:
+        parameters = tuple(inspect.signature(function).parameters)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            key, plan, arrays, addresses, foreign = spell(function, args, kwargs)
+            calls = unplanned if plan is None else plan.calls
+            try:
+                again = calls.get(key)
+            except TypeError:  # an argument that cannot be compared
+                key = again = None
+            if again is not None and again.fits(addresses):
+                return again(arrays, addresses, plan, foreign)
+            result, prepare = function(*args, **kwargs)
+            if key is not None and prepare is not None:
+                names = _names({**dict(zip(parameters, args)), **kwargs}, pairs)
+                again = prepare(dict(zip(names, arrays)))
+                if again is not None:
+                    if len(calls) >= _MOST:
+                        calls.clear()
+                    calls[key] = again
+            return result
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _names(given: dict[str, Any], pairs: dict[str, tuple[str, str]]) -> list[str]:
+    """Return the names of the arrays among arguments, in the order of :class:`Spelling`."""
+    parts = [zip(pairs[name], x) for name, x in given.items() if name in pairs and isinstance(x, tuple)]
+    return [name for items in (given.items(), *parts) for name, x in items if _is_array(x)]
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(type(x), "__dlpack__")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .arrays import NativeArray, to_host
 from .device import Device
-from .memo import Calls
+from .memo import Calls, Plan
 from .partition import Partition
 from .planner import plan_cuts, plan_sequences, visible_keys
 from .problem import Problem
@@ -32,7 +32,7 @@ WORK = np.dtype(
 
 
 @dataclass(eq=False, repr=False)
-class SchedulerMetadata:
+class SchedulerMetadata(Plan):
     """A plan, and what it was made for. Every layer of the step takes the same one.
 
     The lengths in it are advisory: a plan made for other lengths makes a call slower, never wrong. The problem is

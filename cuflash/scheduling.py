@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import arguments, backends, kernels, memo
 from .array_types import Array
-from .arrays import NativeArray, empty, is_on_device, memory_of
+from .arrays import NativeArray, empty, is_on_device, is_same, memory_of
 from .metadata import SchedulerMetadata
 from .operands import Lengths
 from .planner import plan_words
@@ -21,6 +21,7 @@ _MAX_ITEMS = 2**30  # and rows of a KV head: int32 numbers them with room for su
 
 
 @public
+@memo.repeatable()
 def get_scheduler_metadata(
     batch_size: int,
     max_seqlen_q: int,
@@ -112,23 +113,10 @@ def get_scheduler_metadata(
         >>> meta is cuflash.get_scheduler_metadata(3, 1, 4096, 32, 8, 128, lengths, page_size=16, causal=True, out=meta)
         True
     """
-    given = locals()
-    calls = out.calls if isinstance(out, SchedulerMetadata) else {}
-    key, refill, arrays = _SIGNATURE.find(calls, given)
-    if refill is not None and out is not None:
-        refill(arrays, out.array)
-        out.lengthen(max_seqlen_k)
-        return out
-    problem, lengths, max_seqlen_k = _check(given)
-    metadata, refill = make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out)
-    if all(arrays.get(name) is array for name, array in lengths.arrays.items()):  # none had to be copied
-        memo.remember(metadata.calls if out is not None else {}, key, refill)
-    return metadata
-
-
-_SIGNATURE = memo.Signature(
-    get_scheduler_metadata, ("cache_seqlens", "cu_seqlens_q", "cu_seqlens_k_new", "cache_leftpad"), "out"
-)
+    problem, lengths, max_seqlen_k = _check(locals())
+    metadata, step = make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out)
+    metadata.lengthen(max_seqlen_k)
+    return memo.first(metadata, None if out is None or step is None else partial(_again, step, lengths, max_seqlen_k))
 
 
 def _check(given: dict[str, Any]) -> tuple[Problem, Lengths, int]:
@@ -156,7 +144,7 @@ def _warn_of_swapped(problem: Problem, lengths: Lengths, max_seqlen_k: int) -> N
         warnings.warn(
             f"max_seqlen_q={problem.max_seqlen_q} and max_seqlen_k={max_seqlen_k} look swapped: cache_seqlens goes up "
             f"to {longest}",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -191,24 +179,34 @@ def compile(scheduler_metadata: SchedulerMetadata) -> int:
     return int(backend.prepare(kernels.variants(scheduler_metadata.problem, partition, appends), array))
 
 
-@dataclass(frozen=True)
-class Refill:
-    """Fills plans of one problem, whose arguments have been checked.
+class _Refill:
+    """Fills a plan again, with arguments that have been checked."""
 
-    Attributes:
-        backend: The backend that does it.
-        step: What the backend runs.
-        shape: (words,) of a plan's array.
-    """
+    def __init__(self, backend: Any, step: Any, max_seqlen_k: int) -> None:
+        self._backend, self._step, self._max_seqlen_k = backend, step, max_seqlen_k
 
-    backend: Any
-    step: Any
-    shape: tuple[int, ...]
+    def fits(self, addresses: list[int]) -> bool:
+        """The key of the call says everything."""
+        return True
 
-    def __call__(self, arrays: memo.Arrays, array: NativeArray) -> None:
-        """Fill ``array``; ``arrays`` holds the lengths by the names of the arguments, and then the plan, too."""
-        arrays["plan"] = array
-        self.backend.repeat(self.step, arrays)
+    def __call__(
+        self, arrays: list[NativeArray], addresses: list[int], plan: SchedulerMetadata, foreign: dict[int, Any]
+    ) -> SchedulerMetadata:
+        """Return the plan, filled."""
+        array = plan.array
+        self._backend.repeat(self._step, [*arrays, array], [*addresses, array.data.ptr])
+        plan.lengthen(self._max_seqlen_k)
+        return plan
+
+
+def _again(step: Any, lengths: Lengths, max_seqlen_k: int, arrays: memo.Arrays) -> _Refill | None:
+    """Return what fills a plan again; None if an array had to be copied."""
+    needed = lengths.arrays
+    if not all(x is None or (name in arrays and is_same(arrays[name], x)) for name, x in needed.items()):
+        return None
+    places = {name: place for place, name in enumerate((*arrays, "plan"))}
+    backend = backends.select(lengths.cache_seqlens)
+    return _Refill(backend, backend.bind(step, dict.fromkeys(needed) | places, len(places)), max_seqlen_k)
 
 
 def make_metadata(
@@ -217,7 +215,7 @@ def make_metadata(
     max_seqlen_k: int,
     pack_gqa: bool | None = None,
     out: SchedulerMetadata | None = None,
-) -> tuple[SchedulerMetadata, Refill | None]:
+) -> tuple[SchedulerMetadata, Any]:
     """Plan ``problem`` for ``lengths`` on the backend that they belong to; the arguments are checked.
 
     Args:
@@ -228,7 +226,7 @@ def make_metadata(
         out: A plan to refill.
 
     Returns:
-        The plan, and on a GPU what fills a plan of this problem again.
+        The plan, and on a GPU the step that fills a plan of this problem.
 
     Raises:
         TypeError: If ``out`` is not a plan.
@@ -252,9 +250,7 @@ def make_metadata(
         out = SchedulerMetadata(problem, device, partition, max_seqlen_k, array, pack_gqa, appends)
     else:
         _check_out(out, problem, device, pack_gqa, memory_of(lengths.cache_seqlens))
-    step = backend.plan(problem, partition, lengths, out.array)
-    out.lengthen(max_seqlen_k)
-    return out, None if step is None else Refill(backend, step, out.array.shape)
+    return out, backend.plan(problem, partition, lengths, out.array)
 
 
 def _check_out(out: SchedulerMetadata, problem: Problem, device: Any, pack_gqa: bool | None, memory: str) -> None:

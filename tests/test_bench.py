@@ -261,6 +261,8 @@ def test_a_repeated_call_costs_a_fraction_of_a_first_one(capsys: pytest.CaptureF
     times = {(record["variant"], record["workload"]): record["us_per_call"] for record in records}
     attention, planning = "attention on a plan", "get_scheduler_metadata"
     assert 2 * times[attention, "every later call"] < times[attention, "first call of its shapes"]
+    foreign = times[attention, "another framework's arrays"]
+    assert times[attention, "every later call"] < foreign < times[attention, "first call of its shapes"] / 2
     assert times[planning, "out=, every later call"] < times[planning, "out=, first call"]
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from cuflash import kernels
 from cuflash.device import Device
+from cuflash.kernels import launch as launches
 from cuflash.kernels import source as sources
 from cuflash.kernels.exchange import exchange_variant
-from cuflash.kernels.launch import make_launch
+from cuflash.kernels.launch import Step, bind, make_launch
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, field_paths
 from cuflash.problem import make_problem
@@ -58,10 +59,10 @@ extern "C" __global__ void nested(const __grid_constant__ NestedParams p, long l
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A folder of sources in the place of the library's."""
     monkeypatch.setattr(sources, "_folder", lambda: tmp_path)
-    for cached in (sources.source, sources.struct_dtype):
+    for cached in (sources.source, sources.struct_dtype, launches._fields):
         cached.cache_clear()
     yield tmp_path
-    for cached in (sources.source, sources.struct_dtype):
+    for cached in (sources.source, sources.struct_dtype, launches._fields):
         cached.cache_clear()
 
 
@@ -111,7 +112,10 @@ def test_nested_structs_and_pointers_anywhere(folder: Path) -> None:
     values = {"number": 2, "divisor.magic": 3, "divisor.shift": 4, "rows.count": 6}
     launch = make_launch(Variant("nested"), "NestedParams", 1, 1, 0, values)
     arrays = {"last": last, "table": table, "first": first}
-    params = np.frombuffer(launch.params([arrays[name].ctypes.data for name in launch.pointers]), launch.struct)
+    bound = bind(Step((launch,)), {name: place for place, name in enumerate(arrays)}, len(arrays))
+    (bound_launch,) = bound.launches
+    words = [*(array.ctypes.data for array in arrays.values()), *bound.constants]
+    params = np.frombuffer(bound_launch.pack(*bound_launch.words(words)), launch.struct)
     module = SimModule(sources.source("nested.cu"), launch.variant.options)
     module.get_function("nested")(1, 1, (params, out), arrays=arrays)
     assert out.tolist() == [4325, 46]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from bench.standin import DeviceArray, Machine, gpu
+from bench.standin import DeviceArray, ForeignArray, Machine, gpu
 
 import cuflash
 from cuflash import arguments, memo, scheduling
@@ -28,10 +29,9 @@ class SimulatedGpu(Machine):
         super().__init__()
         self.launched: list[str] = []
 
-    def launch(self, launch: Any, params: bytearray, arrays: Any) -> None:
+    def launch(self, launch: Any, params: bytes, arrays: Any) -> None:
         self.launched.append(launch.variant.kernel)
-        hosts = [None if array is None else array.host for array in arrays]
-        sim.SimulatedMachine().launch(launch, params, hosts)
+        sim.SimulatedMachine().launch(launch, params, tuple(array.host for array in arrays))
 
 
 @pytest.fixture
@@ -188,6 +188,60 @@ def test_a_repeated_call_without_a_plan_plans_again(
     assert machine.launched == (["plan", "append", "decode"] if "k" in kind(1) else ["plan", "decode"]) * 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_repeated_call_on_another_frameworks_arrays(
+    kind: Any, is_planned: bool, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is remembered as one on CuPy's own is, and gives the framework's arrays back."""
+    wanted = first_call(kind, 1)
+    metadata = plan(on_device(kind(1))) if is_planned else None
+    for _ in range(2):
+        given = on_device(kind(1))
+        caches = given["k_cache"], given["v_cache"]
+        given = {name: ForeignArray(x) if isinstance(x, DeviceArray) else x for name, x in given.items()}
+        results = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
+        for name, result in zip(OUTPUTS, results, strict=True):
+            assert isinstance(result, ForeignArray)
+            assert name not in given or result is given[name]
+        for found, expected in zip((*(result.native for result in results), *caches), wanted, strict=True):
+            np.testing.assert_array_equal(found.get(), expected)
+        forbid_checks(monkeypatch)
+
+
+def test_arrays_of_two_frameworks(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = on_device(with_everything_else(1))
+    metadata, lse, tables = plan(arguments), arguments.pop("softmax_lse"), arguments["page_table"]
+    given = arguments | {"q": ForeignArray(arguments["q"]), "page_table": ForeignArray(tables)}
+    for _ in range(2):
+        out, lse = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
+        assert out is arguments["out"] and isinstance(lse, ForeignArray)
+        forbid_checks(monkeypatch)
+
+
+def test_a_layout_is_part_of_a_call(machine: SimulatedGpu) -> None:
+    memory = np.zeros(200, np.float32)
+    memory = memory[-memory.ctypes.data % 16 // 4 :]
+    hosts = [memory[:8], memory[:9], memory[:16:2], memory[:8].reshape(2, 4), memory[:8].view(np.int32), memory[1:9]]
+    arrays = [DeviceArray(host) for host in hosts]
+    arrays.append(DeviceArray(hosts[0]))
+    arrays[-1].data.device_id = 1
+    arrays += [ForeignArray(array) for array in arrays]
+    keys = [memo.spell(print, (), {"x": array}).key for array in arrays]
+    assert None not in keys and len(set(keys)) == len(arrays)
+    assert memo.spell(print, (), {"x": DeviceArray(memory[4:12])}).key == keys[0]
+
+
+def test_what_else_is_part_of_a_call(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = plan(on_device(paged(1)))
+    keys = [memo.spell(print, (), {"x": metadata}).key]
+    metadata.max_seqlen_k += 1
+    keys.append(memo.spell(print, (), {"x": metadata}).key)
+    monkeypatch.setenv("CUFLASH_BACKEND", "cuda")
+    keys.append(memo.spell(print, (), {"x": metadata}).key)
+    assert None not in keys and len(set(keys)) == len(keys)
+
+
 def test_a_repeated_call_without_a_plan_keeps_no_array(machine: SimulatedGpu) -> None:
     arguments = on_device(with_everything_else(1))
     arrays = [x for x in arguments.values() if isinstance(x, DeviceArray)]
@@ -333,6 +387,71 @@ def test_a_cache_between_16_byte_boundaries_is_refused_also_later(is_planned: bo
     arguments["k_cache"] = DeviceArray(shifted[begin : begin + cache.size].reshape(cache.shape))
     with pytest.raises(ValueError, match="k_cache must begin at a multiple of 16 bytes"):
         call(arguments, metadata)
+
+
+@pytest.mark.parametrize("name, cache", [("out", "k_cache"), ("out", "v_cache"), ("k", "k_cache"), ("q", "v_cache")])
+@pytest.mark.parametrize("elements", [-4, 4])
+def test_arrays_that_reach_into_a_cache_are_noticed_also_later(
+    name: str, cache: str, elements: int, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By 16 bytes at either end; beside it they are remembered."""
+
+    def given(elements: int) -> Arguments:
+        arguments = appending(1)
+        arguments["out"] = np.zeros_like(arguments["q"])
+        sizes = arguments[name].size, arguments[cache].size
+        memory = np.empty(sum(sizes) + sizes[0] + 4, np.float32)
+        memory = memory[-memory.ctypes.data % 16 // 4 :]
+        start = sizes[0]  # of the cache
+        placed = {cache: memory[start : start + sizes[1]]}
+        begin = sizes[1] + start - elements if elements >= 0 else -elements
+        placed[name] = memory[begin : begin + sizes[0]]
+        views = {}
+        for other in (name, cache):
+            views[other] = placed[other].reshape(arguments[other].shape)
+            views[other][...] = arguments[other]
+        return arguments | views
+
+    def outcome(arguments: Arguments, metadata: Any) -> Any:
+        try:
+            return [array.tobytes() for array in call(arguments, metadata)]
+        except ValueError as error:
+            return str(error)
+
+    def in_place(arguments: Arguments) -> Arguments:
+        return {key: DeviceArray(x) if isinstance(x, np.ndarray) else x for key, x in arguments.items()}
+
+    wanted = outcome(in_place(given(elements)), plan(on_device(appending(1))))
+    assert ("must share no memory" in wanted) == (name == "out")
+    metadata = plan(on_device(appending(1)))
+    call(on_device(given(elements)), metadata)
+    assert outcome(in_place(given(elements)), metadata) == wanted
+    forbid_checks(monkeypatch)
+    call(in_place(given(0)), metadata)
+
+
+def test_values_that_are_the_keys_are_noticed(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other kernels may run then."""
+    apart = on_device(paged(1))
+    together = apart | {"v_cache": apart["k_cache"]}
+    metadata = [plan(apart), plan(together)]
+    call(apart, metadata[0])
+    call(together, metadata[1])
+    forbid_checks(monkeypatch)
+    call(apart, metadata[0])
+    call(together, metadata[1])
+    for other, planned in ((together, metadata[0]), (apart, metadata[1])):
+        with pytest.raises(AssertionError, match="checked again"):
+            call(other, planned)
+
+
+def test_a_repeated_call_does_not_plan_in_a_capture(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = on_device(paged(1))
+    call(arguments, None)
+    capturing = SimpleNamespace(is_capturing=lambda: True)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_current_stream", lambda: capturing)
+    with pytest.raises(ValueError, match="scheduler_metadata must be given"):
+        call(arguments, None)
 
 
 def test_queries_between_16_byte_boundaries_are_copied_also_later(machine: SimulatedGpu) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import cuflash
-from cuflash import attention, scheduling
+from cuflash import memo
 
 ROOT = Path(__file__).parents[1]
 TREES = {"cuflash": ROOT / "cuflash", "bench": ROOT / "tests/bench"}
@@ -60,32 +60,23 @@ def test_files_are_small(pattern: str) -> None:
             assert len(path.read_text().splitlines()) <= MOST_LINES[pattern], path.name
 
 
-SIGNATURES = {
-    cuflash.flash_attn_with_kvcache: (attention._SIGNATURE, "scheduler_metadata"),
-    cuflash.get_scheduler_metadata: (scheduling._SIGNATURE, "out"),
-}
-
-
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
-def test_every_parameter_is_part_of_a_remembered_call(function: Any) -> None:
-    """As an array, as an option, or as what chooses the memory: one that is dropped would be somebody else's answer."""
-    signature, accounted_for = SIGNATURES[function]
-    parameters = set(inspect.signature(function).parameters)
-    assert parameters == {*signature.arrays, *signature.options, accounted_for}
-    assert not set(signature.arrays) & set(signature.options)
-
-
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
-def test_every_option_changes_the_key(function: Any) -> None:
-    """Another value of it, and an equal one of another type."""
-    signature, _ = SIGNATURES[function]
-    given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-    given = {name: None if value is inspect.Parameter.empty else value for name, value in given.items()}
-    key, _, _ = signature.find({}, given)
-    assert key is not None and signature.find({}, dict(given))[0] == key
-    for name in signature.options:
-        for other in ("another", 1, True, 1.0, (1, 1), (True, 1)):
-            if other is not given[name]:
-                assert signature.find({}, {**given, name: other})[0] != key, name
-    for name in signature.arrays:
-        assert signature.find({}, {**given, name: 7})[0] != key, name
+@pytest.mark.parametrize(
+    "function",
+    [cuflash.flash_attn_with_kvcache, cuflash.get_scheduler_metadata],
+    ids=lambda function: function.__name__,
+)
+def test_every_argument_is_part_of_a_remembered_call(function: Any) -> None:
+    """Another value, an equal one of another type, none at all: a key that is not told apart is another call's."""
+    parameters = inspect.signature(function).parameters
+    given = {name: None if p.default is p.empty else p.default for name, p in parameters.items()}
+    calls = [((), given), (tuple(given.values()), {}), ((), {})]
+    for name in given:
+        others = ("another", 1, True, 1.0, 2, (1, 1), (True, 1), (1, 2), (1, (1,)), ((1, 1),))
+        calls += [((), given | {name: x}) for x in others if (type(x), x) != (type(given[name]), given[name])]
+        calls += [((), {name: 1}), ((1,), {name: 1}), ((), {other: x for other, x in given.items() if other != name})]
+    first, second, *_ = given
+    calls += [((), {first: (1,), second: (2, 3)}), ((), {first: (1, 2), second: (3,)})]
+    keys = [memo.spell(function, *call).key for call in calls]
+    assert None not in keys and len(set(keys)) == len(calls)
+    assert keys == [memo.spell(function, *call).key for call in calls]
+    assert memo.spell(print, (), given).key != keys[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +37,7 @@ class Cuda(KernelBackend):
     def machine(self, array: NativeArray) -> AbstractContextManager[Machine]:
         """Return that GPU and CuPy's current stream on it."""
         number = array.data.device_id
-        return nullcontext(_Gpu()) if number == cupy.cuda.runtime.getDevice() else _other(number)
+        return _Gpu(number) if number == cupy.cuda.runtime.getDevice() else _other(number)
 
     def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
         """Compile and load kernels on that GPU; return how many of them were not there yet."""
@@ -54,7 +53,7 @@ class Cuda(KernelBackend):
 def _other(number: int) -> Iterator[Machine]:
     """A GPU that is not the current one becomes it for a while."""
     with cupy.cuda.Device(number):
-        yield _Gpu()
+        yield _Gpu(number)
 
 
 @lru_cache(maxsize=None)
@@ -124,12 +123,18 @@ _workspaces = _Workspaces()
 
 
 class _Gpu:
-    """A :class:`Machine`: the current device and stream of CuPy, for one call."""
+    """A :class:`Machine`: the current device, ``number``, and the current stream of CuPy, for one call."""
 
-    def __init__(self) -> None:
-        self._number, self._stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
+    def __init__(self, number: int) -> None:
+        self._number, self._stream = number, cupy.cuda.get_current_stream().ptr
         thread = threading.get_ident() if self._stream == _PER_THREAD_STREAM else 0
         self._key = self._number, self._stream, thread
+
+    def __enter__(self) -> _Gpu:
+        return self  # nothing to do, and nothing that takes time: calls come through here
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def address(self, array: NativeArray) -> int:
         return array.data.ptr
@@ -137,13 +142,12 @@ class _Gpu:
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         # Not from CuPy's pool: a captured graph uses it after this call, too.
         thread = threading.get_ident() if memory.passed_on else 0
-        return _workspaces.get((*self._key, name, thread), max(memory.nbytes, 1), memory.zeroed)
+        return _workspaces.get((self._key, name, thread), max(memory.nbytes, 1), memory.zeroed)
 
-    def launch(self, launch_: Launch, params: bytearray, arrays: list[NativeArray | None]) -> None:
+    def launch(self, launch_: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
         function = _function(launch_.variant, self._number)
         can_wait = _device(self._number).arch >= 90
-        address = ctypes.addressof(ctypes.c_char.from_buffer(params))
-        launch(function.ptr, launch_.grid, launch_.threads, launch_.shared_bytes, self._stream, address, can_wait)
+        launch(function.ptr, launch_.grid, launch_.threads, launch_.shared_bytes, self._stream, params, can_wait)
 
 
 BACKEND = Cuda()

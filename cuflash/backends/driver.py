@@ -69,7 +69,7 @@ def _check(status: int) -> None:
 @lru_cache(maxsize=None)
 def _driver() -> Any:
     function = _library().cuLaunchKernelEx
-    function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+    function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_void_p)
     return function
 
 
@@ -79,7 +79,7 @@ def _config(grid: int, threads: int, shared_bytes: int, stream: int, early: bool
 
 
 def launch(
-    function: int, grid: int, threads: int, shared_bytes: int, stream: int, params: int, waits_for_its_turn: bool
+    function: int, grid: int, threads: int, shared_bytes: int, stream: int, params: bytes, waits_for_its_turn: bool
 ) -> None:
     """Launch a kernel of one parameter on the current device.
 
@@ -89,7 +89,7 @@ def launch(
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
         stream: The stream's handle.
-        params: Address of the parameter.
+        params: The parameter, which the driver copies.
         waits_for_its_turn: Whether the kernel itself waits for the one ahead of it (sm_90 and later), and so may be
             launched early.
 
@@ -97,6 +97,6 @@ def launch(
         cupy.cuda.driver.CUDADriverError: If the driver refuses.
     """
     config = _config(grid, threads, shared_bytes, stream, waits_for_its_turn)
-    status = _driver()(config, function, ctypes.byref(ctypes.c_void_p(params)), None)
+    status = _driver()(config, function, ctypes.byref(ctypes.c_char_p(params)), None)
     if status:
         driver.check_status(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -11,7 +12,7 @@ from .. import journal
 from ..arrays import NativeArray, address_of, copy_into, strides_of
 from ..device import Device
 from ..kernels import attention_step, plan_launch
-from ..kernels.launch import ABSENT, Launch, Scratch, Step
+from ..kernels.launch import BoundStep, Launch, Scratch, Step, bind
 from ..kernels.merge import merge_launch
 from ..kernels.source import Variant
 from ..metadata import SchedulerMetadata
@@ -29,7 +30,7 @@ class Machine(Protocol):
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         """Return memory of at least this size, of whatever dtype; it lives as long as a captured graph may use it."""
 
-    def launch(self, launch: Launch, params: bytearray, arrays: list[NativeArray | None]) -> None:
+    def launch(self, launch: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
         """Launch a kernel; ``arrays`` is all memory that it may touch, in the order of ``launch.pointers``."""
 
 
@@ -53,7 +54,8 @@ class KernelBackend:
     def plan(self, problem: Problem, partition: Partition, lengths: Lengths, array: NativeArray) -> Step:
         """Fill a plan; see :func:`cuflash.get_scheduler_metadata`. Returns what fills it again."""
         step = Step((plan_launch(problem, partition, lengths, array.size),))
-        self.repeat(step, {"plan": array, **lengths.arrays})
+        with self.machine(array) as machine:
+            run(machine, step, {"plan": array, **lengths.arrays})
         return step
 
     def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata) -> Step | None:
@@ -68,10 +70,14 @@ class KernelBackend:
             run(machine, step, {"plan": metadata.array, **readable.arrays})
         return step if readable is operands else None
 
-    def repeat(self, step: Step, arrays: dict[str, NativeArray | None]) -> None:
-        """Run a step once more, on arrays by the names of their parameters."""
-        with self.machine(arrays["plan"]) as machine:
-            run(machine, step, arrays)
+    def bind(self, step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
+        """Return a step that can be repeated, on arrays that have places; see :func:`cuflash.kernels.launch.bind`."""
+        return bind(step, given, count)
+
+    def repeat(self, step: BoundStep, arrays: list[NativeArray], addresses: list[int]) -> None:
+        """Run a step once more, on arrays in their places, which begin at these addresses."""
+        with self.machine(arrays[0]) as machine:
+            run_bound(machine, step, arrays, addresses)
 
     def merge(
         self,
@@ -100,18 +106,30 @@ def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> 
     Args:
         machine: Where.
         step: What.
-        arrays: The arrays of the call by name; None is a null pointer. The step's scratch is added.
+        arrays: The arrays of the call by name; None is a null pointer.
     """
-    for name, memory in step.scratch:
-        arrays[name] = machine.scratch(name, memory)
-    arrays[ABSENT] = None
+    given = {name: array for name, array in arrays.items() if array is not None}
+    places = {**dict.fromkeys(arrays), **{name: place for place, name in enumerate(given)}}
+    native = list(given.values())
+    run_bound(machine, bind(step, places, len(given)), native, [machine.address(array) for array in native])
+
+
+def run_bound(machine: Machine, step: BoundStep, arrays: list[NativeArray], addresses: list[int]) -> None:
+    """Run the launches of a step on arrays in their places.
+
+    Args:
+        machine: Where.
+        step: What.
+        arrays: The arrays.
+        addresses: Where they begin.
+    """
+    scratch = [machine.scratch(name, memory) for name, memory in step.scratch]
+    arrays = [*arrays, *scratch]
+    words = [*addresses, *[machine.address(array) for array in scratch], *step.constants]
     if journal.launches:
-        journal.launches.get(threading.get_ident(), []).extend(step.launches)
-    address = machine.address
-    for launch in step.launches:
-        mine = [arrays[name] for name in launch.pointers]
-        params = launch.params([0 if array is None else address(array) for array in mine])
-        machine.launch(launch, params, mine)
+        journal.launches.get(threading.get_ident(), []).extend(bound.launch for bound in step.launches)
+    for bound in step.launches:
+        machine.launch(bound.launch, bound.pack(*bound.words(words)), bound.arrays(arrays))
 
 
 def _readable(machine: Machine, operands: Operands) -> Operands:

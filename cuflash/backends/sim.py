@@ -49,7 +49,7 @@ class SimulatedMachine:
             return np.zeros(memory.shape, memory.dtype)
         return np.full(memory.shape, np.nan, memory.dtype)
 
-    def launch(self, launch: Launch, params: bytearray, arrays: list[NativeArray | None]) -> None:
+    def launch(self, launch: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
         """Run a kernel to its end."""
         function = _function(launch.variant, f"sm_{host_device().arch}")
         struct = np.frombuffer(params, launch.struct)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from struct import Struct
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..arrays import NativeArray, strides_of
 from .source import Variant, field_paths, struct_dtype
 
 ABSENT = ""  # the array of a null pointer
+_POINTER = 8  # bytes
 ROW_WARPS = 4  # warps of a block of append and merge, a row each
 
 
@@ -29,7 +32,7 @@ class Launch:
         struct: The dtype of the kernel's one parameter.
         template: The parameter's bytes, pointers zero.
         pointers: The name of the array of each of its pointers, in their order.
-        runs: Pointers that stand one behind the other: where the first stands, and how many there are.
+        offsets: Where in the parameter each of them stands.
     """
 
     variant: Variant
@@ -39,20 +42,7 @@ class Launch:
     struct: np.dtype[Any]
     template: bytes
     pointers: tuple[str, ...]
-    runs: tuple[tuple[int, Struct], ...]
-
-    def params(self, addresses: list[int]) -> bytearray:
-        """Return the parameter with its pointers filled in, which are given in their order."""
-        params = bytearray(self.template)  # a copy: other threads may launch at the same time
-        begin = 0
-        for offset, run in self.runs:
-            end = begin + run.size // _POINTER
-            run.pack_into(params, offset, *addresses[begin:end])
-            begin = end
-        return params
-
-
-_POINTER = 8  # bytes
+    offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Scratch:
     zeroed: bool = False
     passed_on: bool = False
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -88,6 +78,71 @@ class Step:
 
     launches: tuple[Launch, ...]
     scratch: tuple[tuple[str, Scratch], ...] = ()
+
+
+@dataclass(frozen=True)
+class BoundLaunch:
+    """A launch whose arrays have places in a list.
+
+    Attributes:
+        launch: The launch; of its pointers those that are not null.
+        arrays: Takes its arrays out of the list of arrays.
+        words: Takes what its parameter is made of out of the list of addresses and constants.
+        pack: Makes the parameter of that.
+    """
+
+    launch: Launch
+    arrays: Callable[[Sequence[Any]], tuple[Any, ...]]
+    words: Callable[[Sequence[Any]], tuple[Any, ...]]
+    pack: Callable[..., bytes]
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step whose arrays have places in a list: of those of the call, and behind them the scratch.
+
+    A parameter is packed of addresses and of the bytes between them, which never change. These stand behind the
+    addresses, so that one function takes both.
+
+    Attributes:
+        launches: In their order.
+        scratch: By name.
+        constants: The bytes between the pointers of all parameters.
+    """
+
+    launches: tuple[BoundLaunch, ...]
+    scratch: tuple[tuple[str, Scratch], ...]
+    constants: tuple[bytes, ...]
+
+
+def bind(step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
+    """Return a step on arrays that have places.
+
+    Args:
+        step: The step.
+        given: The place of every array that its pointers name, but for scratch; None is a null pointer.
+        count: How many places there are.
+    """
+    places = {**given, ABSENT: None, **{name: count + i for i, (name, _) in enumerate(step.scratch)}}
+    count += len(step.scratch)
+    constants: list[bytes] = []
+    launches = []
+    for launch in step.launches:
+        pointers = zip(launch.pointers, launch.offsets, (places[name] for name in launch.pointers))
+        names, offsets, arrays = zip(*(pointer for pointer in pointers if pointer[2] is not None))
+        layout, words, begin = "=", [], 0
+        for offset, place in zip((*offsets, len(launch.template)), (*arrays, None)):
+            if offset > begin:
+                layout += f"{offset - begin}s"
+                words.append(count + len(constants))
+                constants.append(launch.template[begin:offset])
+            if place is not None:
+                layout += "Q"
+                words.append(place)
+            begin = offset + _POINTER
+        bound = replace(launch, pointers=names, offsets=offsets)
+        launches.append(BoundLaunch(bound, itemgetter(*arrays), itemgetter(*words), Struct(layout).pack))
+    return BoundStep(tuple(launches), step.scratch, tuple(constants))
 
 
 def make_launch(
@@ -114,16 +169,13 @@ def make_launch(
         TypeError: If a field is not supplied, or one that the struct does not have.
     """
     dtype = struct_dtype(variant.file, struct)
-    fields = {path: (field, offset) for path, field, offset in field_paths(dtype)}
-    # A pointer is called as its array, whatever nested struct it stands in.
-    pointers = {path.rpartition(".")[2]: offset for path, (field, offset) in fields.items() if field == np.uint64}
-    numbers = {path for path, (field, _) in fields.items() if field != np.uint64}
-    wrong = numbers ^ set(values) | set(arrays or ()) - set(pointers)
+    numbers, pointers = _fields(variant.file, struct)
+    wrong = numbers.keys() ^ values.keys() | set(arrays or ()) - pointers.keys()
     if wrong:
         raise TypeError(f"{struct} and what is supplied differ in {', '.join(sorted(wrong))}")
     template = bytearray(dtype.itemsize)
     for path, value in values.items():
-        field, offset = fields[path]
+        field, offset = numbers[path]
         template[offset : offset + field.itemsize] = np.array(value, field).tobytes()
     names = {name: name for name in pointers} | dict(arrays or {})
     return Launch(
@@ -134,19 +186,20 @@ def make_launch(
         dtype,
         bytes(template),
         tuple(names[name] for name in pointers),
-        _runs(list(pointers.values())),
+        tuple(pointers.values()),
     )
 
 
-def _runs(offsets: list[int]) -> tuple[tuple[int, Struct], ...]:
-    """Group the offsets of pointers, in their order, into runs without gaps."""
-    runs: list[list[int]] = []
-    for offset in offsets:
-        if runs and offset == runs[-1][-1] + _POINTER:
-            runs[-1].append(offset)
+@lru_cache(maxsize=None)
+def _fields(file: str, struct: str) -> tuple[dict[str, tuple[np.dtype[Any], int]], dict[str, int]]:
+    """Return the dtypes and offsets of a struct's numbers by their paths, and the offsets of its pointers by name."""
+    numbers, pointers = {}, {}
+    for path, field, offset in field_paths(struct_dtype(file, struct)):
+        if field == np.uint64:
+            pointers[path.rpartition(".")[2]] = offset  # called as its array, whatever nested struct it stands in
         else:
-            runs.append([offset])
-    return tuple((run[0], Struct(f"{len(run)}Q")) for run in runs)
+            numbers[path] = field, offset
+    return numbers, pointers
 
 
 def element_strides(array: NativeArray) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from cuflash.bench.report import Record
 from cuflash.device import Device
 from cuflash.dtypes import numpy_dtype
 
-from .standin import DeviceArray, Machine, empty, gpu
+from .standin import DeviceArray, ForeignArray, Machine, empty, gpu
 
 _BATCH, _KEYS, _HEADS_Q, _HEADS_KV, _HEADDIM, _PAGE = 32, 4096, 32, 8, 128, 16
 
@@ -35,6 +35,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
     unit = us(lambda: np.add(nothing, nothing))
     with gpu(Device(132, 90), Machine()) as backend:
         call, append, plan = _calls()
+        call_foreign, *_ = _calls(ForeignArray)
         metadata = plan(None)
 
         def again() -> Any:
@@ -52,7 +53,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
         total_again, total_first = us(again), us(first)
         rows = [
             ("attention on a plan", "every later call", total_again),
-            ("", "signature, lookup", us(_captured(memo.Signature, "find", again))),
+            ("", "signature, lookup", us(_captured(memo, "spell", again))),
             ("", "launch: parameters", us(_captured(backend, "repeat", again))),
         ]
         rows.append(("", "the rest", total_again - rows[1][2] - rows[2][2]))
@@ -67,9 +68,10 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             *parts,
             ("", "array checks, the rest", total_first - sum(part[2] for part in parts) + parts[2][2]),
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
+            ("attention on a plan", "another framework's arrays", us(lambda: call_foreign(metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),
-            ("", "signature, lookup", us(_captured(memo.Signature, "find", lambda: plan(metadata)))),
+            ("", "signature, lookup", us(_captured(memo, "spell", lambda: plan(metadata)))),
             ("", "launch: parameters", us(_captured(backend, "repeat", lambda: plan(metadata)))),
             ("get_scheduler_metadata", "out=, first call", us(first_refill)),
             ("get_scheduler_metadata", "a new plan", us(lambda: plan(None))),
@@ -93,11 +95,13 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
     }
 
 
-def _calls() -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], SchedulerMetadata]]:
+def _calls(
+    kind: Callable[[DeviceArray], Any] = lambda array: array,
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], SchedulerMetadata]]:
     """Return attention on a plan or None, the same with an append (None makes its plan), and planning into ``out``."""
 
-    def device(*shape: int, dtype: str = "bfloat16") -> DeviceArray:
-        return empty(shape, np.int32 if dtype == "int32" else numpy_dtype(dtype))
+    def device(*shape: int, dtype: str = "bfloat16") -> Any:
+        return kind(empty(shape, np.int32 if dtype == "int32" else numpy_dtype(dtype)))
 
     q, out = device(_BATCH, 1, _HEADS_Q, _HEADDIM), device(_BATCH, 1, _HEADS_Q, _HEADDIM)
     pages = _BATCH * _KEYS // _PAGE
@@ -165,8 +169,8 @@ def _microseconds(function: Callable[[], Any], seconds: float) -> float:
 
 _NOTES = (
     "",
-    f"{_BATCH} x {_KEYS} keys, {_HEADS_Q}/{_HEADS_KV} heads, bfloat16, pages of {_PAGE}, output given; CuPy's arrays"
-    " and launches are stood in for.",
+    f"{_BATCH} x {_KEYS} keys, {_HEADS_Q}/{_HEADS_KV} heads, bfloat16, pages of {_PAGE}, output given; CuPy's arrays,"
+    " imports and launches are stood in for.",
     "us_per_call: of the fastest of many short series; ratio_to_numpy_add: beside numpy.add of two empty arrays.",
 )
 

@@ -86,6 +86,34 @@ class DeviceArray:
         self.host[where] = value.host if isinstance(value, DeviceArray) else value
 
 
+class ForeignArray:
+    """An array of another framework on the device, around a :class:`DeviceArray`."""
+
+    __slots__ = ("dtype", "native")
+
+    def __init__(self, native: DeviceArray) -> None:
+        self.native, self.dtype = native, native.dtype
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.native.data.device_id
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Not called: see :func:`from_dlpack`."""
+        raise NotImplementedError
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(from_dlpack=ForeignArray)
+
+
+def from_dlpack(x: ForeignArray) -> DeviceArray:
+    """Return another object on the same memory."""
+    native = x.native
+    array: DeviceArray = object.__new__(DeviceArray)
+    array.host, array.data = native.host, native.data
+    array.dtype, array.itemsize, array.ndim, array.size = native.dtype, native.itemsize, native.ndim, native.size
+    return array
+
+
 def empty(shape: Any, dtype: Any) -> DeviceArray:
     """Return a new array on the device."""
     return DeviceArray(arrays.empty(shape, dtype, np.empty(0)))
@@ -109,7 +137,7 @@ class Machine:
             array = self._scratch[name] = DeviceArray(np.zeros(memory.shape, memory.dtype))
         return array
 
-    def launch(self, launch: Launch, params: bytearray, arrays: Any) -> None:
+    def launch(self, launch: Launch, params: bytes, arrays: Any) -> None:
         """Do nothing."""
 
 
@@ -142,8 +170,8 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
     memo.unplanned.clear()
     stream = SimpleNamespace(is_capturing=lambda: False)
     cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
-    arrays._importers[DeviceArray] = arrays._import_itself
-    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda)  # type: ignore[assignment]
+    arrays.device_types.add(DeviceArray)
+    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack)  # type: ignore
     backends.select = lambda array: backend
     try:
         yield backend
@@ -151,7 +179,8 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
         backends.select = select
         memo.unplanned.clear()
         memo.unplanned.update(unplanned)
-        del arrays._importers[DeviceArray]
+        arrays.device_types.discard(DeviceArray)
+        arrays._importers.pop(DeviceArray, None)
         if cupy is None:
             del sys.modules["cupy"]
         else:
