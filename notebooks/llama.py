@@ -278,8 +278,20 @@ class PagedCache:
         sequences: The sequence of each row in `kv`.
     """
 
-    def __init__(self, model: Llama, num_rows: int, max_seqlen: int, page_size: int = 16, seed: int = 0) -> None:
-        """Allocates pages for num_rows sequences of up to max_seqlen tokens."""
+    def __init__(
+        self,
+        model: Llama,
+        num_rows: int,
+        max_seqlen: int,
+        page_size: int = 16,
+        seed: int = 0,
+        dtype: str | None = None,
+        kv_dtype: str | None = None,
+    ) -> None:
+        """Allocates pages for num_rows sequences of up to max_seqlen tokens.
+
+        Attention runs in dtype, by default the model's, on a cache of that or of kv_dtype, a quantised one.
+        """
         import cuflash  # here, so that the model with the plain cache runs without it
 
         config = model.config
@@ -289,15 +301,19 @@ class PagedCache:
             page_size,
             config.num_heads_kv,
             config.headdim,
-            model.dtype,
+            model.dtype if dtype is None else dtype,
+            kv_dtype=kv_dtype,
             max_sequences=num_rows,
             max_seqlen=max_seqlen,
             xp=model.xp,
             seed=seed,
         )
+        self._dtype = np.dtype(self.kv.dtype)  # bfloat16 by ml_dtypes, which cuflash imports
         # NaN: should attention read a slot that nobody wrote, the text would show it at once.
-        self.kv.k[...] = self.kv.v[...] = np.nan
-        cos, sin = rotary_table(config, model.xp, model.dtype)
+        written = (self.kv.k, self.kv.v) if kv_dtype is None else (self.kv.k_scale, self.kv.v_scale)
+        for array in written:
+            array[...] = np.nan
+        cos, sin = rotary_table(config, model.xp, self._dtype)
         self.step = cuflash.DecodeStep(self.kv, config.num_heads_q, rotary_cos=cos, rotary_sin=sin)
         self.sequences: dict[int, int] = {}
 
@@ -310,7 +326,8 @@ class PagedCache:
 
     def attend(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """One call: rotates q and k, writes k and v into their pages, attends on the plan of the step."""
-        return self.step(layer, q, k, v)
+        attended = self.step(layer, *(x.astype(self._dtype, copy=False) for x in (q, k, v)))
+        return attended.astype(q.dtype, copy=False)
 
     def advance(self) -> None:
         """The new tokens belong to their sequences from now on."""
@@ -386,6 +403,7 @@ def generate(
     max_new_tokens: int,
     end_id: int | None = None,
     arrivals: Sequence[int] | None = None,
+    chunk: int | None = None,
 ) -> Iterator[dict[int, int]]:
     """Serves prompts together, greedily, one step at a time.
 
@@ -397,9 +415,11 @@ def generate(
         end_id: Token that ends an answer; a sequence that ends leaves the batch and frees its pages.
         arrivals: Step at which each prompt comes in, by default all at the first. Its prefill then runs in one batch
             with the decoding of the others.
+        chunk: Most tokens of a prompt that a step reads, so that a long one does not keep the others waiting; by
+            default all of them.
 
     Yields:
-        After each step, the new token of every sequence that took part, by the number of its prompt.
+        After each step, the new token of every sequence that has read all of its prompt, by the prompt's number.
     """
     waiting = dict(enumerate(arrivals if arrivals is not None else [0] * len(prompts)))
     pending: dict[int, Sequence[int]] = {}  # tokens that a running sequence has yet to feed to the model
@@ -413,8 +433,10 @@ def generate(
         if not pending:
             continue
         rows = sorted(pending)
-        best = model([pending[row] for row in rows], cache, rows).argmax(axis=-1).tolist()
-        new = dict(zip(rows, best))
+        best = model([pending[row][:chunk] for row in rows], cache, rows).argmax(axis=-1).tolist()
+        rest = {row: pending[row][chunk:] for row in rows if chunk is not None and len(pending[row]) > chunk}
+        pending |= rest
+        new = {row: token for row, token in zip(rows, best) if row not in rest}
         for row, token in new.items():
             pending[row] = [token]
             left[row] -= 1
@@ -431,10 +453,11 @@ def answer(
     max_new_tokens: int,
     end_id: int | None = None,
     arrivals: Sequence[int] | None = None,
+    chunk: int | None = None,
 ) -> list[list[int]]:
     """Runs `generate` to its end and returns all new tokens of each prompt."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for new in generate(model, cache, prompts, max_new_tokens, end_id, arrivals):
+    for new in generate(model, cache, prompts, max_new_tokens, end_id, arrivals, chunk):
         for row, token in new.items():
             answers[row].append(token)
     return answers

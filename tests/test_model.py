@@ -142,6 +142,16 @@ def test_greedy_tokens_do_not_depend_on_arrival(model, prompts, expected):
     assert llama.answer(model, cache, prompts, 24, arrivals=[0, 2, 3, 3, 9, 30]) == expected
 
 
+@pytest.mark.parametrize("chunk", [1, 16, 33])
+def test_greedy_tokens_do_not_depend_on_chunks(model, prompts, expected, chunk):
+    """Prompts that are read in chunks, beside others' chunks and decoding; no step reads more of one."""
+    cache, most = llama.PagedCache(model, len(prompts), 192), []
+    plan = cache.plan
+    cache.plan = lambda rows, lengths: (most.append(max(lengths)), plan(rows, lengths))[1]
+    assert llama.answer(model, cache, prompts[:3], 24, arrivals=[0, 2, 3], chunk=chunk) == expected[:3]
+    assert max(most) == min(chunk, max(map(len, prompts[:3])))
+
+
 def test_logits_equal_plain_attention(model, prompts):
     """Closer than equal tokens: the same tokens fed to both, the logits of each step compared."""
     plain, paged = llama.PlainCache(model, len(prompts), 192), llama.PagedCache(model, len(prompts), 192)

