@@ -64,10 +64,15 @@ def _left_out(config: pytest.Config) -> dict[str, str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = set(_left_out(config))
-    away = [item for item in items if left_out & item.keywords.keys()]
+
+    def is_away(item: pytest.Item) -> bool:
+        # Not by keywords: those hold the names of folders, too, and a checkout may lie in one called "slow".
+        return not left_out.isdisjoint(marker.name for marker in item.iter_markers())
+
+    away = [item for item in items if is_away(item)]
     if away:
         config.hook.pytest_deselected(items=away)
-        items[:] = [item for item in items if not left_out & item.keywords.keys()]
+        items[:] = [item for item in items if not is_away(item)]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

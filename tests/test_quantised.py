@@ -85,6 +85,17 @@ def test_pairs(case: Case, backend: Backend) -> None:
     check(case, make_inputs(case), backend)
 
 
+@pytest.mark.parametrize("scale", [0.0, 2.0**-126, -1e-36, 1e-20])
+@pytest.mark.parametrize("form", ["one", "keys"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn"])
+def test_softmax_scales_that_make_keys_equal(scale: float, form: str, dtype: str, backend: Backend) -> None:
+    """Nothing overflows where a weight of 2^7 or a value's scale is asked for in units of scores."""
+    for name, queries in (("int8", 1), ("float8_e5m2", 20)):
+        case = Case(dtype=dtype, seqlens=(77, 1), seqlens_q=queries, kv_dtype=name, scales=("none", form, form),
+                    scale=scale)  # fmt: skip
+        check(case, make_inputs(case), backend)
+
+
 # ------------------------------------------------------------------------------------------------ elements
 def _all_codes(name: str) -> np.ndarray:
     """Return the 256 codes of a type; what is not finite is 1."""

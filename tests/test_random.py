@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from cases import ALL_FEATURES, FEATURES, features_of, random_case
 from conftest import BACKENDS, on
-from problems import Backend, Case, check, expected, make_inputs
+from problems import Backend, Case, check, expected, make_inputs, transfer
+
+import cuflash
 
 SEEDS = [on(name, seed) for name in BACKENDS for seed in range(10 if name == "sim" else 60)]
 
@@ -28,6 +30,27 @@ def test_append_to_rows_that_are_key_and_value(backend: Backend, dtype: str, pla
         new=(7, 5), mla="joint", plan=plan, seed=3,
     )  # fmt: skip
     check(case, make_inputs(case), backend)
+
+
+@pytest.mark.parametrize("scale", ["float", "one", "heads", "keys"])
+@pytest.mark.parametrize("queries", [2, 20])
+def test_rows_that_are_key_and_value_have_one_scale(backend: Backend, scale: str, queries: int) -> None:
+    """One array given as both caches, of one head dim, to which nothing is appended: values have the keys' scales."""
+    case = Case(
+        dtype="bfloat16", heads=(4, 1), headdim=(128, 128), seqlens=(103, 34), seqlens_q=queries, page_size=16,
+        kv_dtype="int8", scales=("none", scale, "none"), mla="joint", seed=3,
+    )  # fmt: skip
+    check(case, make_inputs(case), backend)
+
+
+def test_rows_that_are_key_and_value_bring_no_values(backend: Backend) -> None:
+    """Neither new ones nor scales of their own, whatever the head dims."""
+    case = Case(headdim=(64, 64), heads=(4, 1), kv_dtype="int8", scales=("none", "float", "none"), mla="joint", new=1)
+    inputs = transfer(make_inputs(case), backend)
+    with pytest.raises(ValueError, match="v must be None"):
+        cuflash.flash_attn_with_kvcache(**inputs, v=inputs["k"])
+    with pytest.raises(ValueError, match="v_descale must be None or k_descale"):
+        cuflash.flash_attn_with_kvcache(**inputs, v_descale=1.0)
 
 
 @pytest.mark.slow

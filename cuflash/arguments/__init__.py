@@ -20,7 +20,7 @@ from ..problem import (
     make_problem,
     real,
 )
-from .caches import apart, cache_of, check_caches, check_rows, has_joint_rows, new_keys, other_layout
+from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given, import_codes
 from .descales import cache_scales, query_scales
 from .lengths import call_lengths, lengths
@@ -66,15 +66,14 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
 
     check_caches(problem, cache)
     check_rows(problem, cache)
-    joint = has_joint_rows(problem, cache, given)
-    k, v = new_keys(problem, cache, joint, given)
+    k, v = new_keys(problem, cache, given)
     q = q if k is None else apart("q", q, cache)
-    if problem.is_joint and not joint:
+    if problem.is_joint and not cache.joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
     q_scales = query_scales(problem, given)
-    k_scales, v_scales = cache_scales(problem, cache, joint, k is not None, given)
+    k_scales, v_scales = cache_scales(problem, cache, k is not None, given)
     cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
-    rotary = rotary_of(problem, k, joint, given)
+    rotary = rotary_of(problem, k, cache.joint, given)
     qv = query_values(problem, q, given)
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
     scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5

@@ -115,19 +115,9 @@ def check_rows(problem: Problem, cache: KVCache) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ new keys
-def has_joint_rows(problem: Problem, cache: KVCache, given: Given) -> bool:
-    """Whether a call takes values for the first columns of the keys' own rows.
-
-    A cache given as both, with head dims alike, is that where an append brings ``k`` alone.
-    """
-    return cache.joint and (problem.headdim > problem.headdim_v or (given["k"] is not None and given["v"] is None))
-
-
-def new_keys(
-    problem: Problem, cache: KVCache, joint: bool, given: Given
-) -> tuple[NativeArray | None, NativeArray | None]:
+def new_keys(problem: Problem, cache: KVCache, given: Given) -> tuple[NativeArray | None, NativeArray | None]:
     """Import the keys and values to append; with joint rows the keys bring the values."""
-    k, v = given["k"], given["v"]
+    k, v, joint = given["k"], given["v"], cache.joint
     if joint and v is not None:
         raise ValueError("v must be None where values are the first columns of k_cache's rows: k brings them, got one")
     if not joint and (k is None) != (v is None):

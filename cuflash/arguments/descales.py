@@ -18,13 +18,12 @@ def query_scales(problem: Problem, given: Given) -> Scales:
     return _scales("q_descale", given["q_descale"], problem, problem.qkv_dtype, None)
 
 
-def cache_scales(problem: Problem, cache: KVCache, joint: bool, appends: bool, given: Given) -> tuple[Scales, Scales]:
+def cache_scales(problem: Problem, cache: KVCache, appends: bool, given: Given) -> tuple[Scales, Scales]:
     """Import ``k_descale`` and ``v_descale``.
 
     Args:
         problem: The problem.
         cache: The caches.
-        joint: Whether values are the first columns of the keys: then they have the keys' scales.
         appends: Whether scales per key and head are written.
         given: All arguments.
     """
@@ -35,7 +34,7 @@ def cache_scales(problem: Problem, cache: KVCache, joint: bool, appends: bool, g
         if appends and array is not None and scales[-1].per_key and not is_writeable(array, given[name]):
             raise ValueError(f"{name} must be writeable: an append finds the scales of its keys, got a read-only array")
     k, v = scales
-    if joint:
+    if cache.joint:  # one row has one scale
         if given["v_descale"] is not None and not _are_equal(k, v):
             raise ValueError("v_descale must be None or k_descale where values are the first columns of k_cache's rows")
         v = k

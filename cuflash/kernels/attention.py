@@ -33,6 +33,8 @@ _LONGEST_SHARE, _LONGEST_EXCESS = 112, 512
 SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _LOG2E = math.log2(math.e)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
+# Multiples of it by logarithms to base 2 stay finite, and beside scores of any size.
+_MOST_SLACK = 2.0**120
 _COARSE_CAP = 1024  # from here on, a cap's relative error of 2^-22 is too much
 
 Defines = tuple[tuple[str, str | int], ...]
@@ -195,7 +197,8 @@ def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:
 def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
     """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
     values = dict.fromkeys(("score_cap", "cap_scale", "cap_inverse", "tanh_scale", "cap_exactly"), 0.0)
-    lse_scale = abs(softmax_scale)
+    # All scores are 0 with a scale of 0, since its queries are: with any other scale they are the same.
+    lse_scale = abs(softmax_scale) or 1.0
     if softcap:
         lse_scale = 1.0
         values["score_cap"] = min(softcap, _LARGEST)
@@ -204,8 +207,7 @@ def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
         tanh_scale = 2 * _LOG2E * softmax_scale / softcap
         values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
         values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
-    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
     score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
-    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
+    values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _MOST_SLACK)
     values["lse_scale"] = lse_scale
     return values

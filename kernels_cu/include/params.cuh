@@ -68,7 +68,7 @@ struct DecodeParams {
     unsigned int query_flip;   // sign bits to turn where softmax_scale is negative: queries are negated instead
     unsigned int query_keep;   // with query_flip: bits to keep, none where softmax_scale is 0
     float score_scale;         // weights are exp2(score * score_scale - ..): log2(e) |softmax_scale|; log2(e) for capped scores
-    float score_slack;         // 8 / score_scale
+    float score_slack;         // 8 / score_scale, at most 2^120
     float lse_scale;           // score_scale / log2(e)
     float tanh_scale;          // with softcap: 2 log2(e) softmax_scale / softcap
     float score_cap;           // softcap

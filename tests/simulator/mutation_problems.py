@@ -9,9 +9,11 @@ beside the boundaries of tiles, stale plans.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -20,9 +22,10 @@ import schedules
 from problems import Backend, Case, check_cache, check_lse, check_out, expected, make_inputs, run
 
 import cuflash
-from cuflash import planner
+from cuflash import kernels, planner
 from cuflash.backends import sim
 from cuflash.backends.sim import SimulatedMachine as Simulated
+from cuflash.kernels import decode, extend, extend_wgmma, mla
 from cuflash.operands import Lengths
 from cuflash.simulator.mutate import Equivalent, Mutant
 
@@ -30,12 +33,19 @@ Arrays = tuple[np.ndarray, ...]
 SIM = Backend("sim", lambda array: array, np.asarray)
 
 
-def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], Arrays]:
+@contextlib.contextmanager
+def _gpu(num_sm: int, backend: str = "sim", family: ModuleType = decode) -> Iterator[None]:
+    """A GPU of some multiprocessors, on which every problem runs in one kernel family."""
+    os.environ.update(CUFLASH_BACKEND=backend, CUFLASH_NUM_SM=str(num_sm))
+    with mock.patch.object(kernels, "FAMILIES", (family,)):
+        yield
+
+
+def _attention(case: Case, num_sm: int, nonsense: bool = False, family: ModuleType = decode) -> Callable[[], Arrays]:
     inputs = make_inputs(case)
     answer = expected(inputs)
 
     def problem() -> Arrays:
-        os.environ.update(CUFLASH_BACKEND="sim", CUFLASH_NUM_SM=str(num_sm))
         counters = []
         scratch, launch = Simulated.scratch, Simulated.launch
 
@@ -56,12 +66,13 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False) -> Callable[[], 
                     lengths[lengths == 0] = -70
             launch(*arguments)
 
-        with mock.patch.multiple(Simulated, scratch=watched, launch=launched):
+        with _gpu(num_sm, family=family), mock.patch.multiple(Simulated, scratch=watched, launch=launched):
             out, lse, k_cache, v_cache = run(case, inputs, SIM)
         check_out(case, out, answer)
         check_lse(case, lse, answer)
-        check_cache("v_cache", v_cache, answer.v_cache)
-        check_cache("k_cache", k_cache, answer.k_cache)
+        slack = int(case.kv_dtype is not None and case.rotary is not None)
+        check_cache("v_cache", v_cache, answer.v_cache, slack)
+        check_cache("k_cache", k_cache, answer.k_cache, slack)
         assert not any(array.any() for array in counters), "the next launch finds counters that are not 0"
         return out, lse
 
@@ -515,6 +526,43 @@ SPLITS: tuple[dict[str, Any], ...] = (
     {"split_size": 128, "scale": -0.3, "ragged": True, "queries": 2, "window": (70, 5)},
     {"split_size": 64, "plan": "given"},
 )
+MANY_ROWS: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True, "page_size": 16},
+    {"causal": True, "page_size": 3, "leftpad": True, "plan": "stale"},
+    {"window": (40, 3), "layout": "HND", "sinks": True},
+    {"window": (90, 0), "page_size": 64, "batch_idx": True, "plan": "given"},
+    {"negative_pages": True, "page_size": 16, "scale": -0.3},
+    {"merge": True, "causal": True, "plan": "reused"},
+    {"merge": "in place", "csr": True, "page_size": 16, "window": (20, -1)},
+    {"new": 3, "causal": True, "scale": 8.0, "strided": True},
+    {"scale": 0.0, "plan": "stale", "num_splits": 3},
+)
+TREES: tuple[dict[str, Any], ...] = (
+    {},
+    {"page_size": 16, "negative_pages": True},
+    {"leftpad": True, "sinks": True},
+    {"merge": True, "new": 2, "page_size": 3},
+    {"scale": -2.0, "plan": "stale"},
+)
+MANY_ROWS_SPLITS: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True, "page_size": 16},
+    {"window": (100, 2), "leftpad": True, "plan": "stale"},
+    {"plan": "long", "sinks": True},
+    {"scale": 6.0, "merge": True, "plan": "given"},
+    {"window": (300, 0), "scale": -0.3, "page_size": 3, "batch_idx": True},
+)
+LATENT: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True, "page_size": 16},
+    {"window": (40, 1), "leftpad": True, "sinks": True},
+    {"page_size": 3, "negative_pages": True, "scale": -0.1, "plan": "stale"},
+    {"csr": True, "page_size": 64, "merge": True, "batch_idx": True},
+    {"new": 2, "causal": True, "page_size": 16, "plan": "given"},
+    {"scale": 0.0, "merge": "in place", "plan": "reused"},
+    {"scale": 0.3, "strided": True, "layout": "HND"},
+)
 # Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
 HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
     8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2)), 8: ((1, 1),)},
@@ -664,12 +712,12 @@ def _plan(seed: int) -> Callable[[], None]:
 
 def _twins(num_sm: int, arguments: dict[str, Any]) -> Callable[[], None]:
     """A plan by the kernel and by the planner in NumPy."""
-    os.environ.update(CUFLASH_NUM_SM=str(num_sm), CUFLASH_BACKEND="numpy")
-    twin = cuflash.get_scheduler_metadata(**arguments).array
+    with _gpu(num_sm, "numpy"):
+        twin = cuflash.get_scheduler_metadata(**arguments).array
 
     def problem() -> None:
-        os.environ.update(CUFLASH_NUM_SM=str(num_sm), CUFLASH_BACKEND="sim")
-        np.testing.assert_array_equal(cuflash.get_scheduler_metadata(**arguments).array, twin)
+        with _gpu(num_sm):
+            np.testing.assert_array_equal(cuflash.get_scheduler_metadata(**arguments).array, twin)
 
     return problem
 
@@ -679,9 +727,9 @@ def _nonsense_plan(seed: int, clusters: bool) -> Callable[[], None]:
     rng = np.random.default_rng(seed)
     batch, low, high = 50, -(2**31), 2**31 - 1
     absent = np.zeros(batch + 1, int)
-    os.environ.update(CUFLASH_NUM_SM="900" if clusters else "20", CUFLASH_BACKEND="numpy")
     options = {"cu_seqlens_q": absent, "cu_seqlens_k_new": absent, "max_seqlen_k": 500 if clusters else 8192}
-    meta = cuflash.get_scheduler_metadata(**_step(np.zeros(batch, int), 3, max_seqlen_q=17, **options))
+    with _gpu(900 if clusters else 20, "numpy"):
+        meta = cuflash.get_scheduler_metadata(**_step(np.zeros(batch, int), 3, max_seqlen_q=17, **options))
     assert (meta.partition.cluster > 1) == clusters
     if seed % 2:
         low, high = -100, 100
@@ -811,6 +859,74 @@ def _merge(n: int, dim: int, shape: tuple[int, int, int], spread: float) -> Call
     return problem
 
 
+# Each of these is a variant of the kernels of many rows, or of mla.cu, for which a survey needs some 16 problems.
+def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu and extend_wgmma.cu."""
+    both, dims = (extend, extend_wgmma), (64, 64)
+    for family in both:
+        for k, options in enumerate(MANY_ROWS):
+            for n, seqlens in enumerate(((200, 63, 1), (64, 129, 0, 65), (300,), (1100,))):
+                # Row blocks of 128 rows. A block goes on from one item to the next; 1,100 keys are many parts.
+                queries = tuple((35, 0, 33, 20)[(b + n) % 4] for b in range(len(seqlens))) if n != 1 else 35
+                case = Case(
+                    dtype="bfloat16", heads=((4, 1), (8, 2))[k % 2], headdim=dims, seqlens=seqlens, seqlens_q=queries,
+                    seed=4 * k + n, **options,
+                )  # fmt: skip
+                yield from _named(case, 12 if n == 3 else (1, 4, 9)[(k + n) % 3], family)
+        for k, options in enumerate(TREES):
+            for n, queries in enumerate((70, 33, (20, 0, 41), (64, 1, 3))):
+                case = Case(
+                    dtype="bfloat16", heads=(2, 1), headdim=dims, seqlens=(100, 64, 30), seqlens_q=queries,
+                    tree=("bool", "words")[(k + n) % 2], seed=4 * k + n, **options,
+                )  # fmt: skip
+                yield from _named(case, (2, 5)[k % 2], family)
+        for k, options in enumerate(MANY_ROWS_SPLITS):
+            for n, seqlens in enumerate(((400, 64, 0), (1000,), (129, 63, 320))):
+                case = Case(
+                    dtype="bfloat16", heads=(20, 1), headdim=dims, seqlens=seqlens, seqlens_q=(1, 4, 9)[n],
+                    split_size=64, seed=3 * k + n, **options,
+                )  # fmt: skip
+                yield from _named(case, (3, 8, 2)[n], family)
+    # Warps that share rows and divide columns.
+    for k, options in enumerate(MANY_ROWS):
+        for n, seqlens in enumerate(((70, 33), (200,))):
+            case = Case(
+                dtype="float16", heads=(8, 1), headdim=(512, 512), seqlens=seqlens, seqlens_q=(5, (9, 0))[n == 0],
+                seed=2 * k + n, **options,
+            )  # fmt: skip
+            yield from _named(case, (1, 6)[n], extend)
+
+
+def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of mla.cu: both spellings, 16 to 128 heads, caches of 16 and of 8 bits."""
+    for k, options in enumerate(LATENT):
+        for n, (form, heads, queries) in enumerate(
+            (
+                ("joint", 16, 1),
+                ("joint", 128, 1),
+                ("joint", 16, 5),
+                ("qv", 16, 1),
+                ("qv row", 64, 2),
+                ("qv", 12, (3, 0)),
+            )
+        ):
+            case = Case(
+                dtype="bfloat16", heads=(heads, 1), headdim=(576, 512) if form == "joint" else (64, 512),
+                seqlens=((130, 33), (65, 0))[k % 2], seqlens_q=queries, mla=form, seed=6 * k + n, **options,
+            )  # fmt: skip
+            yield from _named(case, (1, 5, 9)[(k + n) % 3], mla)
+        for scale in ("one", "keys"):
+            case = Case(
+                dtype="bfloat16", heads=(16, 1), headdim=(576, 512), seqlens=(70, 17), seqlens_q=1 + k % 2, mla="joint",
+                kv_dtype="float8_e4m3fn", scales=("none", scale, "none"), seed=k, **options,
+            )  # fmt: skip
+            yield from _named(case, (1, 5)[k % 2], mla)
+
+
+def _named(case: Case, num_sm: int, family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    yield f"{family.NAME} {case} on {num_sm}", _attention(case, num_sm, family=family)
+
+
 def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
     """All problems by name."""
     out: list[tuple[str, Callable[[], Arrays | None]]] = [
@@ -827,6 +943,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         # With this seed the second sequence has a leftpad of 0.
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
+    out += [*_many_rows(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
