@@ -49,12 +49,11 @@ static_assert(kColumnWarps == 1 || sizeof(FoldState) <= sizeof(Meeting::weights)
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
-    unsigned char* const codes = queries + kRows * kQueryBytes;
-    unsigned char* const state = codes + kCodeRingBytes + kScalesBytes;
+    unsigned char* const state = queries + kRows * kQueryBytes + kCodeRingBytes + kScalesBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
     FoldState& fold = *reinterpret_cast<FoldState*>(state);
     BlockState& block = *reinterpret_cast<BlockState*>(state + kSharedStateBytes);
-    [[maybe_unused]] float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
+    float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
     wait_for_turn();
@@ -66,19 +65,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
     const u32 ring = shared_address(shared) + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
-    const auto advance = [&] {
-        free_slot = slot;
-        slot += kSlotBytes;
-        if (slot == ring + kRingBytes) slot = ring;
+    const auto advance = [&](bool keys) {
+        if constexpr (kConvertsTiles) {
+            slot = keys ? ring + kSlotBytes : ring;
+        } else {
+            free_slot = slot;
+            slot += kSlotBytes;
+            if (slot == ring + kRingBytes) slot = ring;
+        }
     };
 
     Loader loader(p, block.share, warp, lane);
     Math math(column_warp, lane);
     Softmax softmax(p);
-    Scaling scaling;
+    Scaling scaling(factors + row_warp * kWarpRows, lane);
     Partners partners(meeting, warp, lane);
     // Of codes: what is converted next, and filled again.
-    const u32 code_ring = shared_address(codes) + zero_of_each_lane(), scales = code_ring + kCodeRingBytes;
+    const u32 code_ring = ring + kRingBytes + kRows * kQueryBytes, scales = code_ring + kCodeRingBytes;
     u32 code_slot = code_ring;
     const auto load = [&](bool keys, u32 to) {
         if (keys) {
@@ -99,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             }
             load(keys == (kCodeStages % 2 == 0), code_slot);
             code_slot += kCodeSlotBytes;
-            if (code_slot == code_ring + kCodeRingBytes) code_slot = code_ring;
+            if (code_slot == scales) code_slot -= kCodeRingBytes;
         } else {
             cp_async_wait<kStages - 2>();
         }
@@ -123,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             loader.start(walker, segment);
 #pragma unroll 1
             for (u32 h = 0; h < kStagesAhead; ++h) {
-                load(h % 2 == 0, kConvertsTiles ? code_ring + h * kCodeSlotBytes : ring + h * kSlotBytes);
+                load(h % 2 == 0, kConvertsTiles ? code_slot + h * kCodeSlotBytes : ring + h * kSlotBytes);
             }
             cp_async_wait<kStagesAhead>();  // all but the groups of the ring
         } else {
@@ -141,7 +144,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
-        scaling.begin_item(factors + row_warp * kWarpRows, lane);
         softmax.reset();
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
@@ -166,14 +168,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
                 pack_weights(scores, weights);
                 partners.tell(weights);
             }
-            advance();
+            advance(true);
 
             receive(false);
             // What this lane has copied is there; the others see zeros behind the barrier.
             if (reach_of_all.needs_mask(begin)) loader.clear_values(slot, block.segment, key);
             begin_half_stage(false);
             if (is_seen) math.accumulate(slot, partners, weights);
-            advance();
+            advance(false);
         }
 
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly

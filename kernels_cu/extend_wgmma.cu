@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     unsigned char* const codes = queries + kRows * kQueryBytes;
     unsigned char* const state = codes + kCodeRingBytes + kScalesBytes;
     BlockState& block = *reinterpret_cast<BlockState*>(state);
-    [[maybe_unused]] float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
+    float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 ring = shared_address(shared), code_ring = shared_address(codes), scales = code_ring + kCodeRingBytes;
     if (threadIdx.x < kStages) {
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
     Math math;
     Softmax softmax(p);
-    Scaling scaling;
+    Scaling scaling(factors + warp * kWarpRows, lane);
     Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
@@ -198,7 +198,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         worker_barrier();
 
         math.begin_item(shared_address(queries) + warp / 4 * 64 * kQueryBytes);
-        scaling.begin_item(factors + warp * kWarpRows, lane);
         softmax.reset();
         const Reach reach(p, segment, warp * kWarpRows, kWarpRows);
         Reach reach_of_all(p, segment, 0, kRows);

@@ -178,11 +178,11 @@ private:
             const bool exists = lane_ < rows_;
             const u32 to = slot + kCodesBytes + (part_ + lane_) * 4;
             if constexpr (kHasKeyScales) {
-                cp_async_4_or_zero(exists, to, p_.k_descale + place_.scale(p_.k_descale_strides) + key_scales_head_);
+                cp_async_4_or_zero(exists, to, p_.k_descale + place_.scale(p_.k_descale_strides) + kv_head_ * p_.k_descale_strides.head);
             }
             if constexpr (kHasValueScales) {
                 cp_async_4_or_zero(exists, to + ScaleTile::kValues,
-                                   p_.v_descale + place_.scale(p_.v_descale_strides) + value_scales_head_);
+                                   p_.v_descale + place_.scale(p_.v_descale_strides) + kv_head_ * p_.v_descale_strides.head);
             }
         }
     }
@@ -193,8 +193,7 @@ private:
         end_ = first_slot + segment.keys.end;
         key_head_ = segment.kv_head * p_.cache.k.head;
         value_head_ = segment.kv_head * p_.cache.v.head;
-        if constexpr (kConvertsTiles && kHasKeyScales) key_scales_head_ = segment.kv_head * p_.k_descale_strides.head;
-        if constexpr (kConvertsTiles && kHasValueScales) value_scales_head_ = segment.kv_head * p_.v_descale_strides.head;
+        if constexpr (kConvertsTiles) kv_head_ = segment.kv_head;
         place_.enter(p_.cache, segment.sequence);
     }
 
@@ -231,16 +230,20 @@ private:
             }
         };
         const bool all = rows_ == kPartKeys;
-        const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
-        for_each<kPasses>([&](int i) { from[i] = from_of(i); });
-        for_each<kPasses>([&](int i) {
-            const u32 to = C::row_address(lane_to, i);
-            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
-                if (of_row) {
-                    cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
-                } else {
-                    cp_async_zero_if(all && wanted, to + in_slot, lane_from);
-                }
+        // Addresses before copies: ptxas puts a guard around every run of copies. Conversions leave registers for four.
+        constexpr int kAtOnce = kConvertsTiles && kPasses > 4 ? 4 : kPasses;
+        for_each<kPasses / kAtOnce>([&](int group) {
+            const char* from[kAtOnce];
+            for_each<kAtOnce>([&](int i) { from[i] = from_of(group * kAtOnce + i); });
+            for_each<kAtOnce>([&](int i) {
+                const u32 to = C::row_address(lane_to, group * kAtOnce + i);
+                for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                    if (of_row) {
+                        cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
+                    } else {
+                        cp_async_zero_if(all && wanted, to + in_slot, lane_from);
+                    }
+                });
             });
         });
         if (all || rows_ == kNoTile) return;  // the same in all lanes
@@ -270,6 +273,6 @@ private:
     int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     u32 key_head_, value_head_, value_units_;
-    long long key_scales_head_, value_scales_head_;  // the KV head's first one, where keys have their own
+    int kv_head_;  // where keys have scales
     int rows_ = kNoTile;  // of this warp's in the tile loaded last
 };

@@ -10,12 +10,8 @@ constexpr bool kScalesKeys = kScalesWeights || (kConvertsTiles && kHasKeyScales)
 
 class Scaling {
 public:
-    // Reads the factors of a warp's rows.
-    __device__ __forceinline__ void begin_item(const float* factors, int lane) {
-        if constexpr (kConvertsTiles) {
-            for_each<kRowTiles, 2>([&](int t, int half) { factor_[t][half] = factors[t * 16 + half * 8 + lane / 4]; });
-        }
-    }
+    // Of a warp whose rows have these factors. They stay in shared memory: registers are scarcer.
+    __device__ __forceinline__ Scaling(const float* factors, int lane) : lane_factors_(shared_address(factors + lane / 4)) {}
 
     // Goes on to a tile of which the scales lie at `scales`, and of which the warp scores the keys from `first_key` on. Lane l has
     // those of the keys 2 (l % 4) and 2 (l % 4) + 1 of each 8.
@@ -26,10 +22,14 @@ public:
     // Makes products of queries and keys of what came out of the matrices.
     __device__ __forceinline__ void scale_scores(Scores& s) const {
         if constexpr (kConvertsTiles) {
+            float factor[kRowTiles][2];
+            for_each<kRowTiles, 2>([&](int t, int half) {
+                factor[t][half] = load_shared_float(lane_factors_ + (t * 16 + half * 8) * 4);
+            });
             for_each<kKeyTiles>([&](int n) {
                 const float2 key = kHasKeyScales ? load(0, n) : make_float2(1.0f, 1.0f);
                 for_each<kRowTiles, 2>([&](int t, int half) {
-                    s[t][n][half * 2] *= factor_[t][half], s[t][n][half * 2 + 1] *= factor_[t][half];
+                    s[t][n][half * 2] *= factor[t][half], s[t][n][half * 2 + 1] *= factor[t][half];
                     if constexpr (kHasKeyScales) s[t][n][half * 2] *= key.x, s[t][n][half * 2 + 1] *= key.y;
                 });
             });
@@ -44,20 +44,26 @@ public:
     // whatever its scale is.
     __device__ __forceinline__ void scale_weights(Scores& s, bool some_hidden) const {
         if constexpr (kScalesWeights) {
-            for_each<kKeyTiles>([&](int n) {
-                const float2 value = load(ScaleTile::kValues, n);
-                for_each<kRowTiles, 2, 2>([&](int t, int half, int column) {
-                    float& weight = s[t][n][half * 2 + column];
-                    const float scaled = weight * (column ? value.y : value.x);
-                    weight = some_hidden && weight == 0.0f ? 0.0f : scaled;
-                });
-            });
+            if (some_hidden) {
+                scale_weights([&](float& weight, float value) { weight = weight == 0.0f ? 0.0f : weight * value; }, s);
+            } else {
+                scale_weights([&](float& weight, float value) { weight *= value; }, s);
+            }
         }
     }
 
 private:
+    template <typename Multiply>
+    __device__ __forceinline__ void scale_weights(Multiply multiply, Scores& s) const {
+        for_each<kKeyTiles>([&](int n) {
+            const float2 value = load(ScaleTile::kValues, n);
+            for_each<kRowTiles, 2>([&](int t, int half) {
+                multiply(s[t][n][half * 2], value.x), multiply(s[t][n][half * 2 + 1], value.y);
+            });
+        });
+    }
+
     __device__ __forceinline__ float2 load(int kind, int n) const { return load_shared_pair(lane_scales_ + kind + n * 32); }
 
-    float factor_[kRowTiles][2];
-    u32 lane_scales_;
+    u32 lane_factors_, lane_scales_;
 };

@@ -59,7 +59,7 @@ public:
 
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
     template <typename Math>
-    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners, const Scaling& scaling = {}) {
+    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners, const Scaling& scaling) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
         lane_maxima(s, scaling, top);
