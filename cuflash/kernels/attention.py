@@ -183,7 +183,7 @@ def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:
 def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
     """Return what the kernel does to the products of queries and keys; every number is one that float32 holds."""
     values = dict.fromkeys(("score_cap", "cap_scale", "cap_inverse", "tanh_scale", "cap_exactly"), 0.0)
-    lse_scale = abs(softmax_scale)
+    lse_scale = abs(softmax_scale) or 1.0  # of zero: products are made zeros, any scale does
     if softcap:
         lse_scale = 1.0
         values["score_cap"] = min(softcap, _LARGEST)
@@ -192,7 +192,7 @@ def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
         tanh_scale = 2 * _LOG2E * softmax_scale / softcap
         values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
         values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
-    # A scale of zero hides no key: keep it positive, so that a masked score, -inf, stays one.
+    # However small the scale is, keep it positive, so that a masked score, -inf, stays one.
     score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
     values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _LARGEST)
     values["lse_scale"] = lse_scale
