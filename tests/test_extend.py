@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import KV_DTYPES
 from problems import Backend, Case, all_pairs, check, check_lse, check_out, expected, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
 from test_extremes import _check, _patterns, _problem
@@ -91,17 +92,47 @@ FEATURES: dict[str, list[Any]] = {
 }
 
 
+# Of quantised caches.
+OF_CODES: dict[str, list[Any]] = FEATURES | {
+    "kv_dtype": list(KV_DTYPES),
+    "dtype": ["bfloat16", "float16", "float8_e4m3fn"],
+    "headdim": [(64, 64), (128, 128), (256, 256), (96, 48), (192, 128), (80, 208), (512, 512), (64, 272)],
+    "mask": [*MASKS, "tree"],
+    "q_scale": ["none", "float", "heads"],
+    "k_scale": ["none", "float", "one", "heads", "keys"],
+    "v_scale": ["none", "float", "one", "heads", "keys"],
+    "merge": [False, True, "in place"],
+    "strided": [False, True],
+    "pages": [{}, {"negative_pages": True}, {"csr": True}],
+    "arch": ["80", "89", "90", "120", "90a"],
+}
+
+
 def _is_valid(choice: dict[str, Any]) -> bool:
     return choice["arch"] != "90a" or max(choice["headdim"]) <= 256
 
 
-def _cases() -> list[tuple[Case, str]]:
-    named = {"mask": MASKS, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
+def _is_valid_of_codes(choice: dict[str, Any]) -> bool:
+    if max(choice["headdim"]) > 256 and choice["arch"] != "90":  # the only one with shared memory for all of these
+        return False
+    if choice["q_scale"] != "none" and choice["dtype"] != "float8_e4m3fn":
+        return False
+    if choice["kv_dtype"] == "int8" and choice["k_scale"] == "none":
+        return False  # scores of tens of thousands, as in test_quantised.py
+    if choice["pages"] and not choice["cache"].startswith("pages"):
+        return False
+    return choice["mask"] != "tree" or "rotary" not in APPENDS[choice["append"]]
+
+
+def _cases(features: dict[str, list[Any]], is_valid: Callable[[dict[str, Any]], bool]) -> list[tuple[Case, str]]:
+    named = {"mask": MASKS | {"tree": {"tree": "words"}}, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
     named["cache"] = CACHES | {"pages of 128": {"page_size": 128}}
     cases = []
-    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
+    for seed, choice in enumerate(all_pairs(features, is_valid)):
         arch = choice.pop("arch")
-        options: dict[str, Any] = {"seed": seed}
+        options: dict[str, Any] = {"seed": seed, **choice.pop("pages", {})}
+        if "kv_dtype" in choice:
+            options["scales"] = tuple(choice.pop(f"{name}_scale") for name in "qkv")
         for name, value in choice.items():
             options |= named[name][value] if name in named else {name: value}
         cases.append((Case(**options), arch))
@@ -111,11 +142,15 @@ def _cases() -> list[tuple[Case, str]]:
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
     pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
-    for number, (case, arch) in enumerate(_cases())
+    for number, (case, arch) in enumerate(_cases(FEATURES, _is_valid))
+]
+PAIRS_OF_CODES = [
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
+    for number, (case, arch) in enumerate(_cases(OF_CODES, _is_valid_of_codes))
 ]
 
 
-@pytest.mark.parametrize(("case", "arch"), PAIRS)
+@pytest.mark.parametrize(("case", "arch"), PAIRS + PAIRS_OF_CODES)
 def test_pairs(case: Case, sim: Backend) -> None:
     """Every two features together at least once."""
     with launched(case, case.seed):

@@ -29,7 +29,6 @@ _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for tho
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
 _REGISTERS = {(1, 2): (56, 200), (2, 1): (56, 224), (1, 1): (0, 0)}
-_REGISTERS_OF_CODES = {(1, 2): (72, 184), (2, 1): (64, 224), (1, 1): (0, 0)}
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
@@ -69,8 +68,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, *form: Any) -> Variant:
-    registers_of = _REGISTERS_OF_CODES if problem.is_quantised else _REGISTERS
-    of_loader, of_math = registers_of[tiles.row_warps // 4, tiles.blocks_per_sm]
+    of_loader, of_math = _REGISTERS[tiles.row_warps // 4, tiles.blocks_per_sm]
     registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
     return Variant(NAME, (*defines(problem, tiles, *form), *registers), arch_suffix="a")
 

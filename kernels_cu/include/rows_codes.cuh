@@ -49,14 +49,14 @@ constexpr int kCodeSlotBytes = kCodesBytes + 8 * kTileKeys;
 constexpr int kCodeRingBytes = kCodeStages * kCodeSlotBytes;
 
 // Makes numbers of the codes of the rows that begin at row `part` and that this warp has copied, chunks of them up to kFilled:
-// behind the row's last one those are zeros.
+// behind the row's last one those are zeros, as is a code of zero.
 template <typename Code, int kDim, int kFilled, typename Rows>
 __device__ __forceinline__ void convert_rows(u32 codes, u32 numbers, int part, int lane) {
     if constexpr (kConvertsTiles && Code::kBytes == 1) {
         using Landed = LandedRows<kDim>;
         constexpr int kLanes = Landed::kLanes, kRuns = Landed::kRuns;
         constexpr int kPieces = kTileKeys / kLoaderWarps / Landed::kRowsAtOnce * kRuns;  // of a lane
-        constexpr int kAtOnce = kPieces < 4 ? kPieces : 4;
+        constexpr int kAtOnce = kPieces < 2 ? kPieces : 2;
         static_assert(Rows::kLanes == 8, "rows of numbers are whole lines of 128 bytes");
         const int half = Landed::first_half(lane), row = part + lane / kLanes, chunk = lane % kLanes;
         const u32 from = codes + Landed::offset(row, chunk) + half * 8, to = numbers + Rows::offset(row, chunk * 2 + half);
@@ -65,7 +65,10 @@ __device__ __forceinline__ void convert_rows(u32 codes, u32 numbers, int part, i
         for (int first = 0; first < kPieces; first += kAtOnce) {
             uint2 eight[kAtOnce][2];  // all that is read before the first is written
             for_each<kAtOnce, 2>([&](int n, int other) {
-                if (first + n < kPieces) eight[n][other] = load_shared_u32x2((from ^ other * 8) + (first + n) * 512);
+                const int piece = first + n, run = piece % kRuns;
+                const bool exists = run * kLanes + kLanes <= Landed::kChunks || run * kLanes + chunk < Landed::kChunks;
+                eight[n][other] = make_uint2(0, 0);
+                if (piece < kPieces && exists) eight[n][other] = load_shared_u32x2((from ^ other * 8) + piece * 512);
             });
             for_each<kAtOnce, 2>([&](int n, int other) {
                 const int piece = first + n, run = piece % kRuns, rows = piece / kRuns * Landed::kRowsAtOnce;
@@ -74,7 +77,6 @@ __device__ __forceinline__ void convert_rows(u32 codes, u32 numbers, int part, i
                 uint4 x;
                 Code::in_order(eight[n][other].x, magic, x.x, x.y);
                 Code::in_order(eight[n][other].y, magic, x.z, x.w);
-                if (run * kLanes + kLanes > Landed::kChunks && chunk_of_row >= Landed::kChunks) x = make_uint4(0, 0, 0, 0);
                 const u32 at = (rows % 8 ? to ^ Rows::kFourRows : to) + rows * Rows::kRowStride + 2 * run * Rows::kLaneStride;
                 store_shared(at ^ other * 16, x);
             });
