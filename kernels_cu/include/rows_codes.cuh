@@ -14,19 +14,31 @@ constexpr int kCodeStages = CODE_STAGES;  // half-stages of codes that are on th
 constexpr int kCodeStages = 0;
 #endif
 
-// Rows of codes as one warp after another copies its part of them: what an instruction brings lies together.
+// Rows of codes, kDim bytes each: how many lanes copy one together, and the room that it takes for that.
+constexpr int landed_lanes(int dim) { return dim > 64 || kTileKeys / kLoaderWarps < 8 ? 8 : 4; }
+constexpr int landed_bytes(int dim) {
+    const int at_once = landed_lanes(dim) * 16;
+    return (dim + at_once - 1) / at_once * at_once;
+}
+constexpr int kCodeRowBytes =
+    landed_bytes(kHeadDim) > landed_bytes(kHeadDimV) ? landed_bytes(kHeadDim) : landed_bytes(kHeadDimV);
+
+// They lie as one warp after another copies its part of them, and what an instruction brings lies together. A warp's part begins
+// at the same place of a slot whether it holds keys or values, and each lane's pieces lie there where they always do.
 template <int kDim>
 struct LandedRows {
     static constexpr int kChunks = kDim / 16;  // pieces of 16 bytes of a row
-    static constexpr int kLanes = kChunks > 4 || kTileKeys / kLoaderWarps < 8 ? 8 : 4;
+    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
+    static constexpr int kLanes = landed_lanes(kDim);
     static constexpr int kRuns = (kChunks + kLanes - 1) / kLanes;
     static constexpr int kRowsAtOnce = 32 / kLanes;
-    static constexpr int kRowStride = kRuns * kLanes * 16;
+    static constexpr int kRowStride = landed_bytes(kDim);
     static constexpr int kLaneStride = 512;  // from a run of pieces of a row to the next
     static constexpr int kFourRows = 0;
 
     static __device__ __forceinline__ int offset(int row, int chunk) {
-        return row / kRowsAtOnce * (kRuns * 512) + (row % kRowsAtOnce * kLanes + chunk) * 16;
+        return row / kPartKeys * (kPartKeys * kCodeRowBytes) + row % kPartKeys / kRowsAtOnce * (kRuns * 512) +
+               (row % kRowsAtOnce * kLanes + chunk) * 16;
     }
 
     // Whether a lane takes the second half of a piece first.
@@ -42,9 +54,7 @@ struct ScaleTile {
 };
 constexpr int kScalesBytes = kConvertsTiles ? kStages * ScaleTile::kBytes : 0;
 
-constexpr int kCodesBytes = kTileKeys * (LandedRows<kHeadDim>::kRowStride > LandedRows<kHeadDimV>::kRowStride
-                                             ? LandedRows<kHeadDim>::kRowStride
-                                             : LandedRows<kHeadDimV>::kRowStride);  // of a half-stage, without its scales
+constexpr int kCodesBytes = kTileKeys * kCodeRowBytes;  // of a half-stage, without its scales
 constexpr int kCodeSlotBytes = kCodesBytes + 8 * kTileKeys;
 constexpr int kCodeRingBytes = kCodeStages * kCodeSlotBytes;
 

@@ -26,7 +26,7 @@ class Loader {
     };
     using CopiedKeys = typename CopiedRows<kConvertsTiles, kHeadDim, KeyRows>::Type;
     using CopiedValues = typename CopiedRows<kConvertsTiles, kHeadDimV, ValueRows>::Type;
-    static constexpr bool kRowsAreAlike = CopiedKeys::kRowStride == CopiedValues::kRowStride;
+    static constexpr bool kRowsAreAlike = kConvertsTiles || kKeyBytes == kValueBytes;  // as to where a lane's first chunk goes
 
     // How the rows of a part are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
     template <typename Rows>
@@ -178,7 +178,8 @@ private:
             const bool exists = lane_ < rows_;
             const u32 to = slot + kCodesBytes + (part_ + lane_) * 4;
             if constexpr (kHasKeyScales) {
-                cp_async_4_or_zero(exists, to, p_.k_descale + place_.scale(p_.k_descale_strides) + kv_head_ * p_.k_descale_strides.head);
+                cp_async_4_or_zero(exists, to,
+                                   p_.k_descale + place_.scale(p_.k_descale_strides) + kv_head_ * p_.k_descale_strides.head);
             }
             if constexpr (kHasValueScales) {
                 cp_async_4_or_zero(exists, to + ScaleTile::kValues,
