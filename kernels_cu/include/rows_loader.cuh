@@ -55,9 +55,11 @@ public:
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
         keys_to_ = Keys::lane_offset(part_, lane);
         values_to_ = Values::lane_offset(part_, lane);
-        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
+        if constexpr (!kConvertsTiles) {  // conversions need the registers more
+            pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
+        }
         key_ = end_ = 0;
-        key_head_ = value_head_ = 0;
+        kv_head_ = 0;
     }
 
     // Starts at a segment that `walker` has already found.
@@ -74,8 +76,8 @@ public:
     // quantised cache the ring is that of the codes.
     __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
-        const u32 units = place_.units(p_.cache.k) + key_head_;
-        value_units_ = place_.units(p_.cache.v) + value_head_;
+        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
+        value_units_ = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
         rows_ = rows_of_part();
         copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
         if (rows_ == kNoTile) return;
@@ -87,7 +89,7 @@ public:
     // Starts the copy of the next tile if its rows are values and then the rest of the keys, and looks up the tile after it.
     __device__ __forceinline__ void load_rows(u32 slot) {
         constexpr int kChunkElements = 16 / CacheElement::kBytes;
-        const u32 units = place_.units(p_.cache.k) + key_head_, value_units = place_.units(p_.cache.v) + value_head_;
+        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, value_units = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
         rows_ = rows_of_part();
         copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
         copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
@@ -192,9 +194,7 @@ private:
         const u32 first_slot = segment.lengths.leftpad;
         key_ = first_slot + segment.keys.begin;
         end_ = first_slot + segment.keys.end;
-        key_head_ = segment.kv_head * p_.cache.k.head;
-        value_head_ = segment.kv_head * p_.cache.v.head;
-        if constexpr (kConvertsTiles) kv_head_ = segment.kv_head;
+        kv_head_ = segment.kv_head;
         place_.enter(p_.cache, segment.sequence);
     }
 
@@ -273,7 +273,7 @@ private:
     int lane_;
     int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
-    u32 key_head_, value_head_, value_units_;
-    int kv_head_;  // where keys have scales
+    int kv_head_;
+    u32 value_units_;
     int rows_ = kNoTile;  // of this warp's in the tile loaded last
 };
