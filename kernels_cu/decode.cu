@@ -124,7 +124,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         unsigned char* const at = queries + buffer * kBufferBytes;
 #if KV_ELEMENT_BYTES == 1
         if constexpr (kQueryBuffers == 1) __syncthreads();
-        prepare_queries<Element>(p, block.segments[buffer], shared_address(at), row_factors);
+        prepare_queries<Element, Swizzle<kQueryBytes>, false>(p, block.segments[buffer], shared_address(at), row_factors);
         __syncthreads();
 #else
         if (p.query_flip) {

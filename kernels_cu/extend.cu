@@ -9,6 +9,9 @@
 //
 // The ring has kStages slots. Half-stage h is the keys (h even) or the values (h odd) of tile h / 2. While half-stage h is read,
 // half-stage h + kStages - 1 is copied to the slot of half-stage h - 1, which all warps have read: a block barrier says so.
+//
+// Of a quantised cache codes land in a ring of their own, kCodeStages half-stages ahead, and become numbers in this one, whose two
+// slots take turns: while one is filled, stragglers still read the other (rows_codes.cuh).
 #define USES_WGMMA 0
 #include "params.cuh"
 #include "ptx/copies.cuh"
@@ -22,8 +25,13 @@
 #include "rows_tiles.cuh"
 #include "segment.cuh"
 #include "stream.cuh"
-using Math = RowsMath<Element>;
+#if KV_ELEMENT_BYTES == 1
+#include "query_pass.cuh"
+#endif
+using Math = RowsMath<TileElement>;
 static_assert(kStages >= 2, "a half-stage comes while one is read");
+static_assert(!kConvertsTiles || (kStages == 2 && kCodeStages >= 2), "keys and values have a slot each");
+constexpr int kStagesAhead = kConvertsTiles ? kCodeStages : kStages - 1;  // half-stages that are asked for before one is read
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
 struct BlockState {
@@ -34,14 +42,17 @@ struct BlockState {
 };
 // Where warps that divide the columns meet.
 constexpr int kMeetingBytes = kColumnWarps > 1 ? (sizeof(Meeting) + 15) / 16 * 16 : 0;
-static_assert(sizeof(BlockState) + kMeetingBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
+static_assert(sizeof(BlockState) + kMeetingBytes + kFactorBytes <= BLOCK_STATE_BYTES,
+              "the host sets this much shared memory aside");
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
-    unsigned char* const state = queries + kRows * kQueryBytes;
+    unsigned char* const state = queries + kRows * kQueryBytes + kCodeRingBytes + kScalesBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
     BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
+    float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
     wait_for_turn();
@@ -53,16 +64,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
     const u32 ring = shared_address(shared) + zero_of_each_lane();
     u32 slot = ring, free_slot = ring + kRingBytes - kSlotBytes;
-    const auto advance = [&] {
-        free_slot = slot;
-        slot += kSlotBytes;
-        if (slot == ring + kRingBytes) slot = ring;
+    const auto advance = [&](bool keys) {
+        if constexpr (kConvertsTiles) {
+            slot = keys ? ring + kSlotBytes : ring;
+        } else {
+            free_slot = slot;
+            slot += kSlotBytes;
+            if (slot == ring + kRingBytes) slot = ring;
+        }
     };
 
     Loader loader(p, block.share, warp, lane);
     Math math(column_warp, lane);
     Softmax softmax(p);
+    Scaling scaling(factors + row_warp * kWarpRows, lane);
     Partners partners(meeting, warp, lane);
+    // Of codes: what is converted next, and filled again.
+    const u32 code_ring = ring + kRingBytes + kRows * kQueryBytes, scales = code_ring + kCodeRingBytes;
+    u32 code_slot = code_ring;
     const auto load = [&](bool keys, u32 to) {
         if (keys) {
             loader.load_keys(to);
@@ -71,11 +90,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         }
         cp_async_commit();
     };
-    // Waits for the half-stage in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
+    // Waits for this thread's part of the half-stage in `slot`.
+    const auto receive = [&](bool keys) {
+        if constexpr (kConvertsTiles) {
+            cp_async_wait<kCodeStages - 1>();
+            if (keys) {
+                loader.convert_keys(code_slot, slot, scales);
+            } else {
+                loader.convert_values(code_slot, slot);
+            }
+            load(keys == (kCodeStages % 2 == 0), code_slot);
+            code_slot += kCodeSlotBytes;
+            if (code_slot == scales) code_slot -= kCodeRingBytes;
+        } else {
+            cp_async_wait<kStages - 2>();
+        }
+    };
+    // Waits for all of it, and for all warps to have read the one in `free_slot`, which is filled again.
     const auto begin_half_stage = [&](bool keys) {
-        cp_async_wait<kStages - 2>();
         __syncthreads();
-        load(keys == (kStages % 2 == 1), free_slot);
+        if constexpr (!kConvertsTiles) load(keys == (kStages % 2 == 1), free_slot);
     };
 
     if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
@@ -93,12 +127,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             is_first = false;
             loader.start(walker, segment);
 #pragma unroll 1
-            for (u32 h = 0; h < kStages - 1; ++h) load(h % 2 == 0, ring + h * kSlotBytes);
-            cp_async_wait<kStages - 1>();  // all but the groups of the ring
+            for (u32 h = 0; h < kStagesAhead; ++h) {
+                load(h % 2 == 0, kConvertsTiles ? code_slot + h * kCodeSlotBytes : ring + h * kSlotBytes);
+            }
+            cp_async_wait<kStagesAhead>();  // all but the groups of the ring
         } else {
             cp_async_wait<0>();
         }
+#if KV_ELEMENT_BYTES == 1
+        __syncthreads();
+        prepare_queries<Element, QueryRows, true>(p, segment, shared_address(queries), factors);
+#else
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+#endif
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         Reach reach_of_all(p, segment, 0, kRows);
         if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
@@ -111,28 +152,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             const int begin = key;
             const bool is_seen = begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin);
             Weights weights;
+            receive(true);
             begin_half_stage(true);
             if (is_seen) {
                 Scores scores;
                 math.scores(slot, scores);
+                scaling.begin_tile(scales, column_warp * kWarpKeys, lane);
+                scaling.scale_scores(scores);
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
-                if (reach.needs_mask(begin)) {
+                const bool needs_mask = reach.needs_mask(begin);
+                if (needs_mask) {
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }
-                softmax.update(scores, math, partners);
+                softmax.update(scores, math, partners, scaling);
+                scaling.scale_weights(scores, needs_mask);
                 pack_weights(scores, weights);
                 partners.tell(weights);
             }
-            advance();
+            advance(true);
 
-            if (reach_of_all.needs_mask(begin)) {
-                cp_async_wait<kStages - 2>();  // what this lane has copied is there; the others see zeros behind the barrier
-                loader.clear_values(slot, block.segment, key);
-            }
+            receive(false);
+            // What this lane has copied is there; the others see zeros behind the barrier.
+            if (reach_of_all.needs_mask(begin)) loader.clear_values(slot, block.segment, key);
             begin_half_stage(false);
             if (is_seen) math.accumulate(slot, partners, weights);
-            advance();
+            advance(false);
         }
 
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly

@@ -3,6 +3,9 @@
 // The first kWarps warps multiply, 64 rows a warpgroup; the last four fill the ring (rows_loader.cuh). Instead of block barriers
 // there are two mbarriers for each of its slots: `full` when the copies have landed, `empty` when all warps have read them. The
 // scores of a tile are multiplied ahead of the values of the one before it, and the softmax runs beside those.
+//
+// Of a quantised cache codes land in a ring of their own, kCodeStages half-stages ahead; those who copied them make numbers of them
+// in the other ring (rows_codes.cuh).
 #define USES_WGMMA 1
 #include "params.cuh"
 #include "ptx/barriers.cuh"
@@ -17,7 +20,10 @@
 #include "rows_wgmma.cuh"
 #include "segment.cuh"
 #include "stream.cuh"
-using Math = WgmmaMath<Element>;
+#if KV_ELEMENT_BYTES == 1
+#include "query_pass.cuh"
+#endif
+using Math = WgmmaMath<TileElement>;
 static_assert(kStages >= 4, "keys are waited for while the values of two tiles before them are read");
 
 constexpr int kLoaderThreads = kLoaderWarps * 32;
@@ -33,7 +39,9 @@ struct BlockState {
     MergeState merge;
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
-static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
+static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+static_assert(!kConvertsTiles || kCodeStages >= 2, "codes come while others become numbers");
 
 // A place in the ring that moves on by half-stages, and the parity of its barriers' phases.
 struct Place {
@@ -69,6 +77,52 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& bl
     cp_async_wait<0>();
 }
 
+// The same of a quantised cache: a half-stage is converted as soon as its codes are there and its slot is free.
+__device__ __forceinline__ void load_share_of_codes(const DecodeParams& p, BlockState& block, u32 ring, u32 code_ring) {
+    const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
+    Loader loader(p, block.share, warp, lane);
+    Walker walker(block.share);
+    Segment segment;
+    if (!walker.next(p, block.share, segment)) return;
+    loader.start(walker, segment);
+    u32 tiles = 0;  // that have been asked for and are not yet converted
+    const auto load = [&](bool keys, u32 to) {
+        if (keys) {
+            tiles += loader.has_tile();
+            loader.load_keys(to);
+        } else {
+            loader.load_values(to);
+        }
+        cp_async_commit();
+    };
+#pragma unroll 1
+    for (u32 h = 0; h < kCodeStages; ++h) load(h % 2 == 0, code_ring + h * kCodeSlotBytes);
+    Place place = {0};
+    u32 code_slot = code_ring;
+    const auto convert = [&](bool keys) {
+        const u32 slot = ring + place.slot * kSlotBytes;
+        cp_async_wait<kCodeStages - 1>();
+        wait_for_phase(block.empty[place.slot], place.parity ^ 1);
+        if (keys) {
+            loader.convert_keys(code_slot, slot, code_ring + kCodeRingBytes + place.slot * ScaleTile::kBytes);
+        } else {
+            loader.convert_values(code_slot, slot);
+        }
+        fence_for_wgmma();
+        arrive(block.full[place.slot]);
+        place.advance(1);
+        load(keys == (kCodeStages % 2 == 0), code_slot);
+        code_slot += kCodeSlotBytes;
+        if (code_slot == code_ring + kCodeRingBytes) code_slot = code_ring;
+    };
+#pragma unroll 1
+    for (; tiles > 0; --tiles) {
+        convert(true);
+        convert(false);
+    }
+    cp_async_wait<0>();
+}
+
 // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh.
 __device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, u32 first_key, u32 slot) {
 #pragma unroll 1
@@ -85,9 +139,12 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     extend_wgmma(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
-    BlockState& block = *reinterpret_cast<BlockState*>(queries + kRows * kQueryBytes);
+    unsigned char* const codes = queries + kRows * kQueryBytes;
+    unsigned char* const state = codes + kCodeRingBytes + kScalesBytes;
+    BlockState& block = *reinterpret_cast<BlockState*>(state);
+    float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const u32 ring = shared_address(shared);
+    const u32 ring = shared_address(shared), code_ring = shared_address(codes), scales = code_ring + kCodeRingBytes;
     if (threadIdx.x < kStages) {
         init_barrier(block.full[threadIdx.x], kLoaderThreads);
         init_barrier(block.empty[threadIdx.x], kWarps);
@@ -101,7 +158,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     __syncthreads();
     if (warp >= kWarps) {
         if constexpr (kLoaderRegisters > 0) keep_registers<kLoaderRegisters>();
-        load_share(p, block, ring + zero_of_each_lane());
+        if constexpr (kConvertsTiles) {
+            load_share_of_codes(p, block, ring, code_ring + zero_of_each_lane());
+        } else {
+            load_share(p, block, ring + zero_of_each_lane());
+        }
         return;
     }
     if constexpr (kMathRegisters > 0) take_registers<kMathRegisters>();
@@ -109,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
     Math math;
     Softmax softmax(p);
+    Scaling scaling(factors + warp * kWarpRows, lane);
     Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
@@ -130,7 +192,12 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         load_queries<QueryRows>(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
+#if KV_ELEMENT_BYTES == 1
+        worker_barrier();
+        prepare_queries<Element, QueryRows, true>(p, segment, shared_address(queries), factors);
+#else
         if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+#endif
         fence_for_wgmma();
         worker_barrier();
 
@@ -142,11 +209,18 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         const int first_row = segment.first_row + warp * kWarpRows;
         Scores scores;
         Weights weights;
-        // What follows the products of a tile that begins at `key`, and may run beside those of the values before it.
+        // What follows the products of a tile that begins at `key`, and may run beside those of the values before it. The tile's
+        // keys are left, once nobody needs their scales.
         const auto weigh = [&](u32 key) {
+            scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
+            if constexpr (!kScalesKeys) leave(keys);
+            scaling.scale_scores(scores);
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            if (reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
-            softmax.update(scores, math, partners);
+            const bool needs_mask = reach.needs_mask(key);
+            if (needs_mask) mask_scores(p, block.segment, first_row, key, lane, scores);
+            softmax.update(scores, math, partners, scaling);
+            scaling.scale_weights(scores, needs_mask);
+            if constexpr (kScalesKeys) leave(keys);
         };
         // The slot of the values of a tile that begins at `key`, ready to be read.
         const auto values_of = [&](const Place& place, u32 key) {
@@ -170,7 +244,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             fence_for_wgmma();
             math.start_scores(first_slot, scores);
             math.wait_for_scores(scores, false);
-            leave(keys);
             weigh(begin);
             pack_weights(scores, weights);
             u32 key = begin, values_slot = values_of(values, key), keys_slot = 0;
@@ -182,7 +255,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 math.start_scores(keys_slot, scores);
                 math.start_values(values_slot, weights);
                 math.wait_for_scores(scores, true);
-                leave(keys);
                 weigh(key);
                 pin(scores[0]);
                 // The next tile is waited for while the values are multiplied. These loops are also what keeps the weights there:

@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }
-                softmax.update(scores, math, partners);
+                softmax.update(scores, math, partners, Scaling(nullptr, lane));
                 weights.tell(scores, lane);
                 partners.meet();
                 math.accumulate(tile, weights);

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import test_quantised
+from cases import KV_DTYPES
 from problems import Backend, Case, all_pairs, check, check_lse, check_out, expected, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
 from test_extremes import _check, _patterns, _problem
@@ -91,17 +94,47 @@ FEATURES: dict[str, list[Any]] = {
 }
 
 
+# Of quantised caches.
+OF_CODES: dict[str, list[Any]] = FEATURES | {
+    "kv_dtype": list(KV_DTYPES),
+    "dtype": ["bfloat16", "float16", "float8_e4m3fn"],
+    "headdim": [(64, 64), (128, 128), (256, 256), (96, 48), (192, 128), (80, 208), (512, 512), (64, 272)],
+    "mask": [*MASKS, "tree"],
+    "q_scale": ["none", "float", "heads"],
+    "k_scale": ["none", "float", "one", "heads", "keys"],
+    "v_scale": ["none", "float", "one", "heads", "keys"],
+    "merge": [False, True, "in place"],
+    "strided": [False, True],
+    "pages": [{}, {"negative_pages": True}, {"csr": True}],
+    "arch": ["80", "89", "90", "120", "90a"],
+}
+
+
 def _is_valid(choice: dict[str, Any]) -> bool:
     return choice["arch"] != "90a" or max(choice["headdim"]) <= 256
 
 
-def _cases() -> list[tuple[Case, str]]:
-    named = {"mask": MASKS, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
+def _is_valid_of_codes(choice: dict[str, Any]) -> bool:
+    if max(choice["headdim"]) > 256 and choice["arch"] != "90":  # the only one with shared memory for all of these
+        return False
+    if choice["q_scale"] != "none" and choice["dtype"] != "float8_e4m3fn":
+        return False
+    if choice["kv_dtype"] == "int8" and choice["k_scale"] == "none":
+        return False  # scores of tens of thousands, as in test_quantised.py
+    if choice["pages"] and not choice["cache"].startswith("pages"):
+        return False
+    return choice["mask"] != "tree" or "rotary" not in APPENDS[choice["append"]]
+
+
+def _cases(features: dict[str, list[Any]], is_valid: Callable[[dict[str, Any]], bool]) -> list[tuple[Case, str]]:
+    named = {"mask": MASKS | {"tree": {"tree": "words"}}, "queries": QUERIES, "append": APPENDS, "splits": SPLITS}
     named["cache"] = CACHES | {"pages of 128": {"page_size": 128}}
     cases = []
-    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
+    for seed, choice in enumerate(all_pairs(features, is_valid)):
         arch = choice.pop("arch")
-        options: dict[str, Any] = {"seed": seed}
+        options: dict[str, Any] = {"seed": seed, **choice.pop("pages", {})}
+        if "kv_dtype" in choice:
+            options["scales"] = tuple(choice.pop(f"{name}_scale") for name in "qkv")
         for name, value in choice.items():
             options |= named[name][value] if name in named else {name: value}
         cases.append((Case(**options), arch))
@@ -111,11 +144,15 @@ def _cases() -> list[tuple[Case, str]]:
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
     pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
-    for number, (case, arch) in enumerate(_cases())
+    for number, (case, arch) in enumerate(_cases(FEATURES, _is_valid))
+]
+PAIRS_OF_CODES = [
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
+    for number, (case, arch) in enumerate(_cases(OF_CODES, _is_valid_of_codes))
 ]
 
 
-@pytest.mark.parametrize(("case", "arch"), PAIRS)
+@pytest.mark.parametrize(("case", "arch"), PAIRS + PAIRS_OF_CODES)
 def test_pairs(case: Case, sim: Backend) -> None:
     """Every two features together at least once."""
     with launched(case, case.seed):
@@ -269,33 +306,80 @@ def test_scores_of_any_size(size: float, sim: Backend) -> None:
         _check(_problem("bfloat16", scores), sim, "bfloat16", softmax_scale=0.5)
 
 
+# --------------------------------------------------------------------------------------------------- quantised caches
+@pytest.mark.parametrize("arch", ["80", "89", "90a"])
+@pytest.mark.parametrize("name", KV_DTYPES)
+def test_every_code_is_exact(name: str, sim: Backend) -> None:
+    """As in test_quantised.py: one key, of which the output is the value and LSE an element."""
+    codes = test_quantised._all_codes(name).reshape(16, 1, 1, 16)
+    q = np.broadcast_to(np.eye(16, dtype=ml_dtypes.bfloat16), (16, 3, 16, 16)).copy()
+    out, lse = cuflash.flash_attn_with_kvcache(q, codes, codes, softmax_scale=1.0, return_softmax_lse=True)
+    numbers = codes.astype(np.float32).reshape(16, 1, 1, 16)
+    np.testing.assert_array_equal(out.astype(np.float32), np.broadcast_to(numbers, out.shape))
+    np.testing.assert_allclose(
+        lse.swapaxes(1, 2), np.broadcast_to(numbers[:, 0], lse.swapaxes(1, 2).shape), rtol=2e-7, atol=1e-6
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["spread", "tiny", "no values", "one value"])
+def test_scales_of_values_may_be_anything(kind: str, sim: Backend) -> None:
+    test_quantised.test_scales_of_values_may_be_anything(kind, sim)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_queries_keep_their_bits(dtype: str, sim: Backend) -> None:
+    test_quantised.test_queries_keep_their_bits(dtype, sim)
+
+
+@BOTH
+def test_small_weights_add_up(sim: Backend) -> None:
+    test_quantised.test_small_weights_add_up(sim)
+
+
+@BOTH
+@pytest.mark.parametrize("negative", ["q_descale", "k_descale", "v_descale", "softmax_scale"])
+def test_scales_may_be_negative(negative: str, sim: Backend) -> None:
+    test_quantised.test_scales_may_be_negative(negative, sim)
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize(
-    ("headdim", "rows", "arch"),
-    [(128, 64, "90"), (128, 128, "90"), (128, 128, "90a")]
+    ("headdim", "rows", "arch", "kv_dtype"),
+    [(128, 64, "90", None), (128, 128, "90", None), (128, 128, "90a", None)]
+    + [(128, 64, "80", "int8"), (128, 64, "90a", "float8_e4m3fn"), (64, 128, "90a", "float8_e5m2")]
     + [
-        pytest.param(d, rows, arch, marks=pytest.mark.slow)
+        pytest.param(d, rows, arch, kv_dtype, marks=pytest.mark.slow)
         for d in (64, 128, 192, 256, 512) for rows in (40, 64, 128) for arch in ("80", "90", "120", "90a")
-        if d <= 256 or (rows == 64 and arch != "90a")
+        for kv_dtype in (None, "float8_e4m3fn")
+        if d <= 256 or (rows == 64 and arch != "90a" and (kv_dtype is None or arch == "90"))
     ],
 )  # fmt: skip
-def test_counts(headdim: int, rows: int, arch: str, sim: Backend) -> None:
+def test_counts(headdim: int, rows: int, arch: str, kv_dtype: str | None, sim: Backend) -> None:
     """Keys and values are asked for once, in whole sectors, and no two lanes meet in a bank."""
     if arch == "120" and (rows > 64 and headdim > 128 or headdim > 256):
         pytest.skip("row blocks are smaller where shared memory is")
     lengths = (1800, 1003, 777, 1311)
+    scales = ("none", "keys", "keys") if kv_dtype else ("none",) * 3
     case = Case(
-        dtype="bfloat16", heads=(rows // 4, 1), headdim=(headdim, headdim), seqlens=lengths, seqlens_q=4, page_size=16
-    )
+        dtype="bfloat16", heads=(rows // 4, 1), headdim=(headdim, headdim), seqlens=lengths, seqlens_q=4, page_size=16,
+        kv_dtype=kv_dtype, scales=scales,
+    )  # fmt: skip
     with simulator.record(simulator.Checks.cheap()) as launches:
         run(case, make_inputs(dataclasses.replace(case, poison=False)), sim)
     counters = attention(launches).counters
-    visible = sum(lengths) * headdim * 2
+    visible = sum(lengths) * headdim * (1 if kv_dtype else 2)
     for name in ("k_cache", "v_cache"):
         assert counters.arrays[name].read_bytes <= 1.02 * visible
         assert counters.arrays[name].read_sectors == counters.arrays[name].read_ideal
-    ideal, real = counters.wavefronts("cp.async", "ldmatrix")
+    ideal, real = counters.wavefronts("cp.async", "ldmatrix", "ld.shared")
     assert real == ideal
+    if kv_dtype:
+        for name in ("k_descale", "v_descale"):
+            assert counters.arrays[name].read_bytes == 4 * sum(lengths)
+        ideal, real = counters.wavefronts("st.shared")
+        assert real <= 1.02 * ideal  # what blocks fold is stored less evenly
 
 
 # ------------------------------------------------------------------------------------------------------------- choice
@@ -312,7 +396,9 @@ def test_few_rows_decode_and_many_extend() -> None:
     for rows, family in ((4, decode), (16, decode), (32, decode), (36, extend), (64, extend), (512, extend)):
         for arch in (80, 86, 90, 120):
             expected = extend_wgmma if family is extend and arch == 90 else family
-            assert kernels.choose(_rows(rows), Device(132, arch), 4096).family == expected.NAME
+            for kv_dtype in (None, "float8_e4m3fn"):
+                choice = kernels.choose(_rows(rows, kv_dtype=kv_dtype), Device(132, arch), 4096)
+                assert choice.family == expected.NAME
     assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
     assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend_wgmma"  # decode has 16 rows at most
 
@@ -325,6 +411,7 @@ def test_wide_heads_extend(arch: int) -> None:
 
 def test_what_extend_does_not_have() -> None:
     assert kernels.choose(_rows(512, qkv_dtype="float32"), H200, 4096).family == "decode"
+    assert kernels.choose(_rows(512, qkv_dtype="float32", kv_dtype="int8"), H200, 4096).family == "decode"
     wide = _rows(4, 512, qkv_dtype="float32")
     choice = kernels.choose(wide, H200, 4096)  # a plan for the NumPy backend
     with pytest.raises(ValueError, match=r"headdim and headdim_v must be .* got \(512, 512\) with queries of float32"):

@@ -207,6 +207,7 @@ def _score_values(softmax_scale: float, softcap: float) -> dict[str, float]:
         tanh_scale = 2 * _LOG2E * softmax_scale / softcap
         values["tanh_scale"] = max(-_LARGEST, min(tanh_scale, _LARGEST))
         values["cap_exactly"] = softcap >= _COARSE_CAP or abs(tanh_scale) < _SMALLEST
+    # However small the scale is, keep it positive, so that a masked score, -inf, stays one.
     score_scale = min(max(lse_scale * _LOG2E, _SMALLEST), _LARGEST)
     values["score_scale"], values["score_slack"] = score_scale, min(8 / score_scale, _MOST_SLACK)
     values["lse_scale"] = lse_scale

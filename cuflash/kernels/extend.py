@@ -2,13 +2,14 @@
 
 A tile is 32 or 64 keys, which all warps of a block read together; they divide the rows of a row block, and the value
 columns where registers do not hold all of them. A ring of ``stages`` half-stages, K and V of the tiles in turn, lies in
-shared memory.
+shared memory. Of a quantised cache it is a ring of numbers; codes come to another one, of ``code_stages`` half-stages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..device import Device
 from ..dtypes import numpy_dtype
@@ -16,7 +17,14 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from .attention import Defines, attention_defines, attention_launch, resident_partition
+from .attention import (
+    Defines,
+    attention_defines,
+    attention_launch,
+    key_scales_of,
+    other_forms,
+    resident_partition,
+)
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import RESERVED_SHARED
@@ -44,6 +52,7 @@ class Tiles:
         shared_bytes: Dynamic shared memory of a block.
         block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
         loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
+        code_stages: Half-stages of the ring of codes; 0 without one.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -59,6 +68,7 @@ class Tiles:
     shared_bytes: int
     block_state_bytes: int
     loader_warps: int = 0
+    code_stages: int = 0
     cluster: int = 1
 
     @property
@@ -81,11 +91,11 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 @lru_cache(maxsize=1024)
 def tiling(problem: Problem, device: Device) -> Tiles | None:
     """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
-    itemsize = numpy_dtype(problem.qkv_dtype).itemsize
-    widest = max(problem.headdim, problem.headdim_v)
-    if itemsize != 2 or problem.kv_dtype != problem.qkv_dtype or widest > PADDED_HEADDIMS[-1]:
+    if not has_16_bits(problem) or max(problem.headdim, problem.headdim_v) > PADDED_HEADDIMS[-1]:
         return None
-    d, dv = (next(size for size in PADDED_HEADDIMS if size >= n) for n in (problem.headdim, problem.headdim_v))
+    # Numbers that are made of codes lie in whole lines of 128 bytes.
+    sizes = [size for size in PADDED_HEADDIMS if not problem.is_quantised or size % 64 == 0]
+    d, dv = (next(size for size in sizes if size >= n) for n in (problem.headdim, problem.headdim_v))
     # A warp's outputs are 16 rows x 256 columns at most, or 32 x 128: 128 registers of a lane.
     column_warps = 1 if dv <= 256 else 2
     # (rows, row warps, keys of a tile, blocks per multiprocessor), the best first. Warps of 32 rows read a tile from
@@ -97,20 +107,47 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         if rows // row_warps > 16 and (dv > 128 or d > 192):
             continue
         warps = row_warps * column_warps
-        slot = tile_keys * max(d, dv) * itemsize
+        slot = tile_keys * max(d, dv) * 2
         if tile_keys // warps < (4 if max(d, dv) % 64 == 0 and min(d, dv) % 64 == 0 else 8):
             continue  # a warp copies whole passes of rows
         state = state_bytes(rows, warps, column_warps, tile_keys)
-        fixed = rows * d * itemsize + state
+        fixed = rows * d * 2
+        least = 3 if blocks_per_sm > 1 or rows > 64 else 2
+        code_slot = 0
+        if problem.is_quantised:  # keys and values have a slot each, codes are on their way to another ring
+            state += 4 * rows
+            fixed += 2 * (slot + scale_bytes(tile_keys))
+            code_slot = code_slot_bytes(problem, tile_keys, warps)
         room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
-        stages = min(MOST_STAGES, (room - fixed) // slot)
-        if stages >= (3 if blocks_per_sm > 1 or rows > 64 else 2):
+        stages = min(MOST_STAGES, (room - fixed - state) // (code_slot or slot))
+        if stages >= least:
             row_blocks = max(1, -(-problem.rows // rows))
-            shared = fixed + stages * slot
-            return Tiles(
-                d, dv, rows, row_blocks, row_warps, column_warps, tile_keys, stages, blocks_per_sm, shared, state
-            )
+            shared = fixed + state + stages * (code_slot or slot)
+            stages, code_stages = (2, stages) if problem.is_quantised else (stages, 0)
+            own = tile_keys, stages, blocks_per_sm, shared, state
+            return Tiles(d, dv, rows, row_blocks, row_warps, column_warps, *own, code_stages=code_stages)
     return None
+
+
+def has_16_bits(problem: Problem) -> bool:
+    """Whether what is multiplied has 16 bits: queries and keys of as many, or codes of 8 that become so."""
+    if problem.is_quantised:
+        return problem.qkv_dtype != "float32"
+    return numpy_dtype(problem.qkv_dtype).itemsize == 2
+
+
+def code_slot_bytes(problem: Problem, tile_keys: int, loader_warps: int) -> int:
+    """Return the bytes of a half-stage of codes and its scales, rows_codes.cuh: 8 or 4 lanes copy a row together."""
+    row_bytes = 0
+    for headdim in (problem.headdim, problem.headdim_v):
+        lanes = 8 if headdim > 64 or tile_keys // loader_warps < 8 else 4
+        row_bytes = max(row_bytes, -(-headdim // (16 * lanes)) * 16 * lanes)
+    return tile_keys * (row_bytes + 8)
+
+
+def scale_bytes(tile_keys: int) -> int:
+    """Return the bytes of struct ScaleTile of rows_codes.cuh: what belongs to a slot."""
+    return 12 * tile_keys
 
 
 def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
@@ -120,20 +157,28 @@ def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
 
 
-def defines(problem: Problem, tiles: Tiles, has_tree: bool) -> Defines:
-    """Return the macros of a kernel of this family."""
+def defines(
+    problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
+) -> Defines:
+    """Return the macros of a kernel of this family; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
         ("HEAD_DIM", problem.headdim),
         ("PADDED_HEAD_DIM", tiles.headdim),
         ("WARPS", tiles.math_warps),
         ("COLUMN_WARPS", tiles.column_warps),
+        ("CODE_STAGES", tiles.code_stages),
     )
-    return attention_defines(problem, tiles, has_tree, own)
+    return attention_defines(problem, tiles, has_tree, own, key_scales, rotates)
+
+
+def form(operands: Operands) -> tuple[bool, int, bool]:
+    """Return what a call says of its kernel beside the plan: the last arguments of ``defines``."""
+    return operands.tree_mask is not None, key_scales_of(operands), operands.rotary is not None
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
-    return Variant(NAME, defines(problem, tiles, has_tree))
+def _variant(problem: Problem, tiles: Tiles, *form: Any) -> Variant:
+    return Variant(NAME, defines(problem, tiles, *form))
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -141,9 +186,14 @@ def variant(problem: Problem, partition: Partition) -> Variant:
     return _variant(problem, partition.tiles)
 
 
+def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
+    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
+    return tuple(_variant(problem, partition.tiles, False, *other) for other in other_forms(problem, appends))
+
+
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    kernel = _variant(problem, metadata.partition.tiles, *form(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -7,6 +7,7 @@ multiprocessor where head dims allow; beyond there are two, which share the tile
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from ..device import Device
 from ..metadata import SchedulerMetadata
@@ -14,8 +15,8 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import extend
-from .attention import attention_launch, resident_partition
-from .extend import MOST_STAGES, Tiles, defines, state_bytes
+from .attention import attention_launch, other_forms, resident_partition
+from .extend import MOST_STAGES, Tiles, code_slot_bytes, defines, form, scale_bytes, state_bytes
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import RESERVED_SHARED
@@ -23,7 +24,7 @@ from .tiles import RESERVED_SHARED
 NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
-_LEAST_STAGES = 4
+_LEAST_STAGES = 4  # the scores of a tile are waited for while the values of two tiles before it are there
 _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
@@ -49,20 +50,29 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     state = state_bytes(rows, row_warps, 1, tile_keys)
     fixed, slot = rows * d * 2 + state + _BARRIERS_BYTES * MOST_STAGES, tile_keys * max(d, dv) * 2
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
-    stages = min(MOST_STAGES, (room - fixed) // slot)
+    row_blocks, code_stages = max(1, -(-problem.rows // rows)), 0
+    if problem.is_quantised:
+        stages = _LEAST_STAGES
+        fixed += 4 * rows + stages * (slot + scale_bytes(tile_keys))
+        code_slot = code_slot_bytes(problem, tile_keys, _LOADER_WARPS)
+        code_stages = min(MOST_STAGES, (room - fixed) // code_slot)
+        shared = fixed + code_stages * code_slot
+        state += 4 * rows
+    else:
+        stages = min(MOST_STAGES, (room - fixed) // slot)
+        shared = fixed + stages * slot
     if stages < _LEAST_STAGES:
         return None
-    row_blocks, shared = max(1, -(-problem.rows // rows)), fixed + stages * slot
     state += _BARRIERS_BYTES * stages
     sizes = d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, state
-    return Tiles(*sizes, loader_warps=_LOADER_WARPS)
+    return Tiles(*sizes, loader_warps=_LOADER_WARPS, code_stages=code_stages)
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, *form: Any) -> Variant:
     of_loader, of_math = _REGISTERS[tiles.row_warps // 4, tiles.blocks_per_sm]
     registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
-    return Variant(NAME, (*defines(problem, tiles, has_tree), *registers), arch_suffix="a")
+    return Variant(NAME, (*defines(problem, tiles, *form), *registers), arch_suffix="a")
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -70,9 +80,14 @@ def variant(problem: Problem, partition: Partition) -> Variant:
     return _variant(problem, partition.tiles)
 
 
+def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
+    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
+    return tuple(_variant(problem, partition.tiles, False, *other) for other in other_forms(problem, appends))
+
+
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    kernel = _variant(problem, metadata.partition.tiles, *form(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -2,7 +2,7 @@
 //
 // A code stands for a number, times a scale that lies elsewhere. For an MMA the four codes of a register, b0 (lowest) to b3,
 // become two pairs of float16, exactly, in units of kUnit: (b0, b2) and (b1, b3), or where that is cheaper (b0, b1) and
-// (b2, b3). `magic` is Code::kMagic in a register: a constant ptxas would make anew for half of the instructions that use it.
+// (b2, b3), or in_order() always those. `magic` is Code::kMagic in a register: a constant ptxas would make anew for half of the instructions that use it.
 #pragma once
 #include "ptx/arithmetic.cuh"
 
@@ -10,6 +10,12 @@
 __device__ __forceinline__ void spread_codes(u32 codes, u32& even, u32& odd) {
     even = __byte_perm(codes, 0, 0x2404);
     odd = codes & 0xff00ff00;
+}
+
+// (0, b0, 0, b1) and (0, b2, 0, b3).
+__device__ __forceinline__ void spread_codes_in_order(u32 codes, u32& first, u32& second) {
+    first = __byte_perm(codes, 0, 0x1404);
+    second = __byte_perm(codes, 0, 0x3424);
 }
 
 // x / 2^20 (or 2^21) of a float32's bits, to nearest, ties to even: drops mantissa bits, and carries into the exponent.
@@ -41,6 +47,9 @@ struct Float8E4M3 {
     static __device__ __forceinline__ void spread_pairs(u32 codes, u32, u32& even, u32& odd) {
         unpack_e4m3(__byte_perm(codes, 0, 0x3120), even, odd);
     }
+    static __device__ __forceinline__ void in_order(u32 codes, u32, u32& first, u32& second) {
+        unpack_e4m3(codes, first, second);
+    }
 #else
     // By bits: exponent and mantissa in a float16's place are the value times 2^-8, since exponents count from -15, not
     // from -7. That holds for the numbers below the normal ones, too. NaN becomes 480.
@@ -49,8 +58,14 @@ struct Float8E4M3 {
 
     static __device__ __forceinline__ void spread_pairs(u32 codes, u32, u32& even, u32& odd) {
         spread_codes(codes, even, odd);
-        even = (even & 0x80008000) | ((even & 0x7f007f00) >> 1);
-        odd = (odd & 0x80008000) | ((odd & 0x7f007f00) >> 1);
+        move_exponents(even), move_exponents(odd);
+    }
+    static __device__ __forceinline__ void in_order(u32 codes, u32, u32& first, u32& second) {
+        spread_codes_in_order(codes, first, second);
+        move_exponents(first), move_exponents(second);
+    }
+    static __device__ __forceinline__ void move_exponents(u32& two) {
+        two = (two & 0x80008000) | ((two & 0x7f007f00) >> 1);
     }
 #endif
     static __device__ __forceinline__ u32 code(float x) { return float8_code<3, -6>(x, kLargest); }
@@ -71,6 +86,9 @@ struct Float8E5M2 {
 
     // A code is the upper byte of a float16.
     static __device__ __forceinline__ void spread_pairs(u32 codes, u32, u32& even, u32& odd) { spread_codes(codes, even, odd); }
+    static __device__ __forceinline__ void in_order(u32 codes, u32, u32& first, u32& second) {
+        spread_codes_in_order(codes, first, second);
+    }
     static __device__ __forceinline__ u32 code(float x) { return float8_code<2, -14>(x, kLargest); }
 };
 
@@ -87,6 +105,10 @@ struct Int8 {
     static __device__ __forceinline__ void spread_pairs(u32 codes, u32 magic, u32& even, u32& odd) {
         even = subtract_f16x2((codes & 0x00ff00ff) ^ magic, magic);
         odd = subtract_f16x2(__byte_perm(codes, 0, 0x4341) ^ magic, magic);
+    }
+    static __device__ __forceinline__ void in_order(u32 codes, u32 magic, u32& first, u32& second) {
+        first = subtract_f16x2(__byte_perm(codes, 0, 0x4140) ^ magic, magic);
+        second = subtract_f16x2(__byte_perm(codes, 0, 0x4342) ^ magic, magic);
     }
     static __device__ __forceinline__ u32 code(float x) {
         return __float2int_rn(fminf(fmaxf(x, -kLargest), kLargest)) & 0xff;

@@ -3,17 +3,19 @@
 // Each row is multiplied by a power of two that takes its largest element into [2^14, 2^15), so that float16 holds it whatever
 // its exponents were: exactly down to 2^-28 of the largest element, and to within 2^-40 of it below. That, the scales of
 // queries and keys, and the sign of softmax_scale become one factor of the row's scores.
+//
+// The chunks of a row lie where Rows::offset(row, chunk) says.
 #pragma once
 #include "codes.cuh"
 #include "fragment.cuh"
+#include "queries.cuh"
 #include "segment.cuh"
-#include "tiles.cuh"
 
 // Four neighbours of a query row in shared memory, number `quad` of the row.
-template <typename T>
+template <typename T, typename Rows>
 __device__ __forceinline__ float4 load_query(u32 query, int row, int quad) {
     constexpr int kQuads = 16 / (4 * T::kBytes);  // of a 16-byte chunk
-    const u32 from = query + Swizzle<kQueryBytes>::offset(row, quad / kQuads) + quad % kQuads * 4 * T::kBytes;
+    const u32 from = query + Rows::offset(row, quad / kQuads) + quad % kQuads * 4 * T::kBytes;
     if constexpr (T::kBytes == 1) {
         return codes_to_floats<T>(load_shared_u32(from));
     } else {
@@ -23,18 +25,25 @@ __device__ __forceinline__ float4 load_query(u32 query, int row, int quad) {
     }
 }
 
-// Stores them as float16 in the order in which an MMA meets the codes of a key: of each 16 elements, two chunks of four pairs.
+// Stores them as float16: in their order, or in that in which an MMA meets the codes of a key, of each 16 elements two chunks of
+// four pairs.
+template <typename Rows, bool kInOrder>
 __device__ __forceinline__ void store_query(u32 query, int row, int quad, float4 x) {
+    if constexpr (kInOrder) {
+        const float2 four = {__uint_as_float(Float16::pack(x.x, x.y)), __uint_as_float(Float16::pack(x.z, x.w))};
+        store_shared(query + Rows::offset(row, quad / 2) + quad % 2 * 8, four);
+        return;
+    }
     constexpr bool kNeighbours = CacheElement::kPairsNeighbours;
     for_each<2>([&](int half) {
         const float low = kNeighbours ? (half ? x.z : x.x) : (half ? x.y : x.x);
         const float high = kNeighbours ? (half ? x.w : x.y) : (half ? x.w : x.z);
-        store_shared(query + Swizzle<kQueryBytes>::offset(row, quad / 4 * 2 + half) + quad % 4 * 4, Float16::pack(low, high));
+        store_shared(query + Rows::offset(row, quad / 4 * 2 + half) + quad % 4 * 4, Float16::pack(low, high));
     });
 }
 
 // Prepares the queries that lie at `query`, and writes the factor of each row: a row per warp. Between block barriers.
-template <typename T>
+template <typename T, typename Rows, bool kInOrder>
 __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Segment& s, u32 query, float* factors) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float unit = descale_of(p.q_descale, p.q_descale_strides, s.sequence, s.kv_head);
@@ -50,7 +59,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Seg
             float largest = 0.0f;
             for_each<kQuads>([&](int i) {
                 const int quad = lane + i * 32;
-                x[i] = quad < kHeadDim / 4 ? load_query<T>(query, row, quad) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                x[i] = quad < kHeadDim / 4 ? load_query<T, Rows>(query, row, quad) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
             });
             largest = lanes_maximum<32>(largest);
@@ -61,7 +70,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Seg
                 const int quad = lane + i * 32;
                 if (quad >= kHeadDim / 4) return;
                 scale(x[i], __int_as_float((127 + power) << 23));
-                store_query(query, row, quad, x[i]);
+                store_query<Rows, kInOrder>(query, row, quad, x[i]);
             });
             if (lane == 0) factors[row] = unit * __int_as_float((127 - power) << 23) * CacheElement::kUnit;
         }

@@ -6,11 +6,27 @@
 #pragma once
 #include "paging.cuh"
 #include "ptx/copies.cuh"
+#include "rows_codes.cuh"
 #include "rows_tiles.cuh"
 #include "segment.cuh"
 
 class Loader {
     static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
+    static constexpr int kKeyChunks = (kHeadDim + 15) / 16 * 2;  // as far as an MMA reads a key, in 16 bytes ..
+    static constexpr int kValueChunks = kColumnPairs * kColumnWarps * 2;  // .. and a value
+
+    // Rows as they are copied: codes that become numbers have a place of their own.
+    template <bool kLand, int kDim, typename Rows>
+    struct CopiedRows {
+        using Type = Rows;
+    };
+    template <int kDim, typename Rows>
+    struct CopiedRows<true, kDim, Rows> {
+        using Type = LandedRows<kDim>;
+    };
+    using CopiedKeys = typename CopiedRows<kConvertsTiles, kHeadDim, KeyRows>::Type;
+    using CopiedValues = typename CopiedRows<kConvertsTiles, kHeadDimV, ValueRows>::Type;
+    static constexpr bool kRowsAreAlike = kConvertsTiles || kKeyBytes == kValueBytes;  // as to where a lane's first chunk goes
 
     // How the rows of a part are copied: kLanes lanes side by side on one row, so that an instruction reads whole lines.
     template <typename Rows>
@@ -25,22 +41,25 @@ class Loader {
 
         // Four rows on, the exclusive or of 8 chunks changes in one bit; eight rows on it is the same.
         static __device__ __forceinline__ u32 row_address(u32 lane_address, int i) {
-            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ 64 : lane_address) + i * kRowsAtOnce * Rows::kRowStride;
+            return (kRowsAtOnce == 4 && i % 2 ? lane_address ^ Rows::kFourRows : lane_address) +
+                   i * kRowsAtOnce * Rows::kRowStride;
         }
     };
 
 public:
     __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
         : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), lane_(lane), part_(warp * kPartKeys) {
-        using Keys = Copy<KeyRows>;
-        using Values = Copy<ValueRows>;
+        using Keys = Copy<CopiedKeys>;
+        using Values = Copy<CopiedValues>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
         values_from_ = static_cast<const char*>(p.v_cache) + lane % Values::kLanes * 16;
         keys_to_ = Keys::lane_offset(part_, lane);
         values_to_ = Values::lane_offset(part_, lane);
-        pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
+        if constexpr (!kConvertsTiles) {  // conversions need the registers more
+            pin(keys_from_), pin(values_from_), pin(keys_to_), pin(values_to_), pin(lane_);
+        }
         key_ = end_ = 0;
-        key_head_ = value_head_ = 0;
+        kv_head_ = 0;
     }
 
     // Starts at a segment that `walker` has already found.
@@ -53,14 +72,16 @@ public:
     // Whether there is another tile.
     __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
 
-    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
+    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it. With a
+    // quantised cache the ring is that of the codes.
     __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
-        const u32 units = place_.units(p_.cache.k) + key_head_;
-        value_units_ = place_.units(p_.cache.v) + value_head_;
+        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
+        value_units_ = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
         rows_ = rows_of_part();
-        copy_part<kHeadDim, (kHeadDim + 15) / 16 * 2, KeyRows>(keys_from_, units, keys_to_ + slot);
+        copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
         if (rows_ == kNoTile) return;
+        copy_scales(slot);
         key_ += kTileKeys;
         find_tile();
     }
@@ -68,7 +89,7 @@ public:
     // Starts the copy of the next tile if its rows are values and then the rest of the keys, and looks up the tile after it.
     __device__ __forceinline__ void load_rows(u32 slot) {
         constexpr int kChunkElements = 16 / CacheElement::kBytes;
-        const u32 units = place_.units(p_.cache.k) + key_head_, value_units = place_.units(p_.cache.v) + value_head_;
+        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, value_units = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
         rows_ = rows_of_part();
         copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
         copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
@@ -80,14 +101,36 @@ public:
 
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot) {
-        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;  // one register where the rows are alike
-        copy_part<kHeadDimV, kColumnPairs * kColumnWarps * 2, ValueRows>(values_from_, value_units_, to + slot);
+        const u32 to = kRowsAreAlike ? keys_to_ : values_to_;  // one register where they are
+        copy_part<kHeadDimV, kConvertsTiles ? kHeadDimV / 16 : kValueChunks, CopiedValues>(values_from_, value_units_, to + slot);
+    }
+
+    // Makes numbers of the codes of keys, and of values, that this lane has copied and waited for. The scales of both go where
+    // the softmax finds them.
+    __device__ __forceinline__ void convert_keys(u32 codes, u32 slot, u32 scales) const {
+        convert_rows<CacheElement, kHeadDim, kKeyChunks, KeyRows>(codes, slot, part_, lane_);
+        if (lane_ >= kPartKeys) return;
+        const u32 from = codes + kCodesBytes + (part_ + lane_) * 4, to = scales + (part_ + lane_) * 4;
+        if constexpr (kHasKeyScales) store_shared(to, load_shared_float(from));
+        if constexpr (kHasValueScales) {
+            const float value = load_shared_float(from + ScaleTile::kValues);
+            store_shared(to + ScaleTile::kValues, value);
+            // Bounded, so that sums of weights stay finite: a scale of zero allows weights that float16 does not hold.
+            const float exponent = fminf(fmaxf(log2_approx(fabsf(value)), -100.0f), 100.0f);
+            store_shared(to + ScaleTile::kBonuses, exponent * (p_.score_slack / kSlack));
+        }
+    }
+    __device__ __forceinline__ void convert_values(u32 codes, u32 slot) const {
+        convert_rows<CacheElement, kHeadDimV, kValueChunks, ValueRows>(codes, slot, part_, lane_);
     }
 
     // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
     __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
-        const u32 to = kKeyBytes == kValueBytes ? keys_to_ : values_to_;
-        clear_part<kColumnPairs * kColumnWarps * 2, ValueRows>(to + slot, segment, first_key);
+        if constexpr (kConvertsTiles) {
+            clear_numbers(slot, segment, first_key);
+        } else {
+            clear_part<kValueChunks, ValueRows>((kRowsAreAlike ? keys_to_ : values_to_) + slot, segment, first_key);
+        }
     }
 
     // The same of a tile whose rows are values and then the rest of the keys.
@@ -115,12 +158,43 @@ private:
         }
     }
 
+    // The same of values that this lane has made of codes.
+    __device__ __forceinline__ void clear_numbers(u32 slot, const Segment& segment, u32 first_key) const {
+        using C = Copy<CopiedValues>;
+#pragma unroll 1
+        for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
+            const int row = part_ + lane_ / C::kLanes + i * C::kRowsAtOnce;
+            if (!sees_nothing(p_, segment, first_key + row)) continue;
+#pragma unroll 1
+            for (int chunk = lane_ % C::kLanes * 2; chunk < kValueChunks; chunk += C::kLanes * 2) {
+                store_shared(slot + ValueRows::offset(row, chunk), make_uint4(0, 0, 0, 0));
+                store_shared(slot + ValueRows::offset(row, chunk + 1), make_uint4(0, 0, 0, 0));
+            }
+        }
+    }
+
+    // Starts the copies of the scales of a tile's keys and values, those of the row that this lane has looked up.
+    __device__ __forceinline__ void copy_scales(u32 slot) {
+        if constexpr (kConvertsTiles && (kHasKeyScales || kHasValueScales)) {
+            if (lane_ >= kPartKeys) return;
+            const bool exists = lane_ < rows_;
+            const u32 to = slot + kCodesBytes + (part_ + lane_) * 4;
+            if constexpr (kHasKeyScales) {
+                cp_async_4_or_zero(exists, to,
+                                   p_.k_descale + place_.scale(p_.k_descale_strides) + kv_head_ * p_.k_descale_strides.head);
+            }
+            if constexpr (kHasValueScales) {
+                cp_async_4_or_zero(exists, to + ScaleTile::kValues,
+                                   p_.v_descale + place_.scale(p_.v_descale_strides) + kv_head_ * p_.v_descale_strides.head);
+            }
+        }
+    }
+
     __device__ __forceinline__ void enter(const Segment& segment) {
         const u32 first_slot = segment.lengths.leftpad;
         key_ = first_slot + segment.keys.begin;
         end_ = first_slot + segment.keys.end;
-        key_head_ = segment.kv_head * p_.cache.k.head;
-        value_head_ = segment.kv_head * p_.cache.v.head;
+        kv_head_ = segment.kv_head;
         place_.enter(p_.cache, segment.sequence);
     }
 
@@ -157,16 +231,20 @@ private:
             }
         };
         const bool all = rows_ == kPartKeys;
-        const char* from[kPasses];  // all addresses before the first copy: ptxas puts a guard around every run of copies
-        for_each<kPasses>([&](int i) { from[i] = from_of(i); });
-        for_each<kPasses>([&](int i) {
-            const u32 to = C::row_address(lane_to, i);
-            for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
-                if (of_row) {
-                    cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
-                } else {
-                    cp_async_zero_if(all && wanted, to + in_slot, lane_from);
-                }
+        // Addresses before copies: ptxas puts a guard around every run of copies. Conversions leave registers for four.
+        constexpr int kAtOnce = kConvertsTiles && kPasses > 4 ? 4 : kPasses;
+        for_each<kPasses / kAtOnce>([&](int group) {
+            const char* from[kAtOnce];
+            for_each<kAtOnce>([&](int i) { from[i] = from_of(group * kAtOnce + i); });
+            for_each<kAtOnce>([&](int i) {
+                const u32 to = C::row_address(lane_to, group * kAtOnce + i);
+                for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
+                    if (of_row) {
+                        cp_async_16_if(all && wanted, to + in_slot, from[i] + in_row, policy_);
+                    } else {
+                        cp_async_zero_if(all && wanted, to + in_slot, lane_from);
+                    }
+                });
             });
         });
         if (all || rows_ == kNoTile) return;  // the same in all lanes
@@ -195,6 +273,7 @@ private:
     int lane_;
     int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
-    u32 key_head_, value_head_, value_units_;
+    int kv_head_;
+    u32 value_units_;
     int rows_ = kNoTile;  // of this warp's in the tile loaded last
 };

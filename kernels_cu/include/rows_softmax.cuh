@@ -10,6 +10,7 @@
 // maximum is subtracted from the scores instead.
 #pragma once
 #include "rows_partners.cuh"
+#include "rows_scales.cuh"
 #include "softcap.cuh"
 #include "states.cuh"
 
@@ -35,7 +36,7 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
 }
 
 // Rounds weights to elements: two C fragments side by side are an A fragment.
-template <typename T = Element>
+template <typename T = TileElement>
 __device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
     for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
         weights[t][n / 2][n % 2 * 2] = T::pack(s[t][n][0], s[t][n][1]);
@@ -58,13 +59,11 @@ public:
 
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
     template <typename Math>
-    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners) {
+    __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners, const Scaling& scaling) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
-        for_each<kRowTiles, 2>([&](int t, int half) {
-            top[t][half] = lane_maximum(s, t, half);
-            exceeds |= top[t][half] > maximum_[t][half] + slack_;
-        });
+        lane_maxima(s, scaling, top);
+        for_each<kRowTiles, 2>([&](int t, int half) { exceeds |= top[t][half] > maximum_[t][half] + slack_; });
         if (partners.any(exceeds, top)) {
             float alpha[kRowTiles][2];
             bool some_huge = false;
@@ -123,12 +122,21 @@ private:
         return exp2_approx(fminf(change, 0.0f));
     }
 
-    // The largest score of a row among this lane's keys.
-    static __device__ __forceinline__ float lane_maximum(const Scores& s, int t, int half) {
-        float top = fmaxf(s[t][0][half * 2], s[t][0][half * 2 + 1]);
-#pragma unroll
-        for (int n = 1; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(s[t][n][half * 2], s[t][n][half * 2 + 1]));
-        return top;
+    // The score that is to have weight 1, of each row and this lane's keys: the largest. Of codes, as in softmax.cuh, the largest is
+    // to have weight 2^7, and where values have scales, it is weight times scale that has to fit float16.
+    __device__ __forceinline__ void lane_maxima(const Scores& s, const Scaling& scaling, float (&top)[kRowTiles][2]) const {
+        for_each<kKeyTiles>([&](int n) {
+            float2 bonus = {0.0f, 0.0f};
+            if constexpr (kScalesWeights) bonus = scaling.bonus(n);
+            for_each<kRowTiles, 2>([&](int t, int half) {
+                float low = s[t][n][half * 2], high = s[t][n][half * 2 + 1];
+                if constexpr (kScalesWeights) low += bonus.x, high += bonus.y;
+                top[t][half] = n == 0 ? fmaxf(low, high) : fmaxf(top[t][half], fmaxf(low, high));
+            });
+        });
+        if constexpr (kConvertsTiles) {
+            for_each<kRowTiles, 2>([&](int t, int half) { top[t][half] = fmaf(slack_, -7.0f / kSlack, top[t][half]); });
+        }
     }
 
     float scale_, slack_;

@@ -25,12 +25,21 @@ using Scores = float[kRowTiles][kKeyTiles][4];      // C, 16 rows x 8 keys
 using Weights = u32[kRowTiles][(kWarpKeys + 15) / 16][4];  // A, 16 rows x 16 keys
 using Outputs = float[kRowTiles][kColumnTiles][4];  // C, 16 rows x 8 columns
 
+// Elements of a tile in the ring. Those of a quantised cache become float16 on the way there (rows_codes.cuh), but for mla.cu,
+// which makes numbers of its codes in another place.
+constexpr bool kConvertsTiles = kIsQuantised && !kScalesTiles;
+#if KV_ELEMENT_BYTES == 1 && !defined(SCALES_TILES)
+using TileElement = Float16;
+#else
+using TileElement = CacheElement;
+#endif
+
 // Bytes of a weight that warps tell each other.
-constexpr int kWeightBytes = kIsQuantised ? 4 : Element::kBytes;
+constexpr int kWeightBytes = kConvertsTiles ? 2 : kIsQuantised ? 4 : Element::kBytes;
 
 // Rows in shared memory.
-constexpr int kKeyBytes = kPaddedHeadDim * CacheElement::kBytes;
-constexpr int kValueBytes = kPaddedHeadDimV * CacheElement::kBytes;
+constexpr int kKeyBytes = kPaddedHeadDim * TileElement::kBytes;
+constexpr int kValueBytes = kPaddedHeadDimV * TileElement::kBytes;
 constexpr int kSlotBytes = kTileKeys * (kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes);
 constexpr int kRingBytes = kStages * kSlotBytes;
 
@@ -41,6 +50,7 @@ struct LinedRows {
     static constexpr int kLanes = 8;  // chunks of a line
     static constexpr int kRowStride = 128;
     static constexpr int kLaneStride = kCount * 128;  // from a line to the next one of a row
+    static constexpr int kFourRows = 64;              // what the exclusive or of chunks changes in four rows on
 
     static __device__ __forceinline__ int offset(int row, int chunk) {
         return row / kCount * (kCount * kQueryBytes) + chunk / 8 * kLaneStride + Swizzle<128>::offset(row % kCount, chunk % 8);
@@ -56,6 +66,7 @@ struct WholeRows : Swizzle<kRowBytes> {
     static constexpr int kLanes = Swizzle<kRowBytes>::kPeriod;
     static constexpr int kRowStride = kRowBytes;
     static constexpr int kLaneStride = kLanes * 16;
+    static constexpr int kFourRows = 64;
 };
 using KeyRows = WholeRows<kKeyBytes>;
 using ValueRows = WholeRows<kValueBytes>;

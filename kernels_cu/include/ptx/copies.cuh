@@ -66,6 +66,11 @@ __device__ __forceinline__ void cp_async_4_if(bool exists, u32 to, const void* f
                  : "memory");
 }
 
+// Copies 4 bytes, or fills them with zeros; `from` is a valid address either way.
+__device__ __forceinline__ void cp_async_4_or_zero(bool exists, u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(exists ? 4 : 0) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
