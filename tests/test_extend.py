@@ -322,6 +322,22 @@ def test_every_code_is_exact(name: str, sim: Backend) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize(("rows", "headdim"), [(40, (128, 128)), (100, (64, 128))])
+def test_rings_of_codes_turn(
+    rows: int, headdim: tuple[int, int], sim: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block reads all: slots of codes, of numbers and of scales are filled again and again."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "1")
+    for number, name in enumerate(KV_DTYPES):
+        case = Case(
+            dtype="bfloat16", heads=(rows, 1), headdim=headdim, seqlens=(1100, 1100), kv_dtype=name, page_size=16,
+            scales=("none", "keys", "keys"), seed=number,
+        )  # fmt: skip
+        with launched(case, number):
+            check(case, make_inputs(case), sim)
+
+
+@BOTH
 @pytest.mark.parametrize("kind", ["spread", "tiny", "no values", "one value"])
 def test_scales_of_values_may_be_anything(kind: str, sim: Backend) -> None:
     test_quantised.test_scales_of_values_may_be_anything(kind, sim)

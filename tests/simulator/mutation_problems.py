@@ -10,6 +10,7 @@ beside the boundaries of tiles, stale plans.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -537,6 +538,9 @@ MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"merge": "in place", "csr": True, "page_size": 16, "window": (20, -1)},
     {"new": 3, "causal": True, "scale": 8.0, "strided": True},
     {"scale": 0.0, "plan": "stale", "num_splits": 3},
+    {"scale": 3e6, "causal": True},  # maxima that are subtracted from scores
+    {"new": "ragged", "window": (30, 5), "page_size": 16, "leftpad": True},
+    {"unowned": (3, 2), "sinks": True, "merge": True},
 )
 TREES: tuple[dict[str, Any], ...] = (
     {},
@@ -867,7 +871,8 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
         for k, options in enumerate(MANY_ROWS):
             for n, seqlens in enumerate(((200, 63, 1), (64, 129, 0, 65), (300,), (1100,))):
                 # Row blocks of 128 rows. A block goes on from one item to the next; 1,100 keys are many parts.
-                queries = tuple((35, 0, 33, 20)[(b + n) % 4] for b in range(len(seqlens))) if n != 1 else 35
+                ragged = n != 1 or "unowned" in options
+                queries = tuple((35, 0, 33, 20)[(b + n) % 4] for b in range(len(seqlens))) if ragged else 35
                 case = Case(
                     dtype="bfloat16", heads=((4, 1), (8, 2))[k % 2], headdim=dims, seqlens=seqlens, seqlens_q=queries,
                     seed=4 * k + n, **options,
@@ -889,12 +894,12 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                 yield from _named(case, (3, 8, 2)[n], family)
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
-        for n, seqlens in enumerate(((70, 33), (200,))):
+        for n, seqlens in enumerate(((70, 33), (900,))):
             case = Case(
-                dtype="float16", heads=(8, 1), headdim=(512, 512), seqlens=seqlens, seqlens_q=(5, (9, 0))[n == 0],
+                dtype="float16", heads=(8, 1), headdim=(512, 512), seqlens=seqlens, seqlens_q=((9, 0), (5,))[n],
                 seed=2 * k + n, **options,
             )  # fmt: skip
-            yield from _named(case, (1, 6)[n], extend)
+            yield from _named(case, (1, 16)[n], extend)
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -924,6 +929,8 @@ def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
 
 
 def _named(case: Case, num_sm: int, family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    if case.new == "ragged":
+        case = dataclasses.replace(case, new=tuple((3, 0, 21)[b % 3] for b in range(len(case.seqlens))))
     yield f"{family.NAME} {case} on {num_sm}", _attention(case, num_sm, family=family)
 
 
