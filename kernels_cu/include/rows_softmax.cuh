@@ -57,7 +57,7 @@ public:
     }
 
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
-    template <typename Math>
+    template <typename Math, typename Partners>
     __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
@@ -66,16 +66,7 @@ public:
             exceeds |= top[t][half] > maximum_[t][half] + slack_;
         });
         if (partners.any(exceeds, top)) {
-            float alpha[kRowTiles][2];
-            bool some_huge = false;
-            // Per row: the bits of a row must not depend on the rows beside it.
-            for_each<kRowTiles, 2>([&](int t, int half) {
-                alpha[t][half] = move(t, half, partners.maximum(t, half, top[t][half]));
-                sum_[t][half] *= alpha[t][half];
-                some_huge |= is_huge(t, half);
-            });
-            math.rescale(alpha);
-            some_huge_ = __any_sync(kFullWarp, some_huge);
+            follow(math, [&](int t, int half) { return partners.maximum(t, half, top[t][half]); });
             if (some_huge_) {
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     const float base = is_huge(t, half) ? maximum_[t][half] : 0.0f;
@@ -89,9 +80,24 @@ public:
         });
     }
 
+    // Lets the maxima follow the largest scores of a tile, top_of(row tile, half): of one whose weights others compute, too.
+    template <typename Math, typename TopOf>
+    __device__ __forceinline__ void follow(Math& math, TopOf top_of) {
+        float alpha[kRowTiles][2];
+        bool some_huge = false;
+        // Per row: the bits of a row must not depend on the rows beside it.
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            alpha[t][half] = move(t, half, top_of(t, half));
+            sum_[t][half] *= alpha[t][half];
+            some_huge |= is_huge(t, half);
+        });
+        math.rescale(alpha);
+        some_huge_ = __any_sync(kFullWarp, some_huge);
+    }
+
     // Ends a segment: writes what is known of the rows, and makes up for the rounding of their offsets. All lanes and partners
     // call it.
-    template <typename Math>
+    template <typename Math, typename Partners>
     __device__ __forceinline__ void finish(Math& math, Partners& partners, RowStates& states) const {
         float factor[kRowTiles][2];
         for_each<kRowTiles, 2>([&](int t, int half) {
