@@ -183,7 +183,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
         RowStates states;
         softmax.finish(math, turns, states);
-        RowResults results(p, block.segment, math.output(), states, row_warp * kColumnWarps + group, lane);
+        const u32 thread = thread_number();  // asked for here, or addresses that follow from it take registers in the main loop
+        const u32 result_warp = thread / 32 % kRowWarps * kColumnWarps + thread / 32 / kRowWarps;
+        RowResults results(p, block.segment, math.output(), states, result_warp, thread % 32);
         if constexpr (kHasSplitSize) {
             hand_on_split(p, block.share, block.segment, results, folded, block.fold);
         } else {
