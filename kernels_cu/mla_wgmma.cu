@@ -152,19 +152,22 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 fence_for_wgmma();
                 turns.meet();
             }
-            if constexpr (kHasSoftcap) cap_scores(p, scores);
-            if (has_rows && reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
-            softmax.update(scores, math, turns);
-            Weights weights;
-            pack_weights(scores, weights);
-            turns.tell(weights, slot + kRest);
+            Weights weights = {};
+            if (has_rows) {  // what weights of rows that do not exist are, nobody asks
+                if constexpr (kHasSoftcap) cap_scores(p, scores);
+                if (reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
+                softmax.update(scores, math, turns);
+                pack_weights(scores, weights);
+                turns.tell(weights, slot + kRest);
+            }
+            turns.arrive();
             math.accumulate(slot, weights);
             __syncwarp();
             leave(group);
         };
         // Reads a tile that the other one scores.
         const auto follow = [&](u32 slot) {
-            turns.hear(softmax, math);
+            turns.hear(has_rows, softmax, math);
             math.accumulate(slot, slot + kRest);
             __syncwarp();
             leave(group), leave(kRestPart);

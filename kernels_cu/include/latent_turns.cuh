@@ -37,20 +37,25 @@ public:
         return top;
     }
 
-    // Tells the weights of this warpgroup's tile, 64 rows of a line at an address of shared memory.
+    // Tells the weights of this warp's rows in this warpgroup's tile, of which there are 64, a line each, at an address of
+    // shared memory.
     __device__ __forceinline__ void tell(const Weights& weights, u32 to) const {
         for_each<kKeyTiles, 2>([&](int n, int half) {
             store_shared(to + KeyRows::offset(row(0, half), n) + lane_ % 4 * 4, weights[0][n / 2][n % 2 * 2 + half]);
         });
+    }
+
+    // All warps of the warpgroup come here when they have told.
+    __device__ __forceinline__ void arrive() const {
         fence_for_wgmma();
         named_barrier_arrive(4 + group_, kThreads);
     }
 
-    // Waits until the other one has told its weights; softmax and arithmetic follow its maxima.
+    // Waits until the other one has told its weights; softmax and arithmetic of a warp with rows follow its maxima.
     template <typename Softmax, typename Math>
-    __device__ __forceinline__ void hear(Softmax& softmax, Math& math) const {
+    __device__ __forceinline__ void hear(bool has_rows, Softmax& softmax, Math& math) const {
         named_barrier(4 + (group_ ^ 1), kThreads);
-        if (state_.exceeds[row_warp_]) {
+        if (has_rows && state_.exceeds[row_warp_]) {
             softmax.follow(math, [&](int t, int half) { return state_.top[row(t, half)]; });
         }
     }
