@@ -15,6 +15,7 @@
 #include "rows_loader.cuh"
 #include "rows_reach.cuh"
 #include "rows_softmax.cuh"
+#include "rows_together.cuh"
 #include "segment.cuh"
 #include "stream.cuh"
 using Math = LatentWgmma<Element>;
@@ -192,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         if constexpr (kHasSplitSize) {
             hand_on_split(p, block.share, block.segment, results, folded, block.fold);
         } else {
-            hand_on(p, block.share, block.segment, results, block.fold);
+            hand_on_together(p, block.share, block.segment, results, block.fold, *reinterpret_cast<TogetherState*>(queries));
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }

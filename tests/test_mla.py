@@ -61,7 +61,7 @@ FEATURES: dict[str, list[Any]] = {
     "heads": [(1, 1), (8, 1), (12, 1), (16, 1), (32, 1), (64, 1), (96, 1), (128, 1), (10, 2)],
     "seqlens_q": [1, 2, 4, (0, 1, 3), (5, 0, 2)],
     "latent": [("joint", (576, 512)), ("qv", (64, 512)), ("qv row", (64, 512)), (None, (64, 512)), ("qv", (64, 256)),
-               ("joint", (520, 264)), ("joint", (576, 64)), ("qv row", (40, 328)), (None, (8, 512))],
+               ("joint", (520, 264)), ("joint", (576, 64)), ("qv row", (40, 456)), (None, (8, 512))],
     "dtype": ["float16", "bfloat16", "float32"],
     "seqlens": [(77, 1, 130), (0, 64, 15), (16, 199, 63)],
     "cache": [*CACHES, "pages of 64"],
@@ -81,7 +81,7 @@ FEATURES: dict[str, list[Any]] = {
 
 def _is_valid(choice: dict[str, Any]) -> bool:
     kind, (d, dv) = choice["latent"]
-    if choice["arch"] == "90a" and (dv <= 256 or choice["dtype"] == "float32"):
+    if choice["arch"] == "90a" and ((d - dv if kind == "joint" else d) > 64 or dv <= 384 or choice["dtype"] == "float32"):
         return False
     room = d - dv if kind == "joint" else d
     return not choice["rotary"] or (choice["append"] != "none" and room >= choice["rotary"]["rotary_dim"])

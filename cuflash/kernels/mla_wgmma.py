@@ -38,7 +38,7 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 def tiling(problem: Problem, device: Device) -> Tiles | None:
     """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
     d, dv = mla.headdim_beside(problem), problem.headdim_v
-    fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] // 2 < dv <= _WIDTHS[1]
+    fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
     if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
         return None
     row_blocks = max(1, -(-problem.rows // _ROWS))

@@ -9,6 +9,19 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 last) {
     return old;
 }
 
+// Adds to a counter, in the same order; and reads one, in order with what this thread reads after.
+__device__ __forceinline__ u32 atomic_add_acq_rel(u32* counter, u32 value) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+    return old;
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
 // A page number, and its neighbours to L2: the next tiles ask for those.
 __device__ __forceinline__ u32 load_page(const int* from) {
     u32 page;
