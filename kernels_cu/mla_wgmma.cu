@@ -23,6 +23,7 @@ using Math = LatentWgmma<Element>;
 constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
 constexpr int kGroupColumns = kPaddedHeadDimV / 2;
 constexpr u32 kRest = kPaddedHeadDimV / 64 * Math::kLineBytes;  // in a slot
+static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
 static_assert(kPaddedHeadDim == kPaddedHeadDimV + 64 && kTileKeys == 64 && kRows == 64, "weights fit the place of the rest");
 
 // Parts of a tile: the value columns of each warpgroup, and the rest of the keys.
@@ -96,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         init_barrier((&block.empty[0][0])[threadIdx.x], kRowWarps);  // one warpgroup frees a part
     }
     wait_for_turn();
-    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+    if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, share_number() + threadIdx.x);
     const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
     if (p.total_q && (rows_edge == 0 || rows_edge == 1)) {
         (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];

@@ -15,10 +15,10 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import mla
-from .attention import resident_partition
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
+from .tiles import resident_blocks
 
 NAME = "mla_wgmma"
 _ROWS = _TILE_KEYS = 64
@@ -31,7 +31,19 @@ _REGISTERS = (("LOADER_REGISTERS", 56), ("MATH_REGISTERS", 224))
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
     """Return how the family cuts a problem for a device; None if it cannot."""
     tiles = tiling(problem, device)
-    return None if tiles is None else resident_partition(NAME, tiles, problem, device)
+    if tiles is None:
+        return None
+    parts = _row_parts(problem)
+    num_blocks = max(1, resident_blocks(problem, device, 1) // parts)
+    return Partition(NAME, parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
+
+
+def _row_parts(problem: Problem) -> int:
+    """Return the blocks that read the same share, for different rows: the second one finds most of it in the L2 cache.
+
+    With ``split_size`` that may not depend on the longest query of a batch.
+    """
+    return 1 if problem.split_size is not None or -(-problem.rows // _ROWS) % 2 else 2
 
 
 @lru_cache(maxsize=1024)
@@ -41,7 +53,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
     if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
         return None
-    row_blocks = max(1, -(-problem.rows // _ROWS))
+    row_blocks = max(1, -(-problem.rows // (_row_parts(problem) * _ROWS)))
     shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + _STATE_BYTES
     sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
     return Tiles(*sizes, loader_warps=_LOADER_WARPS)
@@ -54,7 +66,8 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
-    return Variant(NAME, (*mla.defines(problem, tiles, has_tree), *_REGISTERS), arch_suffix="a")
+    own = (("ROW_PARTS", _row_parts(problem)), *_REGISTERS)
+    return Variant(NAME, (*mla.defines(problem, tiles, has_tree), *own), arch_suffix="a")
 
 
 def launch(
@@ -62,4 +75,4 @@ def launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
-    return mla.latent_launch(kernel, problem, operands, metadata, arrays)
+    return mla.latent_launch(kernel, problem, operands, metadata, arrays, row_parts=_row_parts(problem))

@@ -171,7 +171,7 @@ __device__ __forceinline__ void fold_slots(const DecodeParams& p, const Segment&
 __device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results,
                                              FoldState& fold) {
     if (!p.merge.merge_lse) return results.answer();
-    const int slot = 2 * blockIdx.x + 1;
+    const int slot = 2 * share_number() + 1;
     results.store(slot);
     worker_barrier();
     fold_slots(p, segment, fold, 1, true, [&](int) { return slot; });
@@ -186,7 +186,7 @@ __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& shar
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
     // first one, slot 2 b.
     const auto slot_of = [&](int part) { return 2 * (cut.first_block + part) + (part == 0); };
-    int node = blockIdx.x - cut.first_block;  // the first part of those whose results this block has
+    int node = share_number() - cut.first_block;  // the first part of those whose results this block has
     results.store(slot_of(node));
     // A node of `level` whose first part is i has the counter of part i + level. It has more than 4^level parts, so that part
     // exists and is not the item's last one, whose block may be the first of the next item.
@@ -196,7 +196,7 @@ __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& shar
         const int parent = node - node % (size * kWide);
         const int children = min(kWide, (parts - parent + size - 1) / size);
         if (children > 1) {
-            if (!arrives_last(p.counters + cut.first_block + parent + level, children - 1, fold)) return;
+            if (!arrives_last(counter_of(p, cut.first_block + parent + level), children - 1, fold)) return;
             const bool is_root = parts <= size * kWide;
             fold_slots(p, segment, fold, children, is_root, [&](int i) { return slot_of(parent + i * size); });
         }
@@ -212,7 +212,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     const Cut cut = cut_item(share, segment);
     const int slots = split_slots(p, segment.item, cut.first_block);
     if (segment.starts) {
-        const int slot = 2 * blockIdx.x + 1;
+        const int slot = 2 * share_number() + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
         if (segment.last && segment.ends) return finish_whole(p, segment, results, fold);
         results.store(slot);
@@ -220,7 +220,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
         results.store(slots + segment.split);
     }
-    if (!segment.last || !arrives_last(p.counters + cut.first_block, cut.last_block - cut.first_block, fold)) return;
+    if (!segment.last || !arrives_last(counter_of(p, cut.first_block), cut.last_block - cut.first_block, fold)) return;
     const int begin = segment.visible.begin, splits = split_count(p, segment.visible);
     const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
     const int first = min(max(cut_key, begin) / p.split_size - begin / p.split_size, splits);

@@ -44,7 +44,7 @@ public:
 
     // All threads come here when the block has stored its part.
     __device__ __forceinline__ void merge(bool may_wait) {
-        u32* const counter = p_.counters + first_block_;
+        u32* const counter = counter_of(p_, first_block_);
         const u32 units = (cells_ + unit_cells_ - 1) / unit_cells_;
         worker_barrier();
         if (threadIdx.x == 0) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void hand_on_together(const DecodeParams& p, const Sh
         return hand_on(p, share, segment, results, fold);
     }
     Together together(p, segment, cut, state);
-    results.store(together.slot_of(blockIdx.x - cut.first_block));
+    results.store(together.slot_of(share_number() - cut.first_block));
     const bool is_last_of_share = !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
     together.merge(is_last_of_share);
 }
