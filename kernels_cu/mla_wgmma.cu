@@ -158,28 +158,40 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             if (has_rows) {  // what weights of rows that do not exist are, nobody asks
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
                 if (reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
-                softmax.update(scores, math, turns);
-                pack_weights(scores, weights);
-                turns.tell(weights, slot + kRest);
+                softmax.move_maxima(scores, math, turns);
+                softmax.weigh<0, 4>(scores);
+                pack_weights<0, 4>(scores, weights);
+                turns.tell<0, 4>(weights, slot + kRest);
             }
-            turns.arrive();
-            math.accumulate(slot, weights);
+            turns.arrive(0);  // half of the products run while the other weights are found
+            math.start_values<0, 2>(slot, weights);
+            if (has_rows) {
+                softmax.weigh<4, 4>(scores);
+                pack_weights<4, 4>(scores, weights);
+                turns.tell<4, 4>(weights, slot + kRest);
+            }
+            turns.arrive(1);
+            math.start_values<2, 2>(slot, weights);
+            math.wait_for_values();
             __syncwarp();
             leave(group);
         };
         // Reads a tile that the other one scores.
         const auto follow = [&](u32 slot) {
             turns.hear(has_rows, softmax, math);
-            math.accumulate(slot, slot + kRest);
+            math.start_values<0, 2>(slot, slot + kRest);
+            turns.wait_for_other(1);
+            math.start_values<2, 2>(slot, slot + kRest);
+            math.wait_for_values();
             __syncwarp();
             leave(group), leave(kRestPart);
         };
-        bool is_mine = group == 0;
-        // Key numbers are unsigned: behind the last tile they may pass 2^31.
-        for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys, place.advance(), is_mine = !is_mine) {
+        const u32 keys = segment.keys.end - segment.keys.begin;
+        const int tiles = (keys + kTileKeys - 1) / kTileKeys;
+        for (int tile = 0; tile < tiles; ++tile, place.advance()) {
             const u32 slot = ring + place.slot * kSlotBytes;
-            if (is_mine) {
-                weigh(key, slot);
+            if (tile % 2 == group) {
+                weigh(segment.keys.begin + tile * kTileKeys, slot);
             } else {
                 follow(slot);
             }

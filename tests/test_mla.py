@@ -81,9 +81,9 @@ FEATURES: dict[str, list[Any]] = {
 
 def _is_valid(choice: dict[str, Any]) -> bool:
     kind, (d, dv) = choice["latent"]
-    if choice["arch"] == "90a" and ((d - dv if kind == "joint" else d) > 64 or dv <= 384 or choice["dtype"] == "float32"):
-        return False
     room = d - dv if kind == "joint" else d
+    if choice["arch"] == "90a" and (room > 64 or dv <= 384 or choice["dtype"] == "float32"):
+        return False
     return not choice["rotary"] or (choice["append"] != "none" and room >= choice["rotary"]["rotary_dim"])
 
 
@@ -171,6 +171,44 @@ def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, 
         assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("num_sm", "heads", "length"),
+    [(40, 16, 2560), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 64, 4480), (132, 128, 8448)))],
+)
+@pytest.mark.parametrize("arch", ["90a"])
+def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim: Backend, monkeypatch: Any) -> None:
+    """Warps share the parts of a row; whoever merges what, the bits are the same. Twice, for counters."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(length,), page_size=64, sinks=True
+    )
+    inputs = make_inputs(case)
+    bits = set()
+    for seed in range(2):
+        with launched(seed) as launches:
+            check(case, inputs, sim)
+            bits.add(b"".join(array.tobytes() for array in run(case, inputs, sim)[:2]))
+        assert attention(launches).grid == (num_sm, 1, 1)
+    assert len(bits) == 1
+
+
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("mask", ["causal+left", "both"])
+def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
+    """Where every block reads several items, two of them read those of the same sequence, each half of its rows."""
+    case = Case(
+        dtype="bfloat16", heads=(40, 1), headdim=(576, 512), mla="joint", seqlens=(300, 17, 700), seqlens_q=(3, 1, 2),
+        page_size=16, **MASKS[mask],
+    )  # fmt: skip
+    with launched() as launches:
+        check(case, make_inputs(case), sim)
+    assert launches[-1].kernel == "mla_wgmma"
+    wide = make_problem(4, 1, 128, 1, 576, headdim_v=512)
+    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3)):
+        partition = kernels.choose(wide, Device(num_sm, 90), 4096)
+        assert (partition.rows, partition.num_blocks) == (rows, blocks)
+
+
 @BOTH
 def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
     """A sequence alone, in a batch, on few blocks and on many."""
@@ -247,7 +285,8 @@ def test_what_is_latent(arch: int) -> None:
     """Head dims alone decide: a plan does not know what its calls bring."""
     for dtype in ("float16", "bfloat16", "float32"):
         for d, dv in ((576, 512), (520, 8), (64, 256), (64, 512), (8, 264)):
-            assert _family(d, dv, arch, qkv_dtype=dtype) == "mla"
+            by_wgmma = arch == 90 and dv == 512 and dtype != "float32"
+            assert _family(d, dv, arch, qkv_dtype=dtype) == ("mla_wgmma" if by_wgmma else "mla")
     for d, dv in ((72, 256), (64, 248), (320, 256), (96, 64), (512, 512)):
         assert _family(d, dv, arch) != "mla"
 

@@ -47,7 +47,9 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         row_blocks = max(1, -(-problem.rows // _ROWS_WITHOUT_A_KERNEL))
         return Partition(NO_FAMILY, _ROWS_WITHOUT_A_KERNEL, row_blocks, resident_blocks(problem, device, 1))
     latent = [partition for partition in fitting if partition.family in _LATENT]  # no other one knows qv
-    return min(latent or fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
+    if latent:
+        return latent[0]  # where wgmma fits, it was faster with any number of rows
+    return min(fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
 
 
 def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:

@@ -93,7 +93,6 @@ def attention_launch(
     arrays: dict[str, str],
     joint: bool = False,
     scales_tiles: bool = False,
-    row_parts: int = 1,
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
 
@@ -105,7 +104,6 @@ def attention_launch(
         arrays: The arrays of pointers that are not called as their arrays.
         joint: Whether the first columns of q and k_cache are what meets the values, and the values, for the kernel.
         scales_tiles: Whether the kernel multiplies keys by their scales, not scores.
-        row_parts: Blocks that read the same share of the plan, each with so many of its rows as tiles have.
     """
     tiles = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
@@ -117,7 +115,7 @@ def attention_launch(
         max_splits = _max_splits(longest, problem.split_size, slot_bytes * max(1, cut_items))
         slots += cut_items * max_splits
     scratch = {
-        "partials": Scratch((slots * row_parts * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
+        "partials": Scratch((slots * tiles.row_parts * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
         "counters": Scratch((metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
     }
     if tiles.cluster > 1:  # merges in its shared memory
@@ -173,7 +171,7 @@ def attention_launch(
         pointers["v_descale"] = "k_descale"
     if not scratch:
         pointers |= {"partials": ABSENT, "counters": ABSENT}
-    grid, threads = metadata.num_blocks * row_parts, 32 * tiles.warps
+    grid, threads = metadata.num_blocks * tiles.row_parts, 32 * tiles.warps
     return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 
 

@@ -44,6 +44,7 @@ class Tiles:
         shared_bytes: Dynamic shared memory of a block.
         block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
         loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
+        row_parts: Blocks that read the same share of the plan, each with so many of its rows.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -59,6 +60,7 @@ class Tiles:
     shared_bytes: int
     block_state_bytes: int
     loader_warps: int = 0
+    row_parts: int = 1
     cluster: int = 1
 
     @property

@@ -125,9 +125,7 @@ def _variant(
     return Variant(NAME, defines(problem, tiles, has_tree, key_scales, rotates))
 
 
-def defines(
-    problem: Problem, tiles: Tiles, has_tree: bool, key_scales: int = 0, rotates: bool = False
-) -> Defines:
+def defines(problem: Problem, tiles: Tiles, has_tree: bool, key_scales: int = 0, rotates: bool = False) -> Defines:
     """Return the macros of a kernel of latent attention; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
         ("HEAD_DIM", headdim_beside(problem)),
@@ -153,16 +151,11 @@ def launch(
 
 
 def latent_launch(
-    kernel: Variant,
-    problem: Problem,
-    operands: Operands,
-    metadata: SchedulerMetadata,
-    arrays: dict[str, str],
-    row_parts: int = 1,
+    kernel: Variant, problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel of latent attention, and the scratch that it needs."""
     joint = _is_joint(problem)
     if joint and not operands.cache.joint:
         dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
         raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
-    return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True, row_parts=row_parts)
+    return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True)

@@ -33,17 +33,8 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
     tiles = tiling(problem, device)
     if tiles is None:
         return None
-    parts = _row_parts(problem)
-    num_blocks = max(1, resident_blocks(problem, device, 1) // parts)
-    return Partition(NAME, parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
-
-
-def _row_parts(problem: Problem) -> int:
-    """Return the blocks that read the same share, for different rows: the second one finds most of it in the L2 cache.
-
-    With ``split_size`` that may not depend on the longest query of a batch.
-    """
-    return 1 if problem.split_size is not None or -(-problem.rows // _ROWS) % 2 else 2
+    num_blocks = max(1, resident_blocks(problem, device, 1) // tiles.row_parts)
+    return Partition(NAME, tiles.row_parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
 
 
 @lru_cache(maxsize=1024)
@@ -53,10 +44,16 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
     if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
         return None
-    row_blocks = max(1, -(-problem.rows // (_row_parts(problem) * _ROWS)))
+    row_blocks = max(1, -(-problem.rows // _ROWS))
+    # Where blocks read several items each, two side by side read those of the same sequence: what one has read from
+    # memory the other one finds in the L2 cache. With split_size the batch may not matter.
+    items = problem.batch_size * problem.num_heads_kv * row_blocks
+    is_long = items > resident_blocks(problem, device, 1)
+    row_parts = 2 if is_long and row_blocks % 2 == 0 and problem.split_size is None else 1
+    row_blocks //= row_parts
     shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + _STATE_BYTES
     sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
-    return Tiles(*sizes, loader_warps=_LOADER_WARPS)
+    return Tiles(*sizes, loader_warps=_LOADER_WARPS, row_parts=row_parts)
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -66,7 +63,7 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
-    own = (("ROW_PARTS", _row_parts(problem)), *_REGISTERS)
+    own = (("ROW_PARTS", tiles.row_parts), *_REGISTERS)
     return Variant(NAME, (*mla.defines(problem, tiles, has_tree), *own), arch_suffix="a")
 
 
@@ -75,4 +72,4 @@ def launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
-    return mla.latent_launch(kernel, problem, operands, metadata, arrays, row_parts=_row_parts(problem))
+    return mla.latent_launch(kernel, problem, operands, metadata, arrays)

@@ -39,26 +39,30 @@ public:
 
     // Tells the weights of this warp's rows in this warpgroup's tile, of which there are 64, a line each, at an address of
     // shared memory.
+    template <int kFirst, int kCount>
     __device__ __forceinline__ void tell(const Weights& weights, u32 to) const {
-        for_each<kKeyTiles, 2>([&](int n, int half) {
+        for_each<kCount, 2>([&](int i, int half) {
+            const int n = kFirst + i;
             store_shared(to + KeyRows::offset(row(0, half), n) + lane_ % 4 * 4, weights[0][n / 2][n % 2 * 2 + half]);
         });
     }
 
     // All warps of the warpgroup come here when they have told.
-    __device__ __forceinline__ void arrive() const {
+    __device__ __forceinline__ void arrive(int part) const {
         fence_for_wgmma();
-        named_barrier_arrive(4 + group_, kThreads);
+        named_barrier_arrive(4 + 2 * part + group_, kThreads);
     }
 
     // Waits until the other one has told its weights; softmax and arithmetic of a warp with rows follow its maxima.
     template <typename Softmax, typename Math>
     __device__ __forceinline__ void hear(bool has_rows, Softmax& softmax, Math& math) const {
-        named_barrier(4 + (group_ ^ 1), kThreads);
+        wait_for_other(0);
         if (has_rows && state_.exceeds[row_warp_]) {
             softmax.follow(math, [&](int t, int half) { return state_.top[row(t, half)]; });
         }
     }
+
+    __device__ __forceinline__ void wait_for_other(int part) const { named_barrier(4 + 2 * part + (group_ ^ 1), kThreads); }
 
     // A row's sum over the keys of both.
     __device__ __forceinline__ float total(int t, int half, float sum) const {

@@ -30,10 +30,11 @@ public:
     __device__ __forceinline__ void start_scores(u32 slot, bool are_first, Scores& s) const {
         fence_for_wgmma();
         wgmma_fence();
+        const u64 query = wgmma_descriptor(query_), keys = wgmma_descriptor(slot);
         for_each<kCount / 16>([&](int i) {
             const int step = kFirst / 16 + i;
-            Wgmma<T, kKeyTiles>::scores(s[0], wgmma_descriptor(query_ + step / 4 * (64 * 128) + step % 4 * 32),
-                                        wgmma_descriptor(slot + step / 4 * kLineBytes + step % 4 * 32), !are_first || i > 0);
+            Wgmma<T, kKeyTiles>::scores(s[0], advanced(query, step / 4 * (64 * 128) + step % 4 * 32),
+                                        advanced(keys, step / 4 * kLineBytes + step % 4 * 32), !are_first || i > 0);
         });
         wgmma_commit();
     }
@@ -43,16 +44,23 @@ public:
         pin(s[0]);
     }
 
-    // O += P V of the tile in the slot, P of this warpgroup.
-    __device__ __forceinline__ void accumulate(u32 slot, const Weights& weights) {
-        add(slot, [&](int k, u64 values) { Wgmma<T, kColumnTiles>::add(output_[0], weights[0][k], values); });
+    // Starts O += P V of kCount steps of 16 keys of the tile in the slot, from kFirst on; P of this warpgroup.
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void start_values(u32 slot, const Weights& weights) {
+        add<kFirst, kCount>(slot, [&](int k, u64 values) { Wgmma<T, kColumnTiles>::add(output_[0], weights[0][k], values); });
     }
 
     // The same, P in shared memory: 64 rows of a line.
-    __device__ __forceinline__ void accumulate(u32 slot, u32 weights) {
-        add(slot, [&](int k, u64 values) {
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void start_values(u32 slot, u32 weights) {
+        add<kFirst, kCount>(slot, [&](int k, u64 values) {
             Wgmma<T, kColumnTiles>::add(output_[0], wgmma_descriptor(weights + k * 32), values);
         });
+    }
+
+    __device__ __forceinline__ void wait_for_values() {
+        wgmma_wait<0>();
+        pin(output_[0]);
     }
 
     __device__ __forceinline__ void rescale(const float (&alpha)[kRowTiles][2]) {
@@ -64,15 +72,12 @@ public:
 
 private:
     // For each step of 16 keys: product(step, descriptor of their values).
-    template <typename Product>
+    template <int kFirst, int kCount, typename Product>
     __device__ __forceinline__ void add(u32 slot, Product product) {
-        fence_for_wgmma();
         wgmma_fence();
-        for_each<kTileKeys / 16>(
-            [&](int k) { product(k, wgmma_descriptor(slot + columns_ + k * 2048, kLineBytes)); });
+        const u64 values = wgmma_descriptor(slot + columns_, kLineBytes);
+        for_each<kCount>([&](int i) { product(kFirst + i, advanced(values, (kFirst + i) * 2048)); });
         wgmma_commit();
-        wgmma_wait<0>();
-        pin(output_[0]);
     }
 
     u32 query_, columns_;

@@ -34,10 +34,11 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
     });
 }
 
-// Rounds weights to elements: two C fragments side by side are an A fragment.
-template <typename T = Element>
+// Rounds weights to elements, of kCount tiles of 8 keys from kFirst on: two C fragments side by side are an A fragment.
+template <int kFirst = 0, int kCount = kKeyTiles, typename T = Element>
 __device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
-    for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
+    for_each<kRowTiles, kCount>([&](int t, int i) {
+        const int n = kFirst + i;
         weights[t][n / 2][n % 2 * 2] = T::pack(s[t][n][0], s[t][n][1]);
         weights[t][n / 2][n % 2 * 2 + 1] = T::pack(s[t][n][2], s[t][n][3]);
     });
@@ -59,6 +60,13 @@ public:
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
     template <typename Math, typename Partners>
     __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners) {
+        move_maxima(s, math, partners);
+        weigh<0, kKeyTiles>(s);
+    }
+
+    // The same in two steps: what all scores have to be known for ..
+    template <typename Math, typename Partners>
+    __device__ __forceinline__ void move_maxima(Scores& s, Math& math, Partners& partners) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
         for_each<kRowTiles, 2>([&](int t, int half) {
@@ -74,9 +82,15 @@ public:
                 });
             }
         }
-        for_each<kRowTiles, kKeyTiles, 4>([&](int t, int n, int i) {
-            s[t][n][i] = exp2_approx(fmaf(s[t][n][i], scale_, -offset_[t][i / 2]));
-            sum_[t][i / 2] += s[t][n][i];
+    }
+
+    // .. and the weights of kCount tiles of 8 keys from kFirst on.
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void weigh(Scores& s) {
+        for_each<kRowTiles, kCount, 4>([&](int t, int n, int i) {
+            float& score = s[t][kFirst + n][i];
+            score = exp2_approx(fmaf(score, scale_, -offset_[t][i / 2]));
+            sum_[t][i / 2] += score;
         });
     }
 

@@ -16,8 +16,9 @@ struct TogetherState {
 };
 
 class Together {
-    // An item's counter counts three things: arrivals, departures and units that have been handed out.
-    static constexpr u32 kArrival = 1, kDeparture = 1 << 10, kUnit = 1 << 20, kPartsMask = kDeparture - 1;
+    // An item's counter counts three things: blocks that have arrived, those that have left before all had, and units that have
+    // been asked for. Every block asks until there is none, unless it has left: so the last of all is known.
+    static constexpr u32 kArrival = 1, kLeft = 1 << 10, kUnit = 1 << 20, kPartsMask = kLeft - 1;
     static constexpr int kPatience = 200;  // times that a block looks whether all have arrived, each some half a microsecond
     static constexpr int kAtOnce = 32;     // float4s of a lane whose loads are in flight together
     static constexpr int kFewest = 4;      // of them of one cell
@@ -51,7 +52,9 @@ public:
             u32 arrived = (atomic_add_acq_rel(counter, kArrival) & kPartsMask) + 1;
 #pragma unroll 1
             for (int i = 0; may_wait && i < kPatience && arrived < parts_; ++i) arrived = load_acquire(counter) & kPartsMask;
-            state_.unit[0] = arrived == parts_ ? take_unit(counter) : units;
+            state_.unit[0] = units;
+            if (arrived == parts_) state_.unit[0] = take_unit(counter, units);
+            else atomic_add_relaxed(counter, kLeft);
         }
         worker_barrier();
 #pragma unroll 1
@@ -59,19 +62,21 @@ public:
             const u32 unit = state_.unit[turn];
             if (unit >= units) break;
             u32 next;
-            if (threadIdx.x == 0) next = take_unit(counter);
+            if (threadIdx.x == 0) next = take_unit(counter, units);
             merge_unit(unit);
             if (threadIdx.x == 0) state_.unit[turn ^ 1] = next;
             worker_barrier();
         }
-        if (threadIdx.x == 0) {
-            const u32 before = atomic_add_acq_rel(counter, kDeparture);
-            if ((before / kDeparture & kPartsMask) + 1 == parts_) *counter = 0;  // nobody comes back
-        }
     }
 
 private:
-    static __device__ __forceinline__ u32 take_unit(u32* counter) { return atomic_add_acq_rel(counter, kUnit) / kUnit; }
+    // Asks for a unit; there is none from `units` on. Whoever asks as the last of all leaves the counter as it was found.
+    __device__ __forceinline__ u32 take_unit(u32* counter, u32 units) const {
+        const u32 before = atomic_add_relaxed(counter, kUnit), unit = before / kUnit;
+        const bool is_last = unit >= units && unit - units + 1 + (before / kLeft & kPartsMask) == parts_;
+        if (is_last) atomic_add_relaxed(counter, 0u - (before + kUnit));  // back to zero
+        return unit;
+    }
 
     __device__ __forceinline__ void merge_unit(u32 unit) {
         const int first_part = warp_ % cell_warps_ * warp_parts_, count = min(warp_parts_, parts_ - first_part);

@@ -82,7 +82,7 @@ def _nvrtc() -> Any:
 
 
 def _options(variant: Variant, arch: int) -> tuple[str, ...]:
-    return (*variant.options, f"-arch=sm_{arch}", *_OPTIONS)
+    return (*variant.options, f"-arch=sm_{arch}{variant.arch_suffix}", *_OPTIONS)
 
 
 def _path(variant: Variant, arch: int) -> Path:

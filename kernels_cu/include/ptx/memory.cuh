@@ -9,10 +9,16 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 last) {
     return old;
 }
 
-// Adds to a counter, in the same order; and reads one, in order with what this thread reads after.
+// Adds to a counter, in the same order; in no order; and reads one, in order with what this thread reads after.
 __device__ __forceinline__ u32 atomic_add_acq_rel(u32* counter, u32 value) {
     u32 old;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+    return old;
+}
+
+__device__ __forceinline__ u32 atomic_add_relaxed(u32* counter, u32 value) {
+    u32 old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
     return old;
 }
 

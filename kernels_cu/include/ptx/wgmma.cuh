@@ -44,6 +44,11 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading = 16) {
     return u64(address >> 4) | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
+// The same matrix, `bytes` further on.
+__device__ __forceinline__ u64 advanced(u64 descriptor, u32 bytes) {
+    return descriptor & 0xffffffff00000000ull | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
+
 #define C4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define C32(c, i) \
     C4(c, i), C4(c, i + 1), C4(c, i + 2), C4(c, i + 3), C4(c, i + 4), C4(c, i + 5), C4(c, i + 6), C4(c, i + 7)
