@@ -13,7 +13,7 @@ import pytest
 from bench import cubins, sass
 
 from cuflash.device import Device
-from cuflash.kernels import decode
+from cuflash.kernels import decode, mla_wgmma
 from cuflash.kernels.append import append_variant
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, source
@@ -119,3 +119,17 @@ def test_an_error_names_variant_and_architecture() -> None:
     broken = Variant("merge", (("ELEMENT", "Float17"), ("ELEMENT_BYTES", 2), ("WARPS", 4)))
     with pytest.raises(cubins.CompileError, match=r"(?s)merge.*Float17.*sm_90.*error"):
         cubins.cubin(broken, 90)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_products_of_latent_attention_run_side_by_side(features: dict, dtype: str) -> None:
+    """Serialised products wait one by one: then every one has a DEPBAR of its own."""
+    device, problem = Device(132, 90), make_problem(4, 1, 64, 1, 576, headdim_v=512, qkv_dtype=dtype, **features)
+    partition = mla_wgmma.partition(problem, device, None)
+    assert partition is not None
+    code = check(mla_wgmma.variant(problem, partition), 90)
+    text = [instruction.text for instruction in sass.disassemble(code.code).instructions]
+    assert sum("HGMMA" in line for line in text) == 36 + 2 * 4
+    assert sum("WARPGROUP.DEPBAR" in line for line in text) == 3
+    assert code.local_bytes <= 128  # in what follows the main loop

@@ -15,7 +15,9 @@ from test_attention import APPENDS, CACHES, MASKS, SPLITS
 
 import cuflash
 from cuflash import kernels, simulator
+from cuflash.backends.sim import SimulatedMachine
 from cuflash.device import Device
+from cuflash.kernels import mla, mla_wgmma
 from cuflash.problem import Problem, make_problem
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
@@ -24,8 +26,16 @@ COPIES = ("random", "early", "late")
 
 
 @pytest.fixture
-def sim(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """A small simulated GPU."""
+def arch() -> str:
+    """The architecture: "90a" is the family of sm_90a."""
+    return "90"
+
+
+@pytest.fixture
+def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A small simulated GPU, on which all problems run in a family of latent attention."""
+    monkeypatch.setattr(kernels, "FAMILIES", (mla_wgmma if arch == "90a" else mla,))
+    monkeypatch.setenv("CUFLASH_ARCH", arch.rstrip("a"))
     monkeypatch.setenv("CUFLASH_BACKEND", "sim")
     monkeypatch.setenv("CUFLASH_NUM_SM", "4")
     return Backend("sim", lambda array: array, np.asarray)
@@ -36,7 +46,15 @@ def launched(number: int = 0) -> Iterator[Any]:
     """Record launches, and see that the kernel was among them."""
     with simulator.record(seed=number, cp_async=COPIES[number % 3]) as launches:
         yield launches
-    assert any(launch.kernel == "mla" for launch in launches)
+    attention(launches)
+
+
+def attention(launches: list[Any]) -> Any:
+    """Return the launch that attends."""
+    return next(launch for launch in launches if launch.kernel in ("mla", "mla_wgmma"))
+
+
+BOTH = pytest.mark.parametrize("arch", ["90", "90a"])  # by mma.sync, by wgmma
 
 
 # ------------------------------------------------------------------------------------------------------- all features
@@ -44,7 +62,7 @@ FEATURES: dict[str, list[Any]] = {
     "heads": [(1, 1), (8, 1), (12, 1), (16, 1), (32, 1), (64, 1), (96, 1), (128, 1), (10, 2)],
     "seqlens_q": [1, 2, 4, (0, 1, 3), (5, 0, 2)],
     "latent": [("joint", (576, 512)), ("qv", (64, 512)), ("qv row", (64, 512)), (None, (64, 512)), ("qv", (64, 256)),
-               ("joint", (520, 264)), ("joint", (576, 64)), ("qv row", (40, 328)), (None, (8, 512))],
+               ("joint", (520, 264)), ("joint", (576, 64)), ("qv row", (40, 456)), (None, (8, 512))],
     "dtype": ["float16", "bfloat16", "float32"],
     "seqlens": [(77, 1, 130), (0, 64, 15), (16, 199, 63)],
     "cache": [*CACHES, "pages of 64"],
@@ -58,22 +76,24 @@ FEATURES: dict[str, list[Any]] = {
     "sinks": [False, True],
     "scale": [None, -0.2, 0.0],
     "rotary": [{}, {"rotary": "interleaved", "rotary_dim": 16}, {"rotary": "half", "rotary_dim": 32}],
-    "arch": [80, 90, 120],
+    "arch": ["80", "90", "120", "90a"],
 }  # fmt: skip
 
 
 def _is_valid(choice: dict[str, Any]) -> bool:
-    mla, (d, dv) = choice["latent"]
-    room = d - dv if mla == "joint" else d
+    kind, (d, dv) = choice["latent"]
+    room = d - dv if kind == "joint" else d
+    if choice["arch"] == "90a" and (room > 64 or dv <= 384 or choice["dtype"] == "float32"):
+        return False
     return not choice["rotary"] or (choice["append"] != "none" and room >= choice["rotary"]["rotary_dim"])
 
 
-def _cases() -> list[tuple[Case, int]]:
+def _cases() -> list[tuple[Case, str]]:
     named = {"mask": MASKS, "append": APPENDS, "splits": SPLITS, "cache": CACHES | {"pages of 64": {"page_size": 64}}}
     cases = []
     for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
-        arch, (mla, headdim) = choice.pop("arch"), choice.pop("latent")
-        options: dict[str, Any] = {"seed": seed, "mla": mla, "headdim": headdim, **choice.pop("rotary")}
+        arch, (kind, headdim) = choice.pop("arch"), choice.pop("latent")
+        options: dict[str, Any] = {"seed": seed, "mla": kind, "headdim": headdim, **choice.pop("rotary")}
         for name, value in choice.items():
             options |= named[name][value] if name in named else {name: value}
         cases.append((Case(**options), arch))
@@ -88,15 +108,15 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("case", "arch"), PAIRS)
-def test_pairs(case: Case, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs(case: Case, sim: Backend) -> None:
     """Every two features together at least once."""
-    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
     with launched(case.seed):
         check(case, make_inputs(case), sim)
 
 
 @pytest.mark.parametrize("heads", [16, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (32, 64))])
 @pytest.mark.parametrize("page_size", [16, pytest.param(None, marks=pytest.mark.slow)])
+@BOTH
 def test_every_length(page_size: int | None, heads: int, sim: Backend) -> None:
     """Lengths 0 to 66 and around 128: every residue modulo a tile, together in one batch."""
     case = Case(
@@ -108,12 +128,12 @@ def test_every_length(page_size: int | None, heads: int, sim: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_both_spellings_are_one(dtype: str, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("arch", "dtype"),
+    [("90", "bfloat16"), ("90a", "bfloat16")] + [pytest.param(arch, dtype, marks=pytest.mark.slow)
+     for arch in ("80", "90", "120") for dtype in ("bfloat16", "float32") if (arch, dtype) != ("90", "bfloat16")],
+)  # fmt: skip
+def test_both_spellings_are_one(dtype: str, sim: Backend) -> None:
     """The same memory gives the same bits, named by one row or by its two parts."""
-    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
     for heads in (12, 40):
         case = Case(
             dtype=dtype, heads=(heads, 1), headdim=(576, 512), mla="joint", page_size=16, seqlens_q=2, causal=True,
@@ -133,6 +153,7 @@ def test_both_spellings_are_one(dtype: str, arch: int, sim: Backend, monkeypatch
 
 @pytest.mark.parametrize("heads", [16, pytest.param(48, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("split_size", [None, 128])
+@BOTH
 def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, monkeypatch: Any) -> None:
     """A tree of several levels, or a fold of splits: right, and the same bits in whichever order blocks arrive."""
     monkeypatch.setenv("CUFLASH_NUM_SM", "12")
@@ -145,12 +166,60 @@ def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, 
     for seed in range(3):
         with launched(seed) as launches:
             results.append(run(case, inputs, sim)[:2])
-        assert next(launch for launch in launches if launch.kernel == "mla").counters.atomics > 4  # blocks that met
+        assert attention(launches).counters.atomics > 4  # blocks that met
     check(case, inputs, sim)
     for out, lse in results[1:]:
         assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("num_sm", "heads", "length"),
+    [(40, 16, 2560), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 64, 4480), (132, 128, 8448)))],
+)
+@pytest.mark.parametrize("arch", ["90a"])
+def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim: Backend, monkeypatch: Any) -> None:
+    """Warps share the parts of a row; whoever merges what, the bits are the same, and counters are left at zero."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
+    counters, scratch = [], SimulatedMachine.scratch
+
+    def watched(self: Any, name: str, memory: Any) -> Any:
+        array = scratch(self, name, memory)
+        if name == "counters":
+            counters.append(array)
+        return array
+
+    monkeypatch.setattr(SimulatedMachine, "scratch", watched)
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(length,), page_size=64, sinks=True
+    )
+    inputs = make_inputs(case)
+    bits = set()
+    for seed in range(2):
+        with launched(seed) as launches:
+            check(case, inputs, sim)
+            bits.add(b"".join(array.tobytes() for array in run(case, inputs, sim)[:2]))
+        assert attention(launches).grid == (num_sm, 1, 1)
+    assert len(bits) == 1 and counters and not any(array.any() for array in counters)
+
+
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("mask", ["causal+left", "both"])
+def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
+    """Where every block reads several items, two of them read those of the same sequence, each half of its rows."""
+    case = Case(
+        dtype="bfloat16", heads=(40, 1), headdim=(576, 512), mla="joint", seqlens=(300, 17, 700), seqlens_q=(3, 1, 2),
+        page_size=16, **MASKS[mask],
+    )  # fmt: skip
+    with launched() as launches:
+        check(case, make_inputs(case), sim)
+    assert launches[-1].kernel == "mla_wgmma"
+    wide = make_problem(4, 1, 128, 1, 576, headdim_v=512)
+    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3)):
+        partition = kernels.choose(wide, Device(num_sm, 90), 4096)
+        assert (partition.rows, partition.num_blocks) == (rows, blocks)
+
+
+@BOTH
 def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
     """A sequence alone, in a batch, on few blocks and on many."""
     case = Case(
@@ -189,29 +258,29 @@ def test_what_becomes_float32(options: dict[str, Any], sim: Backend) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- counts
-@pytest.mark.parametrize("mla", ["joint", pytest.param("qv row", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["joint", pytest.param("qv row", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("heads", "arch"),
-    [(16, 90), (64, 90)] + [pytest.param(heads, arch, marks=pytest.mark.slow)
-     for heads in (16, 32, 64) for arch in (80, 90, 120) if heads == 32 or arch == 80 or (arch, heads) == (120, 16)],
+    [(16, "90"), (64, "90"), (64, "90a")] + [pytest.param(heads, arch, marks=pytest.mark.slow)
+     for heads in (16, 32, 64) for arch in ("80", "90", "120", "90a")
+     if heads == 32 or arch == "80" or (heads, arch) in ((16, "120"), (16, "90a"))],
 )  # fmt: skip
-def test_counts(mla: str, heads: int, arch: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts(kind: str, heads: int, sim: Backend) -> None:
     """A latent row is asked for once, in whole sectors, and no two lanes meet in a bank."""
-    monkeypatch.setenv("CUFLASH_ARCH", str(arch))
     lengths = (1800, 1003, 777, 1311)
-    headdim = (576, 512) if mla == "joint" else (64, 512)
+    headdim = (576, 512) if kind == "joint" else (64, 512)
     case = Case(
-        dtype="bfloat16", heads=(heads, 1), headdim=headdim, mla=mla, seqlens=lengths, page_size=64, poison=False
+        dtype="bfloat16", heads=(heads, 1), headdim=headdim, mla=kind, seqlens=lengths, page_size=64, poison=False
     )
     with simulator.record(simulator.Checks.cheap()) as launches:
         run(case, make_inputs(case), sim)
-    counters = next(launch.counters for launch in launches if launch.kernel == "mla")
+    counters = attention(launches).counters
     caches = [counters.arrays[name] for name in ("k_cache", "v_cache") if name in counters.arrays]
     assert sum(cache.read_bytes for cache in caches) <= 1.02 * sum(lengths) * 576 * 2
     assert sum(cache.read_sectors for cache in caches) == sum(cache.read_ideal for cache in caches)
     ideal, real = counters.wavefronts("cp.async", "ldmatrix", "ld.shared", "st.shared")
     assert real <= 1.02 * ideal
-    ideal, real = counters.wavefronts("cp.async", "ldmatrix")
+    ideal, real = counters.wavefronts("cp.async", "ldmatrix", "wgmma")
     assert real == ideal
 
 
@@ -226,11 +295,13 @@ def test_what_is_latent(arch: int) -> None:
     """Head dims alone decide: a plan does not know what its calls bring."""
     for dtype in ("float16", "bfloat16", "float32"):
         for d, dv in ((576, 512), (520, 8), (64, 256), (64, 512), (8, 264)):
-            assert _family(d, dv, arch, qkv_dtype=dtype) == "mla"
+            by_wgmma = arch == 90 and dv == 512 and dtype != "float32"
+            assert _family(d, dv, arch, qkv_dtype=dtype) == ("mla_wgmma" if by_wgmma else "mla")
     for d, dv in ((72, 256), (64, 248), (320, 256), (96, 64), (512, 512)):
         assert _family(d, dv, arch) != "mla"
 
 
+@BOTH
 def test_one_plan_for_calls_with_and_without_qv(sim: Backend) -> None:
     """The plan is not told."""
     case = Case(dtype="bfloat16", heads=(16, 1), headdim=(64, 512), mla="qv", plan="given", causal=True, seqlens_q=2)

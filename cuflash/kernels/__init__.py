@@ -19,7 +19,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from . import decode, extend, extend_wgmma, mla
+from . import decode, extend, extend_wgmma, mla, mla_wgmma
 from .append import append_launch, append_variant
 from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
@@ -27,7 +27,8 @@ from .plan import plan_launch
 from .source import Variant
 from .tiles import resident_blocks
 
-FAMILIES: tuple[ModuleType, ...] = (decode, extend_wgmma, extend, mla)
+FAMILIES: tuple[ModuleType, ...] = (decode, extend_wgmma, extend, mla_wgmma, mla)
+_LATENT = (mla_wgmma.NAME, mla.NAME)
 NO_FAMILY = "none"
 _ROWS_WITHOUT_A_KERNEL = 64
 _OPERATIONS_PER_BYTE = 128  # of tensor cores beside what memory reads: some 120 on sm_90 with mma.sync, 160 on sm_80
@@ -45,8 +46,10 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     if not fitting:
         row_blocks = max(1, -(-problem.rows // _ROWS_WITHOUT_A_KERNEL))
         return Partition(NO_FAMILY, _ROWS_WITHOUT_A_KERNEL, row_blocks, resident_blocks(problem, device, 1))
-    latent = [partition for partition in fitting if partition.family == mla.NAME]  # no other one knows qv
-    return min(latent or fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
+    latent = [partition for partition in fitting if partition.family in _LATENT]  # no other one knows qv
+    if latent:
+        return latent[0]  # where wgmma fits, it was faster with any number of rows
+    return min(fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
 
 
 def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:

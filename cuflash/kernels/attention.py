@@ -129,7 +129,7 @@ def attention_launch(
         max_splits = _max_splits(longest, problem.split_size, slot_bytes * max(1, cut_items))
         slots += cut_items * max_splits
     scratch = {
-        "partials": Scratch((slots * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
+        "partials": Scratch((slots * tiles.row_parts * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
         "counters": Scratch((4 * metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
     }
     if tiles.cluster > 1:  # merges in its shared memory
@@ -185,7 +185,7 @@ def attention_launch(
         pointers["v_descale"] = "k_descale"
     if not scratch:
         pointers |= {"partials": ABSENT, "counters": ABSENT}
-    grid, threads = metadata.num_blocks, 32 * tiles.warps
+    grid, threads = metadata.num_blocks * tiles.row_parts, 32 * tiles.warps
     return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
 
 

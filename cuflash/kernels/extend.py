@@ -53,6 +53,7 @@ class Tiles:
         block_state_bytes: Of that, for what a block's threads have in common beside tiles and queries.
         loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
         code_stages: Half-stages of the ring of codes; 0 without one.
+        row_parts: Blocks that read the same share of the plan, each with so many of its rows.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -69,6 +70,7 @@ class Tiles:
     block_state_bytes: int
     loader_warps: int = 0
     code_stages: int = 0
+    row_parts: int = 1
     cluster: int = 1
 
     @property

@@ -17,7 +17,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import MAX_HEADDIM, Problem
-from .attention import attention_defines, attention_launch, key_scales_of, other_forms, resident_partition
+from .attention import Defines, attention_defines, attention_launch, key_scales_of, other_forms, resident_partition
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
@@ -55,7 +55,7 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 @lru_cache(maxsize=1024)
 def tiling(problem: Problem, device: Device) -> Tiles | None:
     """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
-    if not (problem.takes_qv or _is_joint(problem)):
+    if not is_latent(problem):
         return None
     code_bytes = numpy_dtype(problem.kv_dtype).itemsize
     itemsize = 4 if problem.is_quantised else code_bytes  # of tiles and queries as they are multiplied
@@ -67,7 +67,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
             continue
         line = 128 // code_bytes  # elements
         dv = _round_up(problem.headdim_v, 64 * column_warps)
-        d = _round_up(_headdim_beside(problem), line)
+        d = _round_up(headdim_beside(problem), line)
         row_bytes = (d + dv) * itemsize
         warps = row_warps * column_warps
         state = (
@@ -91,6 +91,11 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     return best
 
 
+def is_latent(problem: Problem) -> bool:
+    """Whether the values are scored as well, or may be."""
+    return problem.takes_qv or _is_joint(problem)
+
+
 def _is_joint(problem: Problem) -> bool:
     """Whether the kernel takes values for the first columns of keys: of keys that no other kernel has."""
     has_other = problem.headdim <= 256 or (
@@ -99,7 +104,7 @@ def _is_joint(problem: Problem) -> bool:
     return problem.headdim > problem.headdim_v and not has_other
 
 
-def _headdim_beside(problem: Problem) -> int:
+def headdim_beside(problem: Problem) -> int:
     """Return the elements of a key that are no value's."""
     return problem.headdim - problem.headdim_v if _is_joint(problem) else problem.headdim
 
@@ -117,13 +122,18 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 def _variant(
     problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
 ) -> Variant:
+    return Variant(NAME, defines(problem, tiles, has_tree, key_scales, rotates))
+
+
+def defines(problem: Problem, tiles: Tiles, has_tree: bool, key_scales: int = 0, rotates: bool = False) -> Defines:
+    """Return the macros of a kernel of latent attention; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
-        ("HEAD_DIM", _headdim_beside(problem)),
+        ("HEAD_DIM", headdim_beside(problem)),
         ("PADDED_HEAD_DIM", tiles.headdim + tiles.headdim_v),
-        ("WARPS", tiles.warps),
+        ("WARPS", tiles.math_warps),
         ("COLUMN_WARPS", tiles.column_warps),
     )
-    return Variant(NAME, attention_defines(problem, tiles, has_tree, own, key_scales, rotates))
+    return attention_defines(problem, tiles, has_tree, own, key_scales, rotates)
 
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
@@ -135,10 +145,17 @@ def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    cache, joint = operands.cache, _is_joint(problem)
-    if joint and not cache.joint:
-        dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
-        raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
     tiles, has_tree, rotates = metadata.partition.tiles, operands.tree_mask is not None, operands.rotary is not None
     kernel = _variant(problem, tiles, has_tree, key_scales_of(operands), rotates)
+    return latent_launch(kernel, problem, operands, metadata, arrays)
+
+
+def latent_launch(
+    kernel: Variant, problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch of a kernel of latent attention, and the scratch that it needs."""
+    joint = _is_joint(problem)
+    if joint and not operands.cache.joint:
+        dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
+        raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
     return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True)

@@ -36,6 +36,7 @@ class Tiling:
         block_state_bytes: Shared memory for what a block's threads have in common, struct BlockState in decode.cu.
         cluster: Blocks of a thread-block cluster, which share one item and merge it through their shared memory; 1: no
             clusters, blocks share all keys and merge through global memory.
+        row_parts: 1: a block has all rows of the row blocks that it reads.
     """
 
     headdim: int
@@ -50,6 +51,7 @@ class Tiling:
     query_buffers: int
     block_state_bytes: int
     cluster: int = 1
+    row_parts: int = 1
 
     def max_blocks(self, problem: Problem, device: Device) -> int:
         """Blocks of the largest grid of a plan: those that the device holds at once."""

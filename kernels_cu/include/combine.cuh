@@ -109,8 +109,13 @@ __device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int be
     }
 }
 
+// The counters of an item that begins in this share, for blocks with the same rows.
+__device__ __forceinline__ unsigned int* counters_of(const DecodeParams& p, int share) {
+    return p.counters + 4 * (share * kRowParts + row_part());
+}
+
 __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
-    return reinterpret_cast<float4*>(p.partials) + static_cast<long long>(slot) * (kRows * kVectors);
+    return reinterpret_cast<float4*>(p.partials) + (static_cast<long long>(slot) * kRowParts + row_part()) * (kRows * kVectors);
 }
 
 // The slots of the splits with which blocks go on; before them every block has two. At most one cut item begins in a block, so
@@ -120,8 +125,8 @@ __device__ __forceinline__ int split_slots(const DecodeParams& p, int item, int 
 }
 
 __device__ __forceinline__ float2* partial_states(const DecodeParams& p, int slot) {
-    float* states = p.partials + static_cast<long long>(p.num_slots) * kRows * kHeadDimV;
-    return reinterpret_cast<float2*>(states) + static_cast<long long>(slot) * kRows;
+    float* states = p.partials + static_cast<long long>(p.num_slots) * kRowParts * kRows * kHeadDimV;
+    return reinterpret_cast<float2*>(states) + (static_cast<long long>(slot) * kRowParts + row_part()) * kRows;
 }
 
 // Where the parts of an item lie: part 0 in slot `first`, part i in slot `next + i * kStride`.

@@ -22,6 +22,11 @@ constexpr int kHeadDimV = HEAD_DIM_V;            // of values
 constexpr int kPaddedHeadDim = PADDED_HEAD_DIM;  // as a row lies in shared memory
 constexpr int kPaddedHeadDimV = PADDED_HEAD_DIM_V;
 constexpr int kRows = ROWS;                      // packed query rows of a row block
+#ifdef ROW_PARTS
+constexpr int kRowParts = ROW_PARTS;             // blocks that read the same share: of the rows of its row blocks each has kRows
+#else
+constexpr int kRowParts = 1;
+#endif
 constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * 32;
 constexpr int kCluster = CLUSTER;                // blocks that share an item and their shared memory, or 1

@@ -2,6 +2,7 @@
 // the tiles have them.
 #pragma once
 #include "queries.cuh"
+#include "rows_tiles.cuh"
 
 // Starts the copy of an item's queries; what does not exist is zero. The copies belong to the group that is committed next.
 __device__ __forceinline__ void load_latent_queries(const DecodeParams& p, const Segment& s, u32 query) {

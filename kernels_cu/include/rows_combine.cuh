@@ -111,7 +111,7 @@ struct MergeState {
 // Whether a segment's item has other parts, and a thread says so when it begins.
 __device__ __forceinline__ void start_part(const DecodeParams& p, const Share& share, const Segment& segment) {
     if (kHasSplitSize || (segment.starts && segment.ends)) return;
-    atomic_add(p.counters + kItemWords * cut_item(share, segment).first_block + kStarted, 1);
+    atomic_add_relaxed(counters_of(p, cut_item(share, segment).first_block) + kStarted, 1);
 }
 
 // Says that this block's part of an item is stored. Returns whether it is among those that merge the item; all parts are then
@@ -121,7 +121,7 @@ __device__ __forceinline__ bool joins_merge(const DecodeParams& p, const Cut& cu
     worker_barrier();
     if (threadIdx.x == 0) {
         const u32 parts = cut.last_block - cut.first_block + 1;
-        u32* const words = p.counters + kItemWords * cut.first_block;
+        u32* const words = counters_of(p, cut.first_block);
         const bool waits = may_wait && load_relaxed(words + kStarted) == parts;
         const u32 before = atomic_add_acq_rel(words + kArrived, waits ? 0x10001 : 1);
         merge = {0, before >> 16};
@@ -158,7 +158,7 @@ __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment&
 // Writes the answer of an item that this block has read whole; results to be merged in pass through its slot.
 __device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results) {
     if (!p.merge.merge_lse) return results.answer();
-    const int slot = 2 * blockIdx.x + 1;
+    const int slot = 2 * share_number() + 1;
     results.store(slot);
     worker_barrier();
     merge_parts<4>(p, segment, {slot, slot, 1}, 0, segment.valid_rows);
@@ -171,7 +171,7 @@ __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& shar
     const Cut cut = cut_item(share, segment);
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
     // first one, slot 2 b.
-    results.store(2 * blockIdx.x + segment.starts);
+    results.store(2 * share_number() + segment.starts);
     const bool has_more = segment.ends && !(share.end.item == segment.item + 1 && share.end.key == 0);
     if (!joins_merge(p, cut, !has_more, merge)) return;
     merge_rows(p, segment, {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1}, merge);
@@ -185,7 +185,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     const Cut cut = cut_item(share, segment);
     const int slots = split_slots(p, segment.item, cut.first_block);
     if (segment.starts) {
-        const int slot = 2 * blockIdx.x + 1;
+        const int slot = 2 * share_number() + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
         if (segment.last && segment.ends) return finish_whole(p, segment, results);
         results.store(slot);

@@ -14,6 +14,7 @@ class Loader {
     static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
     static constexpr int kKeyChunks = (kHeadDim + 15) / 16 * 2;  // as far as an MMA reads a key, in 16 bytes ..
     static constexpr int kValueChunks = kColumnPairs * kColumnWarps * 2;  // .. and a value
+    static constexpr int kChunkElements = 16 / CacheElement::kBytes;
 
     // Rows as they are copied: codes that become numbers have a place of their own.
     template <bool kLand, int kDim, typename Rows>
@@ -88,12 +89,25 @@ public:
 
     // Starts the copy of the next tile if its rows are values and then the rest of the keys, and looks up the tile after it.
     __device__ __forceinline__ void load_rows(u32 slot) {
-        constexpr int kChunkElements = 16 / CacheElement::kBytes;
-        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, value_units = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
+        load_columns<0, kPaddedHeadDimV>(slot);
+        load_rest(slot);
+    }
+
+    // The same in parts: kCount value columns from kFirst on ..
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void load_columns(u32 slot) {
+        constexpr int kThere = kFirst + kCount < kHeadDimV ? kCount : kHeadDimV - kFirst;
         rows_ = rows_of_part();
-        copy_part<kHeadDimV, kPaddedHeadDimV / kChunkElements, KeyRows>(values_from_, value_units, keys_to_ + slot);
+        copy_part<kThere, kCount / kChunkElements, KeyRows>(values_from_ + kFirst * CacheElement::kBytes,
+                                                            place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head,
+                                                            keys_to_ + slot + column_offset<kFirst>());
+    }
+
+    // .. and the rest of the keys, which comes last.
+    __device__ __forceinline__ void load_rest(u32 slot) {
         copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
-            keys_from_ + p_.key_column * CacheElement::kBytes, units, keys_to_ + slot + kValueBytes);
+            keys_from_ + p_.key_column * CacheElement::kBytes, place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head,
+            keys_to_ + slot + column_offset<kPaddedHeadDimV>());
         if (rows_ == kNoTile) return;
         key_ += kTileKeys;
         find_tile();
@@ -139,6 +153,12 @@ public:
     }
 
 private:
+    // Where a column that begins a line lies in a row of a slot.
+    template <int kColumn>
+    static constexpr u32 column_offset() {
+        return kColumn / (KeyRows::kLanes * kChunkElements) * KeyRows::kLaneStride;
+    }
+
     // Rows of this warp's part of the next tile that there are.
     __device__ __forceinline__ int rows_of_part() const {
         return has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;

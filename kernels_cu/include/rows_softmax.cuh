@@ -35,10 +35,11 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
     });
 }
 
-// Rounds weights to elements: two C fragments side by side are an A fragment.
-template <typename T = TileElement>
+// Rounds weights to elements, of kCount tiles of 8 keys from kFirst on: two C fragments side by side are an A fragment.
+template <int kFirst = 0, int kCount = kKeyTiles, typename T = TileElement>
 __device__ __forceinline__ void pack_weights(const Scores& s, Weights& weights) {
-    for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
+    for_each<kRowTiles, kCount>([&](int t, int i) {
+        const int n = kFirst + i;
         weights[t][n / 2][n % 2 * 2] = T::pack(s[t][n][0], s[t][n][1]);
         weights[t][n / 2][n % 2 * 2 + 1] = T::pack(s[t][n][2], s[t][n][3]);
     });
@@ -58,23 +59,21 @@ public:
     }
 
     // Turns scores into weights; calls math.rescale(alpha) first if a maximum moves.
-    template <typename Math>
+    template <typename Math, typename Partners>
     __device__ __forceinline__ void update(Scores& s, Math& math, Partners& partners, const Scaling& scaling) {
+        move_maxima(s, math, partners, scaling);
+        weigh<0, kKeyTiles>(s);
+    }
+
+    // The same in two steps: what all scores have to be known for ..
+    template <typename Math, typename Partners>
+    __device__ __forceinline__ void move_maxima(Scores& s, Math& math, Partners& partners, const Scaling& scaling) {
         bool exceeds = some_huge_;
         float top[kRowTiles][2];
         lane_maxima(s, scaling, top);
         for_each<kRowTiles, 2>([&](int t, int half) { exceeds |= top[t][half] > maximum_[t][half] + slack_; });
         if (partners.any(exceeds, top)) {
-            float alpha[kRowTiles][2];
-            bool some_huge = false;
-            // Per row: the bits of a row must not depend on the rows beside it.
-            for_each<kRowTiles, 2>([&](int t, int half) {
-                alpha[t][half] = move(t, half, partners.maximum(t, half, top[t][half]));
-                sum_[t][half] *= alpha[t][half];
-                some_huge |= is_huge(t, half);
-            });
-            math.rescale(alpha);
-            some_huge_ = __any_sync(kFullWarp, some_huge);
+            follow(math, [&](int t, int half) { return partners.maximum(t, half, top[t][half]); });
             if (some_huge_) {
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     const float base = is_huge(t, half) ? maximum_[t][half] : 0.0f;
@@ -82,15 +81,36 @@ public:
                 });
             }
         }
-        for_each<kRowTiles, kKeyTiles, 4>([&](int t, int n, int i) {
-            s[t][n][i] = exp2_approx(fmaf(s[t][n][i], scale_, -offset_[t][i / 2]));
-            sum_[t][i / 2] += s[t][n][i];
+    }
+
+    // .. and the weights of kCount tiles of 8 keys from kFirst on.
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void weigh(Scores& s) {
+        for_each<kRowTiles, kCount, 4>([&](int t, int n, int i) {
+            float& score = s[t][kFirst + n][i];
+            score = exp2_approx(fmaf(score, scale_, -offset_[t][i / 2]));
+            sum_[t][i / 2] += score;
         });
+    }
+
+    // Lets the maxima follow the largest scores of a tile, top_of(row tile, half): of one whose weights others compute, too.
+    template <typename Math, typename TopOf>
+    __device__ __forceinline__ void follow(Math& math, TopOf top_of) {
+        float alpha[kRowTiles][2];
+        bool some_huge = false;
+        // Per row: the bits of a row must not depend on the rows beside it.
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            alpha[t][half] = move(t, half, top_of(t, half));
+            sum_[t][half] *= alpha[t][half];
+            some_huge |= is_huge(t, half);
+        });
+        math.rescale(alpha);
+        some_huge_ = __any_sync(kFullWarp, some_huge);
     }
 
     // Ends a segment: writes what is known of the rows, and makes up for the rounding of their offsets. All lanes and partners
     // call it.
-    template <typename Math>
+    template <typename Math, typename Partners>
     __device__ __forceinline__ void finish(Math& math, Partners& partners, RowStates& states) const {
         float factor[kRowTiles][2];
         for_each<kRowTiles, 2>([&](int t, int half) {

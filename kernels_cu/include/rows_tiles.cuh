@@ -9,7 +9,7 @@ constexpr int kStages = STAGES;                     // half-stages of the block'
 constexpr int kColumnWarps = COLUMN_WARPS;          // warps that share their rows and divide the value columns
 constexpr int kRowWarps = kWarps / kColumnWarps;
 constexpr int kWarpRows = kRows / kRowWarps;        // packed query rows of a warp
-constexpr int kWarpKeys = kTileKeys / kColumnWarps;  // keys of a tile that a warp scores
+constexpr int kWarpKeys = USES_WGMMA ? kTileKeys : kTileKeys / kColumnWarps;  // keys of a tile that a warp scores
 constexpr int kRowTiles = kWarpRows / 16;           // MMA row tiles of a warp
 constexpr int kKeyTiles = kWarpKeys / 8;            // MMA column tiles of its scores
 

@@ -36,6 +36,10 @@ __device__ __forceinline__ int split_count(const DecodeParams& p, KeyRange visib
     return visible.end > visible.begin ? (visible.end - 1) / p.split_size - visible.begin / p.split_size + 1 : 0;
 }
 
+// The number of the share that this block reads, and which rows of its row blocks are this block's.
+__device__ __forceinline__ int share_number() { return blockIdx.x / kRowParts; }
+__device__ __forceinline__ int row_part() { return blockIdx.x % kRowParts; }
+
 __device__ __forceinline__ Cut load_cut(const DecodeParams& p, int block) { return plan_cuts(p.plan)[block]; }
 
 __device__ __forceinline__ Mask mask_of(const DecodeParams& p) {
@@ -90,7 +94,7 @@ __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, S
     s.item = item;
     s.sequence = p.by_num_heads_kv.divide(item_of_kv_head);
     s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
-    s.first_row = (item - item_of_kv_head * p.row_blocks) * kRows;
+    s.first_row = ((item - item_of_kv_head * p.row_blocks) * kRowParts + row_part()) * kRows;
     s.lengths = p.lengths.of(s.sequence);
     s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
     s.visible = {0, 0};
@@ -114,7 +118,7 @@ struct ShareWalker {
             describe_item(p, item, s);
             if (s.valid_rows > 0) break;
             // Nothing to write, nor in the row blocks behind this one: on to the next KV head, as all blocks of these items do.
-            item += p.row_blocks - s.first_row / kRows;
+            item += p.row_blocks - s.first_row / (kRowParts * kRows);
             key = 0;
         }
         s.starts = item != share.begin.item || share.begin.key == 0;

@@ -32,3 +32,8 @@ __device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// Arrives at such a barrier and goes on: what this thread has written before is seen by the threads that wait there.
+__device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}

@@ -15,8 +15,10 @@ __device__ __forceinline__ u32 atomic_add_acq_rel(u32* counter, u32 number) {
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(number) : "memory");
     return old;
 }
-__device__ __forceinline__ void atomic_add(u32* counter, u32 number) {
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(number) : "memory");
+__device__ __forceinline__ u32 atomic_add_relaxed(u32* counter, u32 number) {
+    u32 old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(number) : "memory");
+    return old;
 }
 
 // What other blocks write meanwhile: in any order, or after all that the writer of the word has seen and written.

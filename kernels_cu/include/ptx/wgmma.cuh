@@ -44,6 +44,11 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading = 16) {
     return u64(address >> 4) | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
+// The same matrix, `bytes` further on.
+__device__ __forceinline__ u64 advanced(u64 descriptor, u32 bytes) {
+    return descriptor & 0xffffffff00000000ull | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
+
 #define C4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define C32(c, i) \
     C4(c, i), C4(c, i + 1), C4(c, i + 2), C4(c, i + 3), C4(c, i + 4), C4(c, i + 5), C4(c, i + 6), C4(c, i + 7)
@@ -53,9 +58,14 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading = 16) {
 #define REGISTERS_32_63 \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
     "%55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_64_127 \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
+    "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+    "%127"
 
 // S[64 x 8 kTiles] = (adds ? S : 0) + A B^T, 16 columns of A and B, both K-major in shared memory; C[64 x 8 kTiles] += A B, A
-// [64 x 16] in registers, B [16 x 8 kTiles] in shared memory with contiguous rows (MN-major).
+// [64 x 16] in registers, or K-major in shared memory, B [16 x 8 kTiles] in shared memory with contiguous rows (MN-major).
 template <typename T, int kTiles>
 struct Wgmma;
 
@@ -78,6 +88,14 @@ struct Wgmma;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1) \
                          : "memory"); \
         } \
+        static __device__ __forceinline__ void add(float (&c)[tiles][4], u64 a, u64 b) { \
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" z ", 0; " \
+                         "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, %" x ", %" y \
+                         ", p, 1, 1, 0, 1; }" \
+                         : accumulators \
+                         : "l"(a), "l"(b), "r"(1) \
+                         : "memory"); \
+        } \
     };
 
 #define C_32 C32(c, 0)
@@ -86,3 +104,7 @@ DEFINE_WGMMA(Float16, "f16", 8, "64", REGISTERS_0_31, C_32, "32", "33", "34", "3
 DEFINE_WGMMA(BFloat16, "bf16", 8, "64", REGISTERS_0_31, C_32, "32", "33", "34", "35", "36", "37")
 DEFINE_WGMMA(Float16, "f16", 16, "128", REGISTERS_0_31 ", " REGISTERS_32_63, C_64, "64", "65", "66", "67", "68", "69")
 DEFINE_WGMMA(BFloat16, "bf16", 16, "128", REGISTERS_0_31 ", " REGISTERS_32_63, C_64, "64", "65", "66", "67", "68", "69")
+#define C_128 C32(c, 0), C32(c, 8), C32(c, 16), C32(c, 24)
+#define REGISTERS_128 REGISTERS_0_31 ", " REGISTERS_32_63 ", " REGISTERS_64_127
+DEFINE_WGMMA(Float16, "f16", 32, "256", REGISTERS_128, C_128, "128", "129", "130", "131", "132", "133")
+DEFINE_WGMMA(BFloat16, "bf16", 32, "256", REGISTERS_128, C_128, "128", "129", "130", "131", "132", "133")

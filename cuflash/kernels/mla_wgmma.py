@@ -1,0 +1,75 @@
+"""The family of latent attention on sm_90a, ``mla_wgmma.cu``: two warpgroups that multiply, and one that copies.
+
+It has row blocks of 64, which both warpgroups share; each has half of the value columns. Beside them a multiprocessor
+has room for two tiles of 64 keys.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..device import Device
+from ..dtypes import numpy_dtype
+from ..metadata import SchedulerMetadata
+from ..operands import Operands
+from ..partition import Partition
+from ..problem import Problem
+from . import mla
+from .extend import Tiles
+from .launch import Launch, Scratch
+from .source import Variant
+from .tiles import resident_blocks
+
+NAME = "mla_wgmma"
+_ROWS = _TILE_KEYS = 64
+_WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
+_ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
+_STATE_BYTES = 3200  # struct BlockState in mla_wgmma.cu
+_REGISTERS = (("LOADER_REGISTERS", 56), ("MATH_REGISTERS", 224))
+
+
+def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
+    """Return how the family cuts a problem for a device; None if it cannot."""
+    tiles = tiling(problem, device)
+    if tiles is None:
+        return None
+    num_blocks = max(1, resident_blocks(problem, device, 1) // tiles.row_parts)
+    return Partition(NAME, tiles.row_parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
+
+
+@lru_cache(maxsize=1024)
+def tiling(problem: Problem, device: Device) -> Tiles | None:
+    """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
+    d, dv = mla.headdim_beside(problem), problem.headdim_v
+    fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
+    if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
+        return None
+    row_blocks = max(1, -(-problem.rows // _ROWS))
+    # Where blocks read several items each, two side by side read those of the same sequence: what one has read from
+    # memory the other one finds in the L2 cache. With split_size the batch may not matter.
+    items = problem.batch_size * problem.num_heads_kv * row_blocks
+    is_long = items > resident_blocks(problem, device, 1)
+    row_parts = 2 if is_long and row_blocks % 2 == 0 and problem.split_size is None else 1
+    row_blocks //= row_parts
+    shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + _STATE_BYTES
+    sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
+    return Tiles(*sizes, loader_warps=_LOADER_WARPS, row_parts=row_parts)
+
+
+def variant(problem: Problem, partition: Partition) -> Variant:
+    """Return the kernel of a partition: of both spellings, with and without ``qv``."""
+    return _variant(problem, partition.tiles)
+
+
+@lru_cache(maxsize=1024)
+def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
+    own = (("ROW_PARTS", tiles.row_parts), *_REGISTERS)
+    return Variant(NAME, (*mla.defines(problem, tiles, has_tree), *own), arch_suffix="a")
+
+
+def launch(
+    problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+) -> tuple[Launch, dict[str, Scratch]]:
+    """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
+    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    return mla.latent_launch(kernel, problem, operands, metadata, arrays)

@@ -1,0 +1,185 @@
+// Results of an item's blocks, merged by all of them together: where an item lies in many blocks, or its results are large, one
+// block at a time would read for longer than all of them have multiplied.
+//
+// Every block stores its part and arrives. When all have arrived, the item's answer is handed out in units, a few rows or
+// pieces of rows each, to whoever is there: the block that came last, and those whose share ends here and that have waited for
+// it. They do not wait for long, so nobody depends on anybody: if need be, the last one merges all. Who merges what changes no
+// bit of it.
+#pragma once
+#include "rows_combine.cuh"
+
+// What the warps of a block tell each other, in shared memory.
+struct TogetherState {
+    float4 output[kWarps][32];
+    float2 state[kWarps];
+    u32 unit[2];
+};
+
+class Together {
+    // An item's counter counts three things: blocks that have arrived, those that have left before all had, and units that have
+    // been asked for. Every block asks until there is none, unless it has left: so the last of all is known.
+    static constexpr u32 kArrival = 1, kLeft = 1 << 10, kUnit = 1 << 20, kPartsMask = kLeft - 1;
+    static constexpr int kPatience = 200;  // times that a block looks whether all have arrived, each some half a microsecond
+    static constexpr int kAtOnce = 32;     // float4s of a lane whose loads are in flight together
+    static constexpr int kFewest = 4;      // of them of one cell
+    static constexpr int kPieces = (kVectors + 31) / 32;  // of a row; a piece of one row is a cell
+
+public:
+    static constexpr int kMostParts = kWarps * kAtOnce;
+
+    __device__ __forceinline__ Together(const DecodeParams& p, const Segment& segment, Cut cut, TogetherState& state)
+        : p_(p), segment_(segment), state_(state), first_block_(cut.first_block),
+          parts_(cut.last_block - cut.first_block + 1), cells_(segment.valid_rows * kPieces),
+          warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {
+        // A lane loads kAtOnce parts of a cell, or the parts of several cells.
+        cell_warps_ = parts_ <= kAtOnce ? 1 : parts_ <= 2 * kAtOnce ? 2 : parts_ <= 4 * kAtOnce ? 4 : 8;
+        warp_parts_ = (parts_ + cell_warps_ - 1) / cell_warps_;
+        log_width_ = max(2, 32 - __clz(warp_parts_ - 1));
+        const int even = (cells_ + parts_ * kWarps - 1) / (parts_ * kWarps);
+        warp_cells_ = max(1, min(kAtOnce >> log_width_, even));
+        unit_cells_ = kWarps / cell_warps_ * warp_cells_;
+    }
+
+    // Where the result of a part lies: see hand_on.
+    __device__ __forceinline__ int slot_of(int part) const { return 2 * (first_block_ + part) + (part == 0); }
+
+    // All threads come here when the block has stored its part.
+    __device__ __forceinline__ void merge(bool may_wait) {
+        u32* const counter = counters_of(p_, first_block_);
+        const u32 units = (cells_ + unit_cells_ - 1) / unit_cells_;
+        worker_barrier();
+        if (threadIdx.x == 0) {
+            u32 arrived = (atomic_add_acq_rel(counter, kArrival) & kPartsMask) + 1;
+#pragma unroll 1
+            for (int i = 0; may_wait && i < kPatience && arrived < parts_; ++i) arrived = load_acquire(counter) & kPartsMask;
+            state_.unit[0] = units;
+            if (arrived == parts_) state_.unit[0] = take_unit(counter, units);
+            else atomic_add_relaxed(counter, kLeft);
+        }
+        worker_barrier();
+#pragma unroll 1
+        for (int turn = 0;; turn ^= 1) {
+            const u32 unit = state_.unit[turn];
+            if (unit >= units) break;
+            u32 next;
+            if (threadIdx.x == 0) next = take_unit(counter, units);
+            merge_unit(unit);
+            if (threadIdx.x == 0) state_.unit[turn ^ 1] = next;
+            worker_barrier();
+        }
+    }
+
+private:
+    // Asks for a unit; there is none from `units` on. Whoever asks as the last of all leaves the counter as it was found.
+    __device__ __forceinline__ u32 take_unit(u32* counter, u32 units) const {
+        const u32 before = atomic_add_relaxed(counter, kUnit), unit = before / kUnit;
+        const bool is_last = unit >= units && unit - units + 1 + (before / kLeft & kPartsMask) == parts_;
+        if (is_last) atomic_add_relaxed(counter, 0u - (before + kUnit));  // back to zero
+        return unit;
+    }
+
+    __device__ __forceinline__ void merge_unit(u32 unit) {
+        const int first_part = warp_ % cell_warps_ * warp_parts_, count = min(warp_parts_, parts_ - first_part);
+        const int first_cell = unit * unit_cells_ + warp_ / cell_warps_ * warp_cells_;
+        const int width = 1 << log_width_;
+        // Of the `number`-th load: its cell, its part, and whether there is such a part of such a cell.
+        const auto cell_of = [&](int number) { return first_cell + (number >> log_width_); };
+        const auto part_of = [&](int number) { return number & (width - 1); };
+        const auto exists = [&](int number) {
+            return part_of(number) < count && (number >> log_width_) < warp_cells_ && cell_of(number) < cells_;
+        };
+        float4 part[kAtOnce];
+        for_each<kAtOnce>([&](int i) {
+            const int cell = cell_of(i), vector = cell % kPieces * 32 + lane_;
+            const float4* const from = partial_output(p_, slot_of(first_part + part_of(i))) + cell / kPieces * kVectors + vector;
+            part[i] = load_cg_if(exists(i) && vector < kVectors, from);
+        });
+        // Lane i weighs load i; lanes of one cell are neighbours.
+        RowState state = {kLowest, 0.0f};
+        if (exists(lane_)) {
+            const float2 loaded =
+                load_cg(partial_states(p_, slot_of(first_part + part_of(lane_))) + cell_of(lane_) / kPieces);
+            state = {loaded.x, loaded.y};
+        }
+        RowState merged = state;
+#pragma unroll 1
+        for (int lanes = 1; lanes < width; lanes *= 2) {
+            merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
+        }
+        float weight = weight_of(state.maximum, merged.maximum, p_.score_scale);
+        merged.sum *= weight;
+#pragma unroll 1
+        for (int lanes = 1; lanes < width; lanes *= 2) merged.sum += __shfl_xor_sync(kFullWarp, merged.sum, lanes);
+        if (cell_warps_ == 1 && exists(lane_)) {
+            const int cell = cell_of(lane_);
+            weight *= finish(cell, merged, part_of(lane_) == 0);
+        }
+        float4 sum;
+        for_each<kAtOnce>([&](int i) {
+            if (part_of(i) == 0) sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            add_weighted(sum, __shfl_sync(kFullWarp, weight, i), part[i]);
+            if (i % kFewest == kFewest - 1 && part_of(i) == width - 1 && cell_warps_ == 1 && exists(i - (width - 1))) {
+                store(cell_of(i), sum);
+            }
+        });
+        if (cell_warps_ == 1) return;
+        state_.output[warp_][lane_] = sum;
+        if (lane_ == 0) state_.state[warp_] = make_float2(merged.maximum, merged.sum);
+        worker_barrier();
+        if (warp_ % cell_warps_ == 0 && first_cell < cells_) {
+            const auto loaded = [&](int i) { return state_.state[warp_ + i]; };
+            merged.maximum = kLowest, merged.sum = 0.0f;
+            sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+            for (int i = 0; i < cell_warps_; ++i) merged.maximum = fmaxf(merged.maximum, loaded(i).x);
+#pragma unroll 1
+            for (int i = 0; i < cell_warps_; ++i) {
+                const float weight = weight_of(loaded(i).x, merged.maximum, p_.score_scale);
+                merged.sum += weight * loaded(i).y;
+                add_weighted(sum, weight, state_.output[warp_ + i][lane_]);
+            }
+            scale(sum, finish(first_cell, merged, lane_ == 0));
+            store(first_cell, sum);
+        }
+    }
+
+    // The factor of a cell's output; tells the LSE of its row if it is the row's first.
+    __device__ __forceinline__ float finish(int cell, RowState merged, bool may_tell) const {
+        const RowOutput at(p_, segment_, cell / kPieces);
+        float lse;
+        const float factor = finish_row(p_, at, merged, lse);
+        if (may_tell && cell % kPieces == 0 && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
+        return factor;
+    }
+
+    __device__ __forceinline__ void store(int cell, float4 output) const {
+        const int vector = cell % kPieces * 32 + lane_;
+        if (vector >= kVectors) return;
+        store4<OutElement>(p_.out, RowOutput(p_, segment_, cell / kPieces).out + vector * 4, output);
+    }
+
+    const DecodeParams& p_;
+    const Segment& segment_;
+    TogetherState& state_;
+    int first_block_, parts_, cells_;
+    int warp_, lane_;
+    int cell_warps_;  // warps that share a cell, each some of its parts
+    int warp_parts_;  // parts of a cell that a warp loads ..
+    int log_width_;   // .. in so many of its loads, a power of 2
+    int warp_cells_;  // cells that a warp merges at once
+    int unit_cells_;  // cells of a unit
+};
+
+// Hands a segment's results on as hand_on() does, but for cut items, which their blocks merge together.
+__device__ __forceinline__ void hand_on_together(const DecodeParams& p, const Share& share, const Segment& segment,
+                                                 const RowResults& results, MergeState& merge, TogetherState& state) {
+    const Cut cut = cut_item(share, segment);
+    const bool is_whole = segment.starts && segment.ends;
+    if (is_whole || p.merge.merge_lse || cut.last_block - cut.first_block >= Together::kMostParts) {
+        return hand_on(p, share, segment, results, merge);
+    }
+    Together together(p, segment, cut, state);
+    results.store(together.slot_of(share_number() - cut.first_block));
+    const bool is_last_of_share = !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
+    together.merge(is_last_of_share);
+}
