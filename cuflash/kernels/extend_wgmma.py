@@ -24,7 +24,8 @@ from .tiles import RESERVED_SHARED
 NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
-_LEAST_STAGES = 4  # the scores of a tile are waited for while the values of two tiles before it are there
+_LEAST_STAGES = 4  # the keys of a tile are waited for while the values of two tiles before it are there
+_NUMBER_STAGES = 3  # of a quantised cache: two half-stages are read, one is converted
 _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
@@ -52,7 +53,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
     row_blocks, code_stages = max(1, -(-problem.rows // rows)), 0
     if problem.is_quantised:
-        stages = _LEAST_STAGES
+        stages = _NUMBER_STAGES
         fixed += 4 * rows + stages * (slot + scale_bytes(tile_keys))
         code_slot = code_slot_bytes(problem, tile_keys, _LOADER_WARPS)
         code_stages = min(MOST_STAGES, (room - fixed) // code_slot)
@@ -61,8 +62,8 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     else:
         stages = min(MOST_STAGES, (room - fixed) // slot)
         shared = fixed + stages * slot
-    if stages < _LEAST_STAGES:
-        return None
+        if stages < _LEAST_STAGES:
+            return None
     state += _BARRIERS_BYTES * stages
     sizes = d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, state
     return Tiles(*sizes, loader_warps=_LOADER_WARPS, code_stages=code_stages)

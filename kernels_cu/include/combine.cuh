@@ -139,12 +139,12 @@ struct Parts {
 };
 
 // Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and 16 / kRowsAtOnce
-// parts of each at a time, all of their loads in flight.
+// parts of each at a time, all of their loads in flight. `thread` is the thread's number.
 template <int kRowsAtOnce = 1>
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts, int row_begin,
-                                            int row_end) {
+                                            int row_end, int thread) {
     constexpr int kWide = 16 / kRowsAtOnce;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = thread / 32, lane = thread % 32;
     // What lane r * kWide + i has of row r and part i.
     const auto of_lane = [](float value, int r, int i) { return __shfl_sync(kFullWarp, value, r * kWide + i); };
 #pragma unroll 1
@@ -307,5 +307,5 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         __syncthreads();
         if (!is_last) return;
     }
-    merge_parts(p, segment, parts, 0, segment.valid_rows);
+    merge_parts(p, segment, parts, 0, segment.valid_rows, threadIdx.x);
 }

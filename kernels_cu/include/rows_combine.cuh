@@ -148,33 +148,45 @@ __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment&
                                            const MergeState& merge) {
     const int begin = merge.number * segment.valid_rows / merge.mergers;
     const int end = (merge.number + 1) * segment.valid_rows / merge.mergers;
+    const int thread = thread_number();  // asked for here, or what follows from it takes registers in the main loop
     if (parts.count <= 4) {
-        merge_parts<4>(p, segment, parts, begin, end);
+        merge_parts<4>(p, segment, parts, begin, end, thread);
     } else {
-        merge_parts(p, segment, parts, begin, end);
+        merge_parts(p, segment, parts, begin, end, thread);
     }
 }
 
-// Writes the answer of an item that this block has read whole; results to be merged in pass through its slot.
-__device__ __forceinline__ void finish_whole(const DecodeParams& p, const Segment& segment, const RowResults& results) {
-    if (!p.merge.merge_lse) return results.answer();
+// Writes the answer of an item that this block has read whole, or returns true: results over other keys are to be merged in, and
+// the item's only part lies in a slot for that.
+__device__ __forceinline__ bool leaves_whole(const DecodeParams& p, const RowResults& results, Parts& parts, MergeState& merge) {
+    if (!p.merge.merge_lse) {
+        results.answer();
+        return false;
+    }
     const int slot = 2 * share_number() + 1;
+    parts = {slot, slot, 1};
     results.store(slot);
+    if (threadIdx.x == 0) merge = {1, 0};
     worker_barrier();
-    merge_parts<4>(p, segment, {slot, slot, 1}, 0, segment.valid_rows);
+    return true;
 }
 
 // Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, MergeState& merge) {
-    if (segment.starts && segment.ends) return finish_whole(p, segment, results);
-    const Cut cut = cut_item(share, segment);
-    // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
-    // first one, slot 2 b.
-    results.store(2 * share_number() + segment.starts);
-    const bool has_more = segment.ends && !(share.end.item == segment.item + 1 && share.end.key == 0);
-    if (!joins_merge(p, cut, !has_more, merge)) return;
-    merge_rows(p, segment, {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1}, merge);
+    Parts parts;
+    if (segment.starts && segment.ends) {
+        if (!leaves_whole(p, results, parts, merge)) return;
+    } else {
+        const Cut cut = cut_item(share, segment);
+        parts = {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1};
+        // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only
+        // the first one, slot 2 b.
+        results.store(2 * share_number() + segment.starts);
+        const bool has_more = segment.ends && !(share.end.item == segment.item + 1 && share.end.key == 0);
+        if (!joins_merge(p, cut, !has_more, merge)) return;
+    }
+    merge_rows(p, segment, parts, merge);
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they
@@ -187,7 +199,11 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     if (segment.starts) {
         const int slot = 2 * share_number() + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
-        if (segment.last && segment.ends) return finish_whole(p, segment, results);
+        if (segment.last && segment.ends) {
+            Parts parts;
+            if (leaves_whole(p, results, parts, merge)) merge_rows(p, segment, parts, merge);
+            return;
+        }
         results.store(slot);
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
