@@ -45,7 +45,6 @@ struct BlockState {
 constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
 static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 static_assert(!kConvertsTiles || kCodeStages >= 2, "codes come while others become numbers");
-static_assert(!kConvertsTiles || kStages % 2 == 1, "scales outlive the keys in their slot");
 
 // A place in the ring that moves on by half-stages, and the parity of its barriers' phases.
 struct Place {
@@ -213,17 +212,18 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         const int first_row = segment.first_row + warp * kWarpRows;
         Scores scores;
         Weights weights;
-        // What follows the products of a tile that begins at `key`, and may run beside those of the values before it. It leaves the
-        // keys, whose scales stay: the next half-stage in their slot is one of values.
+        // What follows the products of a tile that begins at `key`, and may run beside those of the values before it. The tile's
+        // keys are left, once nobody needs their scales.
         const auto weigh = [&](u32 key) {
             scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
-            leave(keys);
+            if constexpr (!kScalesKeys) leave(keys);
             scaling.scale_scores(scores);
             if constexpr (kHasSoftcap) cap_scores(p, scores);
             const bool needs_mask = reach.needs_mask(key);
             if (needs_mask) mask_scores(p, block.segment, first_row, key, lane, scores);
             softmax.update(scores, math, partners, scaling);
             scaling.scale_weights(scores, needs_mask);
+            if constexpr (kScalesKeys) leave(keys);
         };
         // The slot of the values of a tile that begins at `key`, ready to be read.
         const auto values_of = [&](const Place& place, u32 key) {

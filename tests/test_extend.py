@@ -350,8 +350,7 @@ def test_queries_keep_their_bits(dtype: str, sim: Backend) -> None:
 
 
 @BOTH
-def test_small_weights_add_up(sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUFLASH_NUM_SM", "1")  # few blocks have to tell them from the largest
+def test_small_weights_add_up(sim: Backend) -> None:
     test_quantised.test_small_weights_add_up(sim)
 
 
