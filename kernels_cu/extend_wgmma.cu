@@ -24,10 +24,7 @@
 #include "query_pass.cuh"
 #endif
 using Math = WgmmaMath<TileElement>;
-// Whether a tile's keys may be waited for while the values of two tiles before it are there. Of a quantised cache, shared memory is
-// better used for codes that are on their way.
-constexpr bool kWaitsAhead = kStages >= 4;
-static_assert(kStages >= 3, "the values of a tile are waited for while those of the one before it are read");
+static_assert(kStages >= 4, "keys are waited for while the values of two tiles before them are read");
 
 constexpr int kLoaderThreads = kLoaderWarps * 32;
 constexpr int kBlockThreads = kThreads + kLoaderThreads;
@@ -265,15 +262,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 Place next = values;
                 next.advance(2);
                 values_slot = values_of(next, key);
-                if (kWaitsAhead && has_next()) keys_slot = full(keys);
+                if (has_next()) keys_slot = full(keys);
                 fence_for_wgmma();
                 math.wait_for_values();
                 leave(values);
                 pack_weights(scores, weights);
-                if (!kWaitsAhead && has_next()) {
-                    keys_slot = full(keys);
-                    fence_for_wgmma();
-                }
             }
             math.start_values(values_slot, weights);
             math.wait_for_values();

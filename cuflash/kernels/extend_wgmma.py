@@ -25,7 +25,6 @@ NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
 _LEAST_STAGES = 4  # the keys of a tile are waited for while the values of two tiles before it are there
-_NUMBER_STAGES = 3  # of a quantised cache: two half-stages are read, one is converted
 _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
 # multiprocessor: 65,536 in all. One warpgroup alone needs no more than it is launched with.
@@ -45,7 +44,9 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     if device.arch != 90 or widest > _MOST_HEADDIM or extend.tiling(problem, device) is None:
         return None
     d, dv = (-(-n // 64) * 64 for n in (problem.headdim, problem.headdim_v))
-    rows = 128 if problem.rows > 64 and problem.split_size is None else 64
+    # Two rings do not fit beside 128 queries of 256 elements. With split_size, rows may not follow the longest query.
+    has_room = not problem.is_quantised or widest <= 192
+    rows = 128 if problem.rows > 64 and problem.split_size is None and has_room else 64
     is_wide = max(d, dv) > 128
     tile_keys, row_warps, blocks_per_sm = 64 if is_wide else rows, rows // 16, 2 if rows == 64 and not is_wide else 1
     state = state_bytes(rows, row_warps, 1, tile_keys)
@@ -53,7 +54,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
     row_blocks, code_stages = max(1, -(-problem.rows // rows)), 0
     if problem.is_quantised:
-        stages = _NUMBER_STAGES
+        stages = _LEAST_STAGES
         fixed += 4 * rows + stages * (slot + scale_bytes(tile_keys))
         code_slot = code_slot_bytes(problem, tile_keys, _LOADER_WARPS)
         code_stages = min(MOST_STAGES, (room - fixed) // code_slot)
@@ -62,8 +63,8 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     else:
         stages = min(MOST_STAGES, (room - fixed) // slot)
         shared = fixed + stages * slot
-        if stages < _LEAST_STAGES:
-            return None
+    if stages < _LEAST_STAGES or (problem.is_quantised and code_stages < 2):
+        return None
     state += _BARRIERS_BYTES * stages
     sizes = d, dv, rows, row_blocks, row_warps, 1, tile_keys, stages, blocks_per_sm, shared, state
     return Tiles(*sizes, loader_warps=_LOADER_WARPS, code_stages=code_stages)
