@@ -58,10 +58,7 @@ struct Place {
 __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& block, u32 ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, block.share, warp, lane);
-    Walker walker(block.share);
-    Segment segment;
-    if (!walker.next(p, block.share, segment)) return;
-    loader.start(walker, segment);
+    loader.start();
     Place place = {0};
     const auto load = [&](auto copy) {
         wait_for_phase(block.empty[place.slot], place.parity ^ 1);  // of a slot never filled it is over
@@ -81,10 +78,7 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& bl
 __device__ __forceinline__ void load_share_of_codes(const DecodeParams& p, BlockState& block, u32 ring, u32 code_ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, block.share, warp, lane);
-    Walker walker(block.share);
-    Segment segment;
-    if (!walker.next(p, block.share, segment)) return;
-    loader.start(walker, segment);
+    loader.start();
     u32 tiles = 0;  // that have been asked for and are not yet converted
     const auto load = [&](bool keys, u32 to) {
         if (keys) {

@@ -54,10 +54,7 @@ struct Place {
 __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& block, u32 ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, block.share, warp, lane);
-    Walker walker(block.share);
-    Segment segment;
-    if (!walker.next(p, block.share, segment)) return;
-    loader.start(walker, segment);
+    loader.start();
     for (Place place; loader.has_tile(); place.advance()) {
         const u32 slot = ring + place.slot * kSlotBytes;
         const auto load = [&](int part, auto copy) {

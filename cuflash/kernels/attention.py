@@ -30,6 +30,7 @@ from .tiles import resident_blocks
 # A part of 64 rows of 128 values is 33 KB, written and read again: a cut costs what some 256 keys do. Per cent of the
 # mean share and keys beyond it; a share has two ends.
 _LONGEST_SHARE, _LONGEST_EXCESS = 112, 512
+_ITEM_COUNTERS = 4  # of an item that lies in several blocks: enum ItemWord in rows_combine.cuh
 SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _LOG2E = math.log2(math.e)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes
@@ -130,7 +131,9 @@ def attention_launch(
         slots += cut_items * max_splits
     scratch = {
         "partials": Scratch((slots * tiles.row_parts * tiles.rows * (problem.headdim_v + 2),), np.dtype(np.float32)),
-        "counters": Scratch((4 * metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True),
+        "counters": Scratch(
+            (_ITEM_COUNTERS * metadata.device.num_sm * MAX_BLOCKS_PER_SM,), np.dtype(np.int32), zeroed=True
+        ),
     }
     if tiles.cluster > 1:  # merges in its shared memory
         scratch = {}

@@ -109,11 +109,6 @@ __device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int be
     }
 }
 
-// The counters of an item that begins in this share, for blocks with the same rows.
-__device__ __forceinline__ unsigned int* counters_of(const DecodeParams& p, int share) {
-    return p.counters + 4 * (share * kRowParts + row_part());
-}
-
 __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
     return reinterpret_cast<float4*>(p.partials) + (static_cast<long long>(slot) * kRowParts + row_part()) * (kRows * kVectors);
 }

@@ -102,6 +102,11 @@ enum ItemWord {
     kItemWords
 };
 
+// The counters of an item that begins in this share, for blocks with the same rows.
+__device__ __forceinline__ unsigned int* counters_of(const DecodeParams& p, int share) {
+    return p.counters + kItemWords * (share * kRowParts + row_part());
+}
+
 // What the threads of a block have in common when an item is merged, in shared memory.
 struct MergeState {
     u32 mergers;  // blocks that merge the item; 0: this one does not

@@ -63,7 +63,10 @@ public:
         kv_head_ = 0;
     }
 
-    // Starts at a segment that `walker` has already found.
+    // Starts at the share's first segment ..
+    __device__ __forceinline__ void start() { find_tile(); }
+
+    // .. which `walker` has already found.
     __device__ __forceinline__ void start(const Walker& walker, const Segment& segment) {
         walker_ = walker;
         enter(segment);
