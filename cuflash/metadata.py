@@ -13,7 +13,7 @@ from .arrays import NativeArray, to_host
 from .device import Device
 from .memo import Calls, Plan
 from .partition import Partition
-from .planner import plan_cuts, plan_sequences, visible_keys
+from .planner import plan_cuts, plan_sequences, row_blocks_at, visible_keys
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class SchedulerMetadata(Plan):
 
         work = np.empty(len(item), WORK)
         work["block"], work["sequence"] = block, item // (heads * row_blocks)
-        work["kv_head"], work["row_block"] = item // row_blocks % heads, item % row_blocks
+        work["kv_head"] = item // row_blocks % heads
+        work["row_block"] = row_blocks_at(problem, self.partition, seqlen_q)[work["sequence"], item % row_blocks]
         work["key_begin"] = part_begin + leftpad[work["sequence"]]
         work["key_end"] = part_end + leftpad[work["sequence"]]
         return work

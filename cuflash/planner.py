@@ -61,6 +61,18 @@ def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints, In
     return leftpad, np.minimum(seqlen_k, _INT32_MAX), seqlen_q
 
 
+def row_blocks_at(problem: Problem, partition: Partition, seqlen_q: Ints) -> Ints:
+    """Return the number of the row block at every place of each sequence, (batch, row_blocks).
+
+    They come in the order first, last, second, last but one, ..: with a causal mask each sees more keys than the one
+    before it, but two places side by side see as many as the next two. Empty row blocks come behind those that a
+    sequence has.
+    """
+    place = np.arange(partition.row_blocks, dtype=np.int64)
+    row_blocks = (-(-seqlen_q * problem.group // partition.rows))[:, None]
+    return np.where(place >= row_blocks, place, np.where(place % 2, row_blocks - 1 - place // 2, place // 2))
+
+
 def visible_keys(problem: Problem, partition: Partition, seqlen_k: Ints, seqlen_q: Ints) -> tuple[Ints, Ints]:
     """Return the keys [begin, end) that a row block sees, counted from the leftpad; 0, 0 where it sees none.
 
@@ -74,12 +86,14 @@ def visible_keys(problem: Problem, partition: Partition, seqlen_k: Ints, seqlen_
         seqlen_q: (batch,) query positions.
 
     Returns:
-        begin and end, (batch * row_blocks,) each, the row block fastest.
+        begin and end, (batch * row_blocks,) each, the place fastest; see :func:`row_blocks_at`.
     """
+    first_row = row_blocks_at(problem, partition, seqlen_q) * partition.rows
     if partition.row_blocks > 1:
         seqlen_k, seqlen_q = seqlen_k[:, None], seqlen_q[:, None]
+    else:
+        first_row = first_row[:, 0]
     num_rows = seqlen_q * problem.group
-    first_row = np.arange(partition.row_blocks, dtype=np.int64) * partition.rows
     mask = problem.mask
     end = np.where(first_row < num_rows, mask.shard.held(seqlen_k), 0)
     begin = np.zeros_like(end)
@@ -143,7 +157,8 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     # are about as long as one another: they then count as equal.
     even = shortest == longest
     aligned = blocks // items * items if items <= blocks else largest_divisor(items, num_blocks)
-    longest_share = -(-items * longest // max(aligned, 1))
+    pairs = keys[::2] + keys[1::2] if row_blocks % 2 == 0 else None
+    longest_share = _longest_whole_share(items, aligned, longest, None if pairs is None else int(pairs.max()))
     if aligned <= blocks and aligned * 8 >= blocks * 7:
         if even or longest_share <= _most_keys(partition, all_keys, blocks):
             even, blocks = True, aligned
@@ -190,6 +205,14 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     kept = item < items
     kept[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
     return item[kept], key[kept]
+
+
+def _longest_whole_share(items: int, blocks: int, longest: int, longest_pair: int | None) -> int:
+    """Return the keys of the longest of ``blocks`` shares of whole items, or whole shares of items, at most."""
+    if items <= blocks or blocks == 0:
+        return -(-items * longest // max(blocks, 1))
+    count = items // blocks  # of a share
+    return count * longest if longest_pair is None else count // 2 * longest_pair + count % 2 * longest
 
 
 def _most_keys(partition: Partition, all_keys: int, blocks: int) -> int:

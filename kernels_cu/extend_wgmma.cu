@@ -31,6 +31,9 @@ constexpr int kBlockThreads = kThreads + kLoaderThreads;
 // Registers of a thread of either kind; 0: all have what the launch gives them.
 constexpr int kLoaderRegisters = LOADER_REGISTERS, kMathRegisters = MATH_REGISTERS;
 
+// Named barriers, one for each warpgroup, behind that of all that multiply: what its warps have found out, and its turn.
+constexpr int kVotes = 2, kTurns = 4;
+
 // What the threads of a block have in common beside the tiles.
 struct BlockState {
     u64 full[kStages], empty[kStages];  // mbarriers of the slots
@@ -176,6 +179,8 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         if (lane == 0) arrive(block.empty[place.slot]);
         place.advance(2);
     };
+    const auto any_of_warpgroup = [&](bool value) { return named_barrier_any(kVotes + warp / 4, 128, value); };
+    if (kWarps > 4 && warp >= 4) named_barrier_arrive(kTurns, kThreads);  // the first warpgroup begins
     Walker walker(block.share);
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
@@ -204,17 +209,40 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         Scores scores;
         Weights weights;
         // What follows the products of a tile that begins at `key`, and may run beside those of the values before it. The tile's
-        // keys are left, once nobody needs their scales.
-        const auto weigh = [&](u32 key) {
-            scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
-            if constexpr (!kScalesKeys) leave(keys);
+        // keys are left when nobody needs them or their scales any more.
+        bool needs_mask;
+        const auto score = [&](u32 key) {
             scaling.scale_scores(scores);
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            const bool needs_mask = reach.needs_mask(key);
+            needs_mask = reach.needs_mask(key);
             if (needs_mask) mask_scores(p, block.segment, first_row, key, lane, scores);
+        };
+        const auto weigh_after_maxima = [&](u32 key) {
+            scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
+            score(key);
             softmax.update(scores, math, partners, scaling);
             scaling.scale_weights(scores, needs_mask);
-            if constexpr (kScalesKeys) leave(keys);
+            leave(keys);
+        };
+        // Nearly always maxima stay where they are, and only the weights' sums are looked at, not all scores.
+        const auto weigh = [&](u32 key, u32 slot) {
+            if constexpr (kScalesWeights) {  // of a weight times its scale, which the sums say nothing about
+                weigh_after_maxima(key);
+            } else {
+                scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
+                score(key);
+                float sums[kRowTiles][2];
+                if (any_of_warpgroup(softmax.weigh_first(scores, sums))) {
+                    math.wait_for_values();
+                    math.start_scores(slot, scores);
+                    math.wait_for_scores(scores, false);
+                    score(key);
+                    softmax.weigh_again(scores, sums, math, scaling);
+                } else {
+                    softmax.accept(sums);
+                }
+                leave(keys);
+            }
         };
         // The slot of the values of a tile that begins at `key`, ready to be read.
         const auto values_of = [&](const Place& place, u32 key) {
@@ -226,6 +254,8 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             }
             return slot;
         };
+        // One warpgroup starts its products while the other makes weights, and so they go on.
+        const bool takes_turns = kWarps > 4 && segment.valid_rows > 64;
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         const u32 begin = segment.keys.begin, end = segment.keys.end;
         if (warp / 4 * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
@@ -238,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             fence_for_wgmma();
             math.start_scores(first_slot, scores);
             math.wait_for_scores(scores, false);
-            weigh(begin);
+            weigh_after_maxima(begin);
             pack_weights(scores, weights);
             u32 key = begin, values_slot = values_of(values, key), keys_slot = 0;
             const auto has_next = [&] { return key + kTileKeys < end; };
@@ -246,10 +276,12 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             fence_for_wgmma();
             while (has_next()) {
                 key += kTileKeys;
+                if (takes_turns) named_barrier(kTurns + warp / 4, kThreads);
                 math.start_scores(keys_slot, scores);
                 math.start_values(values_slot, weights);
+                if (takes_turns) named_barrier_arrive(kTurns + (warp / 4 ^ 1), kThreads);
                 math.wait_for_scores(scores, true);
-                weigh(key);
+                weigh(key, keys_slot);
                 pin(scores[0]);
                 // The next tile is waited for while the values are multiplied. These loops are also what keeps the weights there:
                 // ptxas would make them behind the wait for the values, where nothing runs beside them.
@@ -278,4 +310,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }
+    if (kWarps > 4 && warp < 4) named_barrier(kTurns, kThreads);
 }

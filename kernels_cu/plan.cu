@@ -52,7 +52,8 @@ __device__ int warp_min(int value) {
     return value;
 }
 
-__device__ int warp_max(int value) {
+template <typename T>
+__device__ T warp_max(T value) {
     for (int step = 1; step < kWarpSize; step *= 2) value = max(value, __shfl_xor_sync(kFullWarp, value, step));
     return value;
 }
@@ -71,6 +72,13 @@ __device__ int slice_of(const long long* before, int low, int high, long long ta
 __device__ long long most_keys(const PlanParams& p, long long all_keys, int blocks) {
     const long long mean = (all_keys + blocks - 1) / blocks;
     return min(p.longest_share * mean / 100, mean + p.longest_excess);
+}
+
+// Keys of the longest of `blocks` shares of whole items, or whole shares of items, at most.
+__device__ long long longest_whole_share(const PlanParams& p, int items, int blocks, int longest, unsigned longest_pair) {
+    if (items <= blocks || blocks == 0) return (longest * (long long)items + max(blocks, 1) - 1) / max(blocks, 1);
+    const int count = items / blocks;  // of a share
+    return p.row_blocks % 2 == 0 ? count / 2 * (long long)longest_pair + count % 2 * longest : count * (long long)longest;
 }
 
 // Small problems: a cluster cuts its item into equal parts, whatever the other items are.
@@ -99,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     __shared__ KeyRange slice_range[1024];                                // of the slice's last unit
     __shared__ long long warp_keys[kWarpSize];
     __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize];
+    __shared__ unsigned warp_longest_pair[kWarpSize];
     const int thread = threadIdx.x, threads = blockDim.x;
     const int lane = thread & (kWarpSize - 1), warp = thread / kWarpSize, warps = threads / kWarpSize;
     const Mask mask = p.mask;
@@ -110,27 +119,32 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     launch_next();
     // Pass 1: the keys of a slice, and the lengths as planned.
     int s = min((thread >> p.slice_shift) * p.slice_sequences, p.batch_size);
-    int row_block = s < p.batch_size ? min((thread & (parts - 1)) * p.slice_units, p.row_blocks) : 0;
-    const int slice_begin = s * p.row_blocks + row_block;  // units before the slice
+    int place = s < p.batch_size ? min((thread & (parts - 1)) * p.slice_units, p.row_blocks) : 0;
+    const int slice_begin = s * p.row_blocks + place;  // units before the slice
     long long slice_keys = 0;
     int shortest = 2147483647, longest = 0;
+    unsigned longest_pair = 0;  // of two units side by side
     #pragma unroll 1
-    for (int n = 0; n < p.slice_units && s < p.batch_size && row_block < p.row_blocks; ++n) {
+    for (int n = 0; n < p.slice_units && s < p.batch_size && place < p.row_blocks; ++n) {
         const Sequence sequence = p.lengths.of(s);
-        if (row_block == 0) {
+        if (place == 0) {
             planned[s] = sequence.leftpad;
             planned[p.batch_size + s] = sequence.seqlen_k;
             planned[2 * p.batch_size + s] = sequence.seqlen_q;
         }
-        const KeyRange range = row_block_keys(mask, sequence, p.group, p.rows, row_block);
+        const KeyRange range = row_block_keys(mask, sequence, p.group, p.rows, place);
         slice_range[thread] = range;
         const int keys = range.end - range.begin;
         slice_keys += keys;
         shortest = min(shortest, keys);
         longest = max(longest, keys);
-        row_block += 1;
-        if (row_block == p.row_blocks && parts == 1) {
-            row_block = 0;
+        if (p.row_blocks % 2 == 0) {
+            const KeyRange other = row_block_keys(mask, sequence, p.group, p.rows, place ^ 1);
+            longest_pair = max(longest_pair, static_cast<unsigned>(keys) + (other.end - other.begin));
+        }
+        place += 1;
+        if (place == p.row_blocks && parts == 1) {
+            place = 0;
             s += 1;
         }
     }
@@ -144,15 +158,18 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const long long keys_through = inclusive_scan(slice_keys, lane);  // of this slice and those before it in the warp
     shortest = warp_min(shortest);
     longest = warp_max(longest);
+    longest_pair = warp_max(longest_pair);
     if (lane == kWarpSize - 1) {
         warp_keys[warp] = keys_through;
         warp_shortest[warp] = shortest;
         warp_longest[warp] = longest;
+        warp_longest_pair[warp] = longest_pair;
     }
     __syncthreads();
     const long long warps_through = inclusive_scan(lane < warps ? warp_keys[lane] : 0ll, lane);
     shortest = warp_min(lane < warps ? warp_shortest[lane] : 2147483647);
     longest = warp_max(lane < warps ? warp_longest[lane] : 0);
+    longest_pair = warp_max(lane < warps ? warp_longest_pair[lane] : 0);
     const long long head_keys = __shfl_sync(kFullWarp, warps_through, kWarpSize - 1);  // keys that one KV head reads
     const long long warps_before = warp ? __shfl_sync(kFullWarp, warps_through, warp - 1) : 0;
     const long long all_keys = head_keys * p.num_heads_kv;
@@ -162,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + p.min_share - 1) / p.min_share));
     if (blocks) {
         const int aligned = items <= blocks ? blocks / items * items : p.divisor;
-        const long long longest_share = ((long long)items * longest + max(aligned, 1) - 1) / max(aligned, 1);
+        const long long longest_share = longest_whole_share(p, items, aligned, longest, longest_pair);
         if (aligned <= blocks && aligned * 8ll >= blocks * 7ll && (even || longest_share <= most_keys(p, all_keys, blocks))) {
             even = true;
             blocks = aligned;
@@ -212,19 +229,19 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             goal = before[first] + (offset - head * cost);
             if (parts > 1) slice = slice_of(before, first, first + parts, goal);
         }
-        int sequence = (slice >> p.slice_shift) * p.slice_sequences, row_block = (slice & (parts - 1)) * p.slice_units;
+        int sequence = (slice >> p.slice_shift) * p.slice_sequences, place = (slice & (parts - 1)) * p.slice_units;
         long long start = before[slice], sequence_start = start;
         KeyRange range = slice_range[slice];
         #pragma unroll 1
         while (p.slice_units > 1) {
             const Sequence lengths = {0, planned[p.batch_size + sequence], planned[2 * p.batch_size + sequence]};
-            range = row_block_keys(mask, lengths, p.group, p.rows, row_block);
+            range = row_block_keys(mask, lengths, p.group, p.rows, place);
             const long long end = start + (even ? even_cost : range.end - range.begin + overhead);
             if (sequence_known && end > goal) break;
             start = end;
-            row_block += 1;
-            if (row_block == p.row_blocks) {  // the sequence ends: is the cut in it?
-                row_block = 0;
+            place += 1;
+            if (place == p.row_blocks) {  // the sequence ends: is the cut in it?
+                place = 0;
                 if (start > head_target) {
                     const long long offset = target - sequence_start * p.num_heads_kv, cost = start - sequence_start;
                     head = (int)(offset / cost);
@@ -255,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         key = (key + p.grain / 2) / p.grain * p.grain;
         if (at_begin) key = range.begin;
         else if (at_end) key = range.end;
-        int item = (sequence * p.num_heads_kv + head) * p.row_blocks + row_block;
+        int item = (sequence * p.num_heads_kv + head) * p.row_blocks + place;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;
         if (after || key <= (unsigned)range.begin) key = 0;

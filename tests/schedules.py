@@ -102,5 +102,18 @@ def visible(arguments: dict[str, Any], rows: int, row_blocks: int) -> np.ndarray
     return seen
 
 
+def items(arguments: dict[str, Any], work: np.ndarray, rows: int, row_blocks: int) -> np.ndarray:
+    """Return the numbers of the items of ``work()``: row blocks are taken from the front and from the back in turn."""
+    group = arguments["num_heads_q"] // arguments["num_heads_kv"]
+    places = np.zeros((arguments["batch_size"], row_blocks), np.int64)
+    for s, seqlen_q in enumerate(lengths(arguments)[2]):
+        left, place = list(range(-(-int(seqlen_q) * group // rows))), 0
+        while left:
+            places[s, left.pop(-1 if place % 2 else 0)] = place
+            place += 1
+    place = places[work["sequence"], work["row_block"]]
+    return (work["sequence"] * arguments["num_heads_kv"] + work["kv_head"]).astype(np.int64) * row_blocks + place
+
+
 def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

@@ -62,10 +62,10 @@ def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) 
     assert (meta.array[1:8] == 0).all()
     assert used <= meta.num_blocks and (used >= 1) == (items > 0)
     places = cuts["item"].astype(np.int64) * 2**31 + cuts["key"]
+    item = schedules.items(arguments, work, meta.partition.rows, meta.partition.row_blocks)
     if meta.partition.cluster > 1:  # a cluster has all its blocks, also those without keys
         assert used == items * meta.partition.cluster and (np.diff(places) >= 0).all()
-        item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.partition.row_blocks
-        assert (work["block"] // meta.partition.cluster == item + work["row_block"]).all()
+        assert (work["block"] // meta.partition.cluster == item).all()
         return
     assert (np.diff(places[: used + 1]) > 0).all()
     assert places[0] == 0
@@ -73,9 +73,6 @@ def check_structure(meta: cuflash.SchedulerMetadata, arguments: dict[str, Any]) 
     assert (cuts["first_block"][used:] == used).all() and (cuts["last_block"][used:] == used).all()
 
     assert (np.diff(work["block"]) >= 0).all()
-    item = (work["sequence"] * meta.problem.num_heads_kv + work["kv_head"]) * meta.partition.row_blocks + work[
-        "row_block"
-    ]
     assert (np.diff(item) >= 0).all()
     leftpad, _, _ = schedules.lengths(arguments)
     grain = arguments.get("split_size") or 16

@@ -23,13 +23,14 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
     for_each<kRowTiles, 2>([&](int t, int half) {
         const int row = first_row + t * 16 + half * 8 + lane / 4, query = query_of(p, row);
         const bool exists = row < segment.first_row + segment.valid_rows;  // has a row of the tree mask
-        // Relative to the first key, which may be near 2^31.
-        const int begin = mask_of(p).first_visible(segment.lengths, query) - first_key;
-        const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - first_key;
+        // Relative to the lane's first key, which may be near 2^31; then its keys are constants.
+        const u32 lane_key = first_key + lane % 4 * 2;
+        const int begin = mask_of(p).first_visible(segment.lengths, query) - lane_key;
+        const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - lane_key;
         for_each<kKeyTiles, 2>([&](int n, int column) {
-            const int key = n * 8 + lane % 4 * 2 + column;
+            const int key = n * 8 + column;
             bool is_hidden = key < begin || key >= end;
-            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, first_key + key);
+            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, lane_key + key);
             if (is_hidden) s[t][n][half * 2 + column] = -infinity();
         });
     });
@@ -65,7 +66,37 @@ public:
         weigh<0, kKeyTiles>(s);
     }
 
-    // The same in two steps: what all scores have to be known for ..
+    // The same without looking for maxima: none moves, and the weights' sums show whether one should have. True if so; then the
+    // scores are gone, and `sums`, of this lane's weights of the tile, says for which rows.
+    __device__ __forceinline__ bool weigh_first(Scores& s, float (&sums)[kRowTiles][2]) {
+        bool exceeds = some_huge_;
+        fill(sums, 0.0f);
+        weigh<0, kKeyTiles>(s, sums);
+        for_each<kRowTiles, 2>([&](int t, int half) { exceeds |= !(sums[t][half] <= kMostSum); });
+        return exceeds;
+    }
+
+    // After weigh_first(): these weights count, ..
+    __device__ __forceinline__ void accept(const float (&sums)[kRowTiles][2]) {
+        for_each<kRowTiles, 2>([&](int t, int half) { sum_[t][half] += sums[t][half]; });
+    }
+
+    // .. or the same scores once more become weights, after maxima have moved.
+    template <typename Math>
+    __device__ __forceinline__ void weigh_again(Scores& s, const float (&sums)[kRowTiles][2], Math& math,
+                                                const Scaling& scaling) {
+        float top[kRowTiles][2];
+        lane_maxima(s, scaling, top);
+        const auto top_of = [&](int t, int half) {
+            const float largest = lanes_maximum<4>(top[t][half]);
+            return lanes_maximum<4>(sums[t][half]) > kMostSum ? largest : -infinity();
+        };
+        follow(math, top_of, 0.0f);
+        subtract_huge(s);
+        weigh<0, kKeyTiles>(s);
+    }
+
+    // The same as update() in two steps: what all scores have to be known for ..
     template <typename Math, typename Partners>
     __device__ __forceinline__ void move_maxima(Scores& s, Math& math, Partners& partners, const Scaling& scaling) {
         bool exceeds = some_huge_;
@@ -74,38 +105,20 @@ public:
         for_each<kRowTiles, 2>([&](int t, int half) { exceeds |= top[t][half] > maximum_[t][half] + slack_; });
         if (partners.any(exceeds, top)) {
             follow(math, [&](int t, int half) { return partners.maximum(t, half, top[t][half]); });
-            if (some_huge_) {
-                for_each<kRowTiles, 2>([&](int t, int half) {
-                    const float base = is_huge(t, half) ? maximum_[t][half] : 0.0f;
-                    for_each<kKeyTiles, 2>([&](int n, int column) { s[t][n][half * 2 + column] -= base; });
-                });
-            }
+            subtract_huge(s);
         }
     }
 
     // .. and the weights of kCount tiles of 8 keys from kFirst on.
     template <int kFirst, int kCount>
     __device__ __forceinline__ void weigh(Scores& s) {
-        for_each<kRowTiles, kCount, 4>([&](int t, int n, int i) {
-            float& score = s[t][kFirst + n][i];
-            score = exp2_approx(fmaf(score, scale_, -offset_[t][i / 2]));
-            sum_[t][i / 2] += score;
-        });
+        weigh<kFirst, kCount>(s, sum_);
     }
 
     // Lets the maxima follow the largest scores of a tile, top_of(row tile, half): of one whose weights others compute, too.
     template <typename Math, typename TopOf>
     __device__ __forceinline__ void follow(Math& math, TopOf top_of) {
-        float alpha[kRowTiles][2];
-        bool some_huge = false;
-        // Per row: the bits of a row must not depend on the rows beside it.
-        for_each<kRowTiles, 2>([&](int t, int half) {
-            alpha[t][half] = move(t, half, top_of(t, half));
-            sum_[t][half] *= alpha[t][half];
-            some_huge |= is_huge(t, half);
-        });
-        math.rescale(alpha);
-        some_huge_ = __any_sync(kFullWarp, some_huge);
+        follow(math, top_of, slack_);
     }
 
     // Ends a segment: writes what is known of the rows, and makes up for the rounding of their offsets. All lanes and partners
@@ -122,16 +135,53 @@ public:
     }
 
 private:
+    // A lane's weights of a row and tile sum up to this at most, or the maximum moves: then the largest is 2^7 above its weight.
+    // Any of them fits float16.
+    static constexpr float kMostSum = kConvertsTiles ? 0x1p15f : 0x1p12f;
+
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void weigh(Scores& s, float (&sums)[kRowTiles][2]) const {
+        for_each<kRowTiles, kCount, 4>([&](int t, int n, int i) {
+            float& score = s[t][kFirst + n][i];
+            score = exp2_approx(fmaf(score, scale_, -offset_[t][i / 2]));
+            sums[t][i / 2] += score;
+        });
+    }
+
+    // Lets the maxima follow scores that exceed them by more than `slack`.
+    template <typename Math, typename TopOf>
+    __device__ __forceinline__ void follow(Math& math, TopOf top_of, float slack) {
+        float alpha[kRowTiles][2];
+        bool some_huge = false;
+        // Per row: the bits of a row must not depend on the rows beside it.
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            alpha[t][half] = move(t, half, slack, top_of(t, half));
+            sum_[t][half] *= alpha[t][half];
+            some_huge |= is_huge(t, half);
+        });
+        math.rescale(alpha);
+        some_huge_ = __any_sync(kFullWarp, some_huge);
+    }
+
+    // Subtracts huge maxima from the scores.
+    __device__ __forceinline__ void subtract_huge(Scores& s) const {
+        if (!some_huge_) return;
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            const float base = is_huge(t, half) ? maximum_[t][half] : 0.0f;
+            for_each<kKeyTiles, 2>([&](int n, int column) { s[t][n][half * 2 + column] -= base; });
+        });
+    }
+
     // Whether a row's maximum is subtracted from its scores.
     __device__ __forceinline__ bool is_huge(int t, int half) const {
         return offset_[t][half] == 0.0f && maximum_[t][half] != 0.0f;
     }
 
     // Lets a row's maximum follow the largest score of a tile; returns the factor of what was summed up before.
-    __device__ __forceinline__ float move(int t, int half, float top) {
+    __device__ __forceinline__ float move(int t, int half, float slack, float top) {
         const float old = maximum_[t][half], old_offset = offset_[t][half];
         const bool was_huge = is_huge(t, half);
-        if (!(top > (was_huge ? old : old + slack_))) return 1.0f;
+        if (!(top > (was_huge ? old : old + slack))) return 1.0f;
         const float offset = __fmul_rn(top, scale_);
         const bool huge = !(fabsf(offset) < kHugeOffset);
         maximum_[t][half] = top;

@@ -1,8 +1,8 @@
 // What the planner and the attention kernels must agree on: items, and the layout of a plan.
 //
-// An item is (sequence, KV head, row block), number (sequence * num_heads_kv + kv_head) * row_blocks + row_block. A row block
-// holds `rows` packed query rows (query position major, head of the group minor). Keys are counted from the sequence's
-// leftpad: j = 0 is its first valid key.
+// An item is (sequence, KV head, row block), number (sequence * num_heads_kv + kv_head) * row_blocks + place. A row block holds
+// `rows` packed query rows (query position major, head of the group minor). Keys are counted from the sequence's leftpad: j = 0
+// is its first valid key.
 #pragma once
 #include "mask.cuh"
 
@@ -18,9 +18,18 @@ constexpr int kPlanCuts = 8;
 
 __device__ __forceinline__ const Cut* plan_cuts(const int* plan) { return reinterpret_cast<const Cut*>(plan + kPlanCuts); }
 
-// Keys that the rows row_block * rows .. of one (sequence, KV head) see; none if the sequence has fewer rows.
-__device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence, int group, int rows, int row_block) {
-    int first_row = row_block * rows, num_rows = sequence.seqlen_q * group;
+// The row block at a place among those of one (sequence, KV head): the first, the last, the second, the last but one, .. With a
+// causal mask each sees more keys than the one before it, but two places side by side see as many as the next two. Behind those
+// that the sequence has, `rows` rows each, come empty ones.
+__device__ __forceinline__ int row_block_at(int place, int num_rows, int rows) {
+    if (place == 0) return 0;
+    const int row_blocks = (num_rows - 1) / rows + 1;
+    return place % 2 && place < row_blocks ? row_blocks - 1 - place / 2 : place < row_blocks ? place / 2 : place;
+}
+
+// Keys that the rows of one (sequence, KV head) at a place see; none if the sequence has fewer row blocks.
+__device__ __forceinline__ KeyRange row_block_keys(Mask mask, Sequence sequence, int group, int rows, int place) {
+    int num_rows = sequence.seqlen_q * group, first_row = row_block_at(place, num_rows, rows) * rows;
     if (first_row >= num_rows) return {0, 0};
     if (mask.hides_nothing()) return {0, mask.shard.held(sequence.seqlen_k)};
     int last_row = min(first_row + rows, num_rows) - 1;

@@ -94,9 +94,10 @@ __device__ __forceinline__ void describe_item(const DecodeParams& p, int item, S
     s.item = item;
     s.sequence = p.by_num_heads_kv.divide(item_of_kv_head);
     s.kv_head = item_of_kv_head - s.sequence * p.num_heads_kv;
-    s.first_row = ((item - item_of_kv_head * p.row_blocks) * kRowParts + row_part()) * kRows;
     s.lengths = p.lengths.of(s.sequence);
-    s.valid_rows = max(0, min(kRows, s.lengths.seqlen_q * p.group - s.first_row));
+    const int num_rows = s.lengths.seqlen_q * p.group, place = item - item_of_kv_head * p.row_blocks;
+    s.first_row = (row_block_at(place, num_rows, kRowParts * kRows) * kRowParts + row_part()) * kRows;
+    s.valid_rows = max(0, min(kRows, num_rows - s.first_row));
     s.visible = {0, 0};
     if (s.valid_rows > 0) {
         s.visible = mask_of(p).visible_keys(s.lengths, query_of(p, s.first_row), query_of(p, s.first_row + s.valid_rows - 1));
@@ -117,8 +118,10 @@ struct ShareWalker {
             if (item == share.end.item && (kHasSplitSize ? share.end.key == 0 : key >= share.end.key)) return false;
             describe_item(p, item, s);
             if (s.valid_rows > 0) break;
-            // Nothing to write, nor in the row blocks behind this one: on to the next KV head, as all blocks of these items do.
-            item += p.row_blocks - s.first_row / (kRowParts * kRows);
+            // Nothing to write. From an empty row block on to the next KV head, as all blocks of these items do.
+            const int row_block = s.first_row / (kRowParts * kRows);
+            const bool is_empty = row_block * (kRowParts * kRows) >= s.lengths.seqlen_q * p.group;
+            item += is_empty ? p.row_blocks - row_block : 1;
             key = 0;
         }
         s.starts = item != share.begin.item || share.begin.key == 0;

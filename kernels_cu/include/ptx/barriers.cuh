@@ -37,3 +37,13 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// A barrier of `threads` threads at which all of them learn whether `value` is true for one of them.
+__device__ __forceinline__ bool named_barrier_any(int number, int threads, bool value) {
+    u32 any;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; bar.red.or.pred p, %1, %2, p; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(any)
+                 : "r"(number), "r"(threads), "r"(static_cast<u32>(value))
+                 : "memory");
+    return any != 0;
+}
