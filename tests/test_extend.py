@@ -306,6 +306,50 @@ def test_scores_of_any_size(size: float, sim: Backend) -> None:
         _check(_problem("bfloat16", scores), sim, "bfloat16", softmax_scale=0.5)
 
 
+# Where the scores of a row jump, and to what: within what weights can follow, beyond what float16 or float32 weights
+# are, to where a maximum is subtracted before it is multiplied, and down.
+JUMPS = ((70, 3), (129, 6), (200, 9), (330, 20), (333, 88), (400, 320), (10, 28672), (64, -48))
+
+
+@BOTH
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("queries", [5, 20])
+def test_maxima_that_jump(kv_dtype: str | None, queries: int, sim: Backend) -> None:
+    """Tile after tile the maxima of other rows move; a row's bits do not depend on the rows beside it."""
+    rng = np.random.default_rng(queries)
+    length, heads, headdim, scale = 600, 8, 64, 64.0
+    kind = rng.permutation(queries * heads).reshape(1, queries, heads) % len(JUMPS)
+    q = np.zeros((1, queries, heads, headdim), np.float16)
+    np.put_along_axis(q, kind[..., None], 1, axis=-1)
+    q[..., -1] = 1
+    k = np.zeros((1, length, 1, headdim))
+    for column, (position, jump) in enumerate(JUMPS):
+        k[0, position:, 0, column] = jump / scale
+    k[0, :, 0, -1] = rng.integers(-8, 9, length) / 8 / scale
+    v = rng.integers(-8, 9, k.shape) / 8
+    dtype = ml_dtypes.float8_e4m3fn if kv_dtype else np.float16
+    caches = {"k_cache": (k if kv_dtype else k * scale).astype(dtype), "v_cache": v.astype(dtype)}
+    options = {
+        "softmax_scale": 1.0,
+        "num_splits": 1,
+        "return_softmax_lse": True,
+        **({"k_descale": scale} if kv_dtype else {}),
+    }
+    out, lse = cuflash.flash_attn_with_kvcache(q, **caches, **options)
+    scores = np.einsum("qhd,kd->qhk", q[0].astype(np.float64), k[0, :, 0] * scale)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    sums = weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(out[0], weights / sums @ v[0, :, 0], atol=2e-3)
+    wanted = (scores.max(axis=-1) + np.log(sums[..., 0])).T
+    assert (np.abs(lse[0] - wanted) <= 1e-3 + 2.0**-22 * np.abs(wanted)).all()
+    for number in range(len(JUMPS)):
+        of_kind = kind[0] == number
+        alone = np.broadcast_to(q[0][of_kind][0], q.shape)
+        own_out, own_lse = cuflash.flash_attn_with_kvcache(alone, **caches, **options)
+        assert {row.tobytes() for row in out[0][of_kind]} == {own_out[0, 0, 0].tobytes()}
+        assert set(lse[0].T[of_kind]) == {own_lse[0, 0, 0]}
+
+
 # --------------------------------------------------------------------------------------------------- quantised caches
 @pytest.mark.parametrize("arch", ["80", "89", "90a"])
 @pytest.mark.parametrize("name", KV_DTYPES)

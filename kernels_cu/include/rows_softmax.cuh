@@ -81,10 +81,9 @@ public:
         for_each<kRowTiles, 2>([&](int t, int half) { sum_[t][half] += sums[t][half]; });
     }
 
-    // .. or the same scores once more become weights, after maxima have moved.
+    // .. or the same scores once more become weights, after maxima have moved. A row of which none moves keeps its bits.
     template <typename Math>
-    __device__ __forceinline__ void weigh_again(Scores& s, const float (&sums)[kRowTiles][2], Math& math,
-                                                const Scaling& scaling) {
+    __device__ __forceinline__ void weigh_again(Scores& s, float (&sums)[kRowTiles][2], Math& math, const Scaling& scaling) {
         float top[kRowTiles][2];
         lane_maxima(s, scaling, top);
         const auto top_of = [&](int t, int half) {
@@ -93,7 +92,9 @@ public:
         };
         follow(math, top_of, 0.0f);
         subtract_huge(s);
-        weigh<0, kKeyTiles>(s);
+        fill(sums, 0.0f);
+        weigh<0, kKeyTiles>(s, sums);
+        accept(sums);
     }
 
     // The same as update() in two steps: what all scores have to be known for ..
