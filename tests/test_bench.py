@@ -40,7 +40,7 @@ def test_table_aligns_columns_and_spreads_nested_fields() -> None:
     assert text.splitlines() == ["name      x  y", "----  -----  -", "a     1.500  -", "long    250  3"]
 
 
-@pytest.mark.parametrize("instrument", ["counters", "resources", "schedule", "host", "cpu"])
+@pytest.mark.parametrize("instrument", ["counters", "resources", "schedule", "host", "cpu", "gpu", "compare"])
 def test_every_instrument_explains_itself(instrument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([instrument, "--help"])

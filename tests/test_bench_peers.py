@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import reference
 
+from cuflash import flash_attn_with_kvcache
 from cuflash.bench.inputs import Inputs, Shape, read_trace
-from cuflash.bench.measure import distance, measure
+from cuflash.bench.measure import distance, measure, roofline
 from cuflash.bench.peers import PEERS, NotForThis, Peer
 from cuflash.bench.peers.base import TorchPeer
 
@@ -49,6 +51,7 @@ class Host:
     xp = np
     l2_bytes = 1
     bandwidth = 0.01
+    tensor_rate = 1.0
     fill = staticmethod(fill)
     graph = Calls
 
@@ -126,8 +129,32 @@ def test_measure(options: dict[str, Any], auto: None) -> None:
         "Absent": "not installed",
     }
     assert record["kv_mb"] == RAGGED.sum() * 2 * (16 + shape.dim_v) * 2 / 1e6
-    assert record["floor_us"] == record["kv_mb"] / 0.01
+    assert record["floor_us"] == record["kv_mb"] / 0.01 and record["bound"] == "bytes"
     assert 0 < record["efficiency"] <= record["balance"] <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_dtype": "float8_e4m3fn"}, {"kv_dtype": "int8", "page_size": None},
+     {"kv_dtype": "float8_e4m3fn", "latent": True, "heads_kv": 1, "headdim": 32, "headdim_v": 16}],
+    ids=str,
+)  # fmt: skip
+def test_scales_per_key_and_head(options: dict[str, Any], auto: None) -> None:
+    shape = Shape(**{"name": "test", "lengths": RAGGED, "heads_q": 4, "heads_kv": 2, "headdim": 16, **options},
+                  key_scales=True)  # fmt: skip
+    record = measure(shape, Host(), {"Good": Good}, rounds=1)
+    assert record["errors"]["given"] < 1e-2 and record["peers"] == {"Good": f"no {shape.kv_dtype} cache"}
+    assert (
+        type("Quantised", (Good,), {"kv_dtypes": (shape.kv_dtype,), "latent": None}).refusal(shape)
+        == "no scales per key"
+    )
+    copy = Inputs.make(shape, np, fill, 1).copies[0]
+    scales = copy["k_descale"]
+    assert scales.shape == copy["k_cache"].shape[:-1] and (scales >= 0).all() and len(np.unique(scales)) > 10
+    assert ("v_descale" in copy) != shape.latent
+    out = flash_attn_with_kvcache(**copy, **shape.options)
+    del copy["out"]
+    assert distance(out, reference.attention(**copy, **shape.options).out) < 1e-2
 
 
 def test_measure_notices_that_it_is_wrong(monkeypatch: pytest.MonkeyPatch, auto: None) -> None:
@@ -150,7 +177,29 @@ def test_bytes_of_caches() -> None:
     assert megabytes(32, 8, 128) == 10_000 * 8 * 256 * 2 / 1e6
     assert megabytes(32, 8, 128, kv_dtype="float8_e4m3fn") == 10_000 * 8 * 256 / 1e6
     assert megabytes(32, 8, 192, headdim_v=128) == 10_000 * 8 * 320 * 2 / 1e6
+    assert megabytes(32, 8, 128, kv_dtype="int8", key_scales=True) == 10_000 * 8 * (256 + 8) / 1e6
     assert megabytes(128, 1, 576, headdim_v=512, latent=True) == 10_000 * 576 * 2 / 1e6
+
+
+def test_roofline() -> None:
+    """The longer of two times, of all steps together; a query that sees fewer keys computes less."""
+    chunk = Shape("chunk", np.array([4096]), 32, 8, queries=1024)
+    seen = sum(range(4096 - 1023, 4097))
+    assert chunk.operations == 2 * seen * 32 * 256
+    assert replace(chunk, causal=False).operations == 2 * 1024 * 4096 * 32 * 256
+    assert Shape("latent", np.array([100, 50]), 128, 1, 576, headdim_v=512, latent=True).operations == 300 * 128 * 1088
+    decode = Shape("decode", np.full(64, 4096), 32, 8)
+    machine = Host()
+    machine.bandwidth, machine.tensor_rate = 4.0, 800.0
+    only = roofline(machine, decode)
+    assert only["bound"] == "bytes" and only["floor_us"] == decode.kv_bytes / 4e6
+    both = roofline(machine, decode, replace(chunk, queries=4096))
+    assert both["kv_mb"] == (decode.kv_bytes + chunk.kv_bytes) / 1e6
+    assert both["bound"] == "bytes" and both["floor_us"] == both["kv_mb"] / 4
+    alone = roofline(machine, chunk)
+    assert alone["bound"] == "operations" and alone["floor_us"] == chunk.operations / 800e6
+    machine.tensor_rate = None
+    assert roofline(machine, chunk)["floor_us"] == chunk.kv_bytes / 4e6
 
 
 def test_latent_values_are_views(auto: None) -> None:

@@ -454,8 +454,8 @@ def test_bench_of_a_trace(capsys, tmp_path):
 
 def test_bench_prints_times(capsys, monkeypatch):
     """A table for people: figures, what refused, what failed, what is not installed."""
-    figures = {"floor_us": 100.0, "read_us": 103.0, "given_us": 106.04, "unplanned_us": 110.0, "blocks": 264,
-               "efficiency": 0.98, "balance": 0.99}  # fmt: skip
+    figures = {"floor_us": 100.0, "bound": "bytes", "read_us": 103.0, "given_us": 106.04, "unplanned_us": 110.0,
+               "blocks": 264, "efficiency": 0.98, "balance": 0.99}  # fmt: skip
     found = {"cuDNN": 108.0, "FA2": "equal lengths only", "FA3": "not installed", "XQA": "wrong: relative error 1"}
     shape = peers.base.Shape("32 x 4096 keys", np.full(32, 4096), 32, 8)
     bench_command.print_times(shape, {**figures, "peers": found})
@@ -463,6 +463,7 @@ def test_bench_prints_times(capsys, monkeypatch):
     out = capsys.readouterr().out
     for line in (
         "32 x 4096 keys; 537 MB of keys and values",
+        "  floor              100.0 us   1.00 x  bytes / bandwidth",
         "  cuflash            106.0 us   1.06 x  on a plan: 264 blocks, efficiency 98.0%,",
         "  cuDNN              108.0 us   1.08 x",
         "  FA2                       -        -  equal lengths only",

@@ -1,64 +1,23 @@
-"""Negative page numbers: inactive rows of a fixed batch, as CUDA graphs have them."""
+"""Inactive rows of a fixed batch, as CUDA graphs have them: negative page numbers, ragged appends of nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from padded_batch import INACTIVE, PaddedBatch
 from problems import Backend, expected
 
 import cuflash
 
 BATCH, PAGE, HEADS, KV_HEADS, DIM, TABLE = 4, 4, 4, 2, 32, 6
-STEPS = 50
 
 
-@pytest.mark.parametrize("csr", [False, True])
-def test_a_padded_batch_leaves_pages_of_others_alone(csr: bool, backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("inactive", INACTIVE)
+def test_a_padded_batch_leaves_pages_of_others_alone(inactive: str, dtype: str, backend: Backend) -> None:
     """Sequences come and go for 50 steps of one batch size; every step appends, in inactive rows to nowhere."""
-    rng = np.random.default_rng(0)
-    pages = BATCH * TABLE + 5
-    free = list(rng.permutation(pages)[: BATCH * TABLE])  # the others belong to somebody else
-    shape = (pages, PAGE, KV_HEADS, DIM)
-    host = {name: rng.standard_normal(shape, np.float32) for name in ("k_cache", "v_cache")}
-    caches = {name: backend.to_native(cache.copy()) for name, cache in host.items()}
-    lengths, owned = np.zeros(BATCH, np.int32), [[] for _ in range(BATCH)]
-    active = np.zeros(BATCH, bool)
-    meta = None
-    steps = STEPS if backend.name != "sim" else 12
-    for step in range(steps):
-        for b in range(BATCH):
-            full = lengths[b] == TABLE * PAGE
-            if active[b] and (full or rng.random() < 0.1):
-                free += owned[b]
-                active[b], lengths[b], owned[b] = False, 0, []
-            elif not active[b] and rng.random() < 0.5:
-                active[b], lengths[b] = True, rng.integers(0, 2 * PAGE)
-                owned[b] = [free.pop() for _ in range(-(-int(lengths[b]) // PAGE))]
-            if active[b] and lengths[b] % PAGE == 0:
-                owned[b].append(free.pop())
-        table = np.full((BATCH, TABLE), -1, np.int32)
-        for b in range(BATCH):
-            table[b, : len(owned[b])] = owned[b]
-        indptr = np.arange(BATCH + 1, dtype=np.int32) * TABLE
-        q = rng.standard_normal((BATCH, 1, HEADS, DIM), np.float32)
-        k, v = rng.standard_normal((2, BATCH, 1, KV_HEADS, DIM), np.float32)
-        inputs = {"q": q, "k": k, "v": v, "cache_seqlens": lengths.copy()}
-        inputs["page_table"] = (indptr, table.ravel()) if csr else table
-        native = {
-            name: tuple(map(backend.to_native, x)) if isinstance(x, tuple) else backend.to_native(x)
-            for name, x in inputs.items()
-        }
-        meta = cuflash.get_scheduler_metadata(
-            BATCH, 1, TABLE * PAGE, HEADS, KV_HEADS, DIM, native["cache_seqlens"], qkv_dtype="float32",
-            page_size=PAGE, max_seqlen_k_new=1, out=meta,
-        )  # fmt: skip
-        out = backend.to_numpy(cuflash.flash_attn_with_kvcache(**native, **caches, scheduler_metadata=meta))
-        answer = expected(inputs | host)
-        np.testing.assert_allclose(out[active], answer.out[active], atol=2e-5, err_msg=f"step {step}")
-        host = {"k_cache": answer.k_cache, "v_cache": answer.v_cache}
-        for name, cache in caches.items():
-            assert backend.to_numpy(cache).tobytes() == host[name].tobytes(), f"{name} in step {step}"
-        lengths[active] += 1
+    batch = PaddedBatch(backend, inactive, dtype)
+    batch.run(batch.step, 50)
 
 
 @pytest.mark.parametrize("queries", [1, 3])

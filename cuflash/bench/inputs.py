@@ -36,6 +36,7 @@ class Shape:
         queries: Queries of each sequence.
         causal: Whether a query sees only the keys up to its own; the last one sees all.
         latent: Whether values are the first elements of the keys' own rows, as MLA's are.
+        key_scales: Whether a quantised cache has a scale per key and head.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Shape:
     queries: int = 1
     causal: bool = True
     latent: bool = False
+    key_scales: bool = False
 
     @property
     def dim_v(self) -> int:
@@ -58,10 +60,18 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the visible keys and values, each counted once."""
+        """Bytes of the visible keys and values and of their scales, each counted once."""
         itemsize = 1 if self.kv_dtype in QUANTISED else numpy_dtype(self.dtype).itemsize
         row = self.headdim + (0 if self.latent else self.dim_v)
-        return int(self.lengths.sum()) * self.heads_kv * row * itemsize
+        scales = 4 * (2 - self.latent) * self.key_scales
+        return int(self.lengths.sum()) * self.heads_kv * (row * itemsize + scales)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the two matrix products, for what the queries see."""
+        unseen = self.queries * (self.queries - 1) // 2 if self.causal else 0  # of each sequence: a triangle
+        seen = int(self.lengths.sum()) * self.queries - len(self.lengths) * unseen
+        return 2 * seen * self.heads_q * (self.headdim + self.dim_v)
 
     @property
     def uniform(self) -> bool:
@@ -83,7 +93,7 @@ class Shape:
         if self.kv_dtype in QUANTISED:
             options["kv_dtype"] = self.kv_dtype
             scale = QUANTISED[self.kv_dtype][1]
-            if scale != 1.0:
+            if scale != 1.0 and not self.key_scales:
                 options |= {"k_descale": scale, "v_descale": scale}
         return options
 
@@ -130,6 +140,11 @@ class Inputs:
                 arrays["v_cache"] = xp.empty((*rows, shape.heads_kv, shape.dim_v), stored)
             for j, array in enumerate(arrays.values()):
                 fill(array, 3 * i + j + 1)
+            if shape.key_scales and shape.kv_dtype in QUANTISED:
+                for name in ("k_descale", "v_descale")[: 2 - shape.latent]:
+                    arrays[name] = xp.empty((*rows, shape.heads_kv), np.float32)
+                    fill(arrays[name], 3 * i + len(arrays))
+                    arrays[name][...] = abs(arrays[name]) * QUANTISED[shape.kv_dtype][1]
             arrays.setdefault("v_cache", arrays["k_cache"][..., : shape.dim_v])
             arrays["out"] = xp.empty((batch, shape.queries, shape.heads_q, shape.dim_v), dtype)
             arrays["cache_seqlens"] = xp.asarray(shape.lengths.astype(np.int32))

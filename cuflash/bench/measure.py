@@ -36,6 +36,10 @@ class Machine(Protocol):
     def bandwidth(self) -> float:
         """Terabytes per second of a long read."""
 
+    @property
+    def tensor_rate(self) -> float | None:
+        """Operations of the tensor cores in 10^12 a second, None where that is not known."""
+
     def fill(self, array: Any, seed: int) -> None:
         """Fill an array with random numbers."""
 
@@ -67,7 +71,8 @@ class Reference:
             k = inputs.sequence("k_cache", s)
             v = k[..., : shape.dim_v] if shape.latent else inputs.sequence("v_cache", s)
             q = to_host(inputs.copies[0]["q"][s : s + 1])
-            answers.append(flash_attn_with_kvcache(q, k, v, **shape.options)[0].astype(np.float32))
+            scales = {name: inputs.sequence(name, s) for name in inputs.copies[0] if name.endswith("_descale")}
+            answers.append(flash_attn_with_kvcache(q, k, v, **(shape.options | scales))[0].astype(np.float32))
         self.answers = np.stack(answers)
 
     def error(self, out: NDArray[Any]) -> float:
@@ -81,6 +86,21 @@ def distance(out: NDArray[Any], answer: NDArray[Any]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(answer, np.float32)))
 
 
+def roofline(machine: Machine, *shapes: Shape) -> Record:
+    """Return what steps read and compute together, and the least time for it.
+
+    Returns:
+        ``kv_mb`` of keys and values, ``gflop``, and ``floor_us``: the longer of the times that memory needs for the
+        bytes and tensor cores for the operations; ``bound`` says which.
+    """
+    size, operations = sum(shape.kv_bytes for shape in shapes), sum(shape.operations for shape in shapes)
+    times = {"bytes": size / machine.bandwidth / 1e6}
+    if machine.tensor_rate is not None:
+        times["operations"] = operations / machine.tensor_rate / 1e6
+    bound = max(times, key=lambda name: times[name])
+    return {"kv_mb": size / 1e6, "gflop": operations / 1e9, "floor_us": times[bound], "bound": bound}
+
+
 def measure(shape: Shape, machine: Machine, peers: Mapping[str, type[Peer]], rounds: int = 11) -> Record:
     """Time a shape.
 
@@ -91,8 +111,8 @@ def measure(shape: Shape, machine: Machine, peers: Mapping[str, type[Peer]], rou
         rounds: Rounds, of which the median counts.
 
     Returns:
-        Microseconds of a call: ``floor_us`` bytes / bandwidth, ``read_us`` of a kernel that only reads, ``given_us`` on
-        a plan, ``unplanned_us`` planning in the call; ``peers`` has a figure for each peer, or why there is none.
+        What :func:`roofline` returns, and microseconds of a call: ``read_us`` of a kernel that only reads, ``given_us``
+        on a plan, ``unplanned_us`` planning in the call; ``peers`` has a figure for each peer, or why there is none.
 
     Raises:
         ArithmeticError: If this library's output is wrong.
@@ -135,14 +155,13 @@ def measure(shape: Shape, machine: Machine, peers: Mapping[str, type[Peer]], rou
             failed[name] = reason(error)
     times = medians(samplers, rounds)
     best = min((times[name] for name in peers if name in times), default=None)
-    floor = shape.kv_bytes / machine.bandwidth / 1e6
+    least = roofline(machine, shape)
     return {
-        "kv_mb": shape.kv_bytes / 1e6,
-        "floor_us": floor,
+        **least,
         "read_us": read_us(times),
         "given_us": times["given"],
         "unplanned_us": times["unplanned"],
-        "share": floor / times["given"],
+        "share": least["floor_us"] / times["given"],
         "to_read": times["given"] / read_us(times),
         "best_peer_us": best,
         "to_best_peer": None if best is None else times["given"] / best,

@@ -73,6 +73,9 @@ class Sampler(Protocol):
         """Run once; return microseconds per call."""
 
 
+# Operations of a multiprocessor's tensor cores per clock, on 16 bits with sums of 32, by compute capability: the rates
+# in NVIDIA's data sheets of A100, H100 and B200, by their multiprocessors and clocks.
+_OPERATIONS = {80: 2048, 90: 4096, 100: 8192}
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}  # of fill_random
 
 
@@ -116,6 +119,13 @@ class Gpu:
         time_us = read_us(medians(self.readers(bulk), rounds=5))
         self.free()
         return bulk / time_us / 1e6
+
+    @property
+    def tensor_rate(self) -> float | None:
+        """Operations of all tensor cores at the highest clock, in 10^12 a second; None where it is not known."""
+        hertz = 1e3 * self.xp.cuda.Device().attributes["ClockRate"]
+        operations = _OPERATIONS.get(self.arch)
+        return None if operations is None else operations * self.facts["multiprocessors"] * hertz / 1e12
 
     def fill(self, array: Any, seed: int) -> None:
         """Fill a contiguous array with random numbers between -2 and 2."""

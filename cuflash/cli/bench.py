@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 _TRACE_BATCH = 64
+_BOUNDS = {"bytes": "bytes / bandwidth", "operations": "operations / rate of the tensor cores"}
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -191,7 +192,7 @@ def print_times(shape: Shape, record: Record) -> None:
         return
     evenness = f"{record['blocks']} blocks, efficiency {record['efficiency']:.1%}, balance {record['balance']:.1%}"
     rows: list[tuple[str, Any, str]] = [
-        ("read floor", record["floor_us"], "bytes / bandwidth"),
+        ("floor", record["floor_us"], _BOUNDS[record["bound"]]),
         ("read kernel", record["read_us"], "reads as many bytes, and nothing else"),
         ("cuflash", record["given_us"], f"on a plan: {evenness}"),
         ("cuflash, no plan", record["unplanned_us"], "plans in the call"),

@@ -14,6 +14,7 @@ from typing import Any
 
 _INSTRUMENTS = {
     "gpu": "time on a GPU of a table of shapes, beside the time to read the keys and values, and other libraries",
+    "compare": "time on a GPU of trees, shared prefixes, chosen keys and mixed steps, beside other ways to do them",
     "ranks": "time of a decode step over ranks with a GPU each, under mpiexec, beside one GPU that has all keys",
     "host": "microseconds of Python from a call to its launch (no GPU)",
     "cpu": "time of the NumPy backend beside torch on the CPU",

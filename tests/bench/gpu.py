@@ -18,8 +18,14 @@ from cuflash.bench.report import Record
 from cuflash.bench.timing import Gpu, machine_facts, medians, require_gpu
 
 # Lengths, query and KV heads, what an H200 should need at most in us, and what is not bfloat16, head dim 128, pages of
-# 16 keys and one query. The first ones are those that --quick measures.
-_TABLE: tuple[tuple[str, int, int, float | None, dict[str, Any]], ...] = (
+# 16 keys and one query.
+_Entry = tuple[str, int, int, float | None, dict[str, Any]]
+
+_MLA = {"headdim": 576, "headdim_v": 512, "page_size": 64, "latent": True}
+_E4M3 = {"kv_dtype": "float8_e4m3fn"}
+
+# The first ones are those that --quick measures.
+_DECODE: tuple[_Entry, ...] = (
     ("b32 L4096", 32, 8, 121, {}),
     ("b1 L1024", 32, 4, 3.5, {}),
     ("b1 L32768", 32, 8, 33, {}),
@@ -42,18 +48,75 @@ _TABLE: tuple[tuple[str, int, int, float | None, dict[str, Any]], ...] = (
     ("b8 L2048", 32, 8, None, {}),
     ("b64 L8192", 32, 8, None, {}),
 )
-_WORDS = {"headdim": "D{}", "headdim_v": "DV{}", "page_size": "page {}", "kv_dtype": "{}", "queries": "{} queries"}
+_MANY_ROWS: tuple[_Entry, ...] = (
+    ("b32 L4096", 32, 8, 128, {"queries": 8}),
+    ("b32 L4096", 32, 8, 127, {"queries": 16}),
+    ("b1 L32768", 32, 8, 36, {"queries": 16}),
+    ("b32 L4096", 64, 4, 64, {"queries": 4}),
+    ("b8 L4096", 32, 8, 60, {"queries": 64}),
+    ("b1 L8192", 32, 8, 37, {"queries": 128}),
+    ("b1 L8192", 32, 8, 104, {"queries": 512}),
+    ("b1 L8192", 32, 8, 382, {"queries": 2048}),
+    ("b32 L4096", 32, 8, 76, {"queries": 16, **_E4M3}),  # 0.6 of what bfloat16 should need
+)
+_LATENT: tuple[_Entry, ...] = (
+    ("b128 L4096", 16, 1, 139, _MLA),
+    ("b128 L4096", 32, 1, 140, _MLA),
+    ("b128 L4096", 64, 1, 145, _MLA),
+    ("b128 L4096", 128, 1, 225, _MLA),
+    ("b32 L4096", 16, 1, 37, _MLA),
+    ("b32 L4096", 64, 1, 42, _MLA),
+    ("b32 L4096", 128, 1, 65, _MLA),
+    ("b32 L4096", 128, 1, 117, {**_MLA, "queries": 2}),
+    ("b1 L32768", 16, 1, 13, _MLA),
+    ("b1 L32768", 128, 1, 22, _MLA),
+    ("b16 L1024", 16, 1, 9, _MLA),
+    ("b16 L1024", 128, 1, 15, _MLA),
+)
+_OF_8_BITS: tuple[tuple[str, int, int, float, dict[str, Any]], ...] = (
+    ("b32 L4096", 32, 8, 64, _E4M3),
+    ("b1 L32768", 32, 8, 20, _E4M3),
+    ("b64 random 1..8192", 8, 1, 21, _E4M3),
+    ("b32 L32768", 8, 1, 66, _E4M3),
+    ("b32 L4096", 64, 8, 36, {"headdim": 64, **_E4M3}),
+    ("b32 L4096", 16, 8, 123, {"headdim": 256, **_E4M3}),
+    ("b1 L1024", 32, 4, 4.4, _E4M3),
+    ("b1 L4096", 32, 8, 6, _E4M3),
+)
+_SCALED = tuple(
+    (what, heads_q, heads_kv, 1.05 * target, {**options, "key_scales": True})
+    for what, heads_q, heads_kv, target, options in _OF_8_BITS
+)
+
+_TABLES: dict[str, tuple[_Entry, ...]] = {
+    "decode": _DECODE,
+    "rows": _MANY_ROWS,
+    "latent": _LATENT,
+    "quantised": _OF_8_BITS + _SCALED,
+}
+_WORDS = {
+    "headdim": "D{}",
+    "headdim_v": "DV{}",
+    "page_size": "page {}",
+    "kv_dtype": "{}",
+    "queries": "{} queries",
+    "key_scales": "scale per key",
+}
 
 
-def shapes() -> dict[str, Shape]:
-    """Return the shapes by their names."""
+def _entries(table: str) -> tuple[_Entry, ...]:
+    return sum(_TABLES.values(), ()) if table == "all" else _TABLES[table]
+
+
+def shapes(table: str = "all") -> dict[str, Shape]:
+    """Return the shapes of a table by their names."""
     lognormal = np.random.default_rng(0).lognormal(np.log(1000), 0.9, 128)
     ragged = {
         "b64 random 1..8192": np.random.default_rng(51).integers(1, 8193, 64),
         "b128 lognormal": np.clip(lognormal * 195_000 / lognormal.sum(), 16, 32768).astype(np.int64),
     }
     every = {}
-    for what, heads_q, heads_kv, _, options in _TABLE:
+    for what, heads_q, heads_kv, _, options in _entries(table):
         if what in ragged:
             lengths = ragged[what]
         else:
@@ -66,12 +129,16 @@ def shapes() -> dict[str, Shape]:
 
 def targets() -> dict[str, float | None]:
     """Return what an H200 should need at most, in us, by the names of the shapes."""
-    return {_name(what, q, kv, options): target for what, q, kv, target, options in _TABLE}
+    return {_name(what, q, kv, options): target for what, q, kv, target, options in _entries("all")}
 
 
 def _name(what: str, heads_q: int, heads_kv: int, options: dict[str, Any]) -> str:
-    words = [_WORDS[key].format(value) if value is not None else "contiguous" for key, value in options.items()]
-    return " ".join([what, f"{heads_q}/{heads_kv}", *words])
+    words = [what, f"{heads_q}/{heads_kv}"]
+    if options.get("latent"):
+        words.append("MLA")
+        options = {key: value for key, value in options.items() if key not in _MLA}
+    words += [_WORDS[key].format(value) if value is not None else "contiguous" for key, value in options.items()]
+    return " ".join(words)
 
 
 _QUICK = 5
@@ -95,7 +162,8 @@ def measure(
     gpu = Gpu()
     start, target_us = time.monotonic(), targets()
     arch, bandwidth = f"sm_{gpu.arch}", gpu.bandwidth
-    yield {"variant": "machine", "arch": arch, "workload": "plain read of 4 GiB", "read_tb_s": bandwidth, **gpu.facts}
+    rates = {"read_tb_s": bandwidth, "tensor_tflop_s": gpu.tensor_rate}
+    yield {"variant": "machine", "arch": arch, "workload": "plain read of 4 GiB", **rates, **gpu.facts}
     for shape in chosen:
         record: Record = {
             "variant": f"{shape.dtype} {shape.headdim}x{shape.heads_q // shape.heads_kv * shape.queries}",
@@ -152,8 +220,9 @@ def _host_us(call: Callable[[], Any], calls: int = 300, series: int = 9) -> floa
 # -------------------------------------------------------------------------------------------------------- the command
 _NOTES = (
     "",
-    "us per call. floor: bytes of the visible keys and values / read bandwidth; read: a kernel that only reads as many",
-    "bytes; given: with a plan; unplanned: planning in the call; share: floor / given; to_*: given / it;",
+    "us per call. floor: bytes of the visible keys and values / read bandwidth, or operations / rate of the tensor",
+    "cores at the highest clock, whichever is longer (bound); read: a kernel that reads as many bytes; given: on a",
+    "plan; unplanned: planning in the call; share: floor / given; to_*: given / it;",
     "CUDA graphs of many calls on copies larger than L2, medians of alternating rounds; JAX is wall time. cuDNN, FA2",
     "(torch), flex, JAX and the wheel of FA3 read contiguous caches. Outputs were compared with the NumPy backend's.",
     "",
@@ -169,11 +238,16 @@ def lines(records: Sequence[Record], markdown: bool = False) -> Iterator[str]:
     chosen = [r for r in records if r["variant"] != "machine"]
     names = list(dict.fromkeys(name for r in chosen for name in r.get("peers", ())))
     absent = [n for n in names if all(r["peers"].get(n) == "not installed" for r in chosen if "peers" in r)]
-    columns = ("floor_us", "read_us", "given_us", "unplanned_us", "target_us", "share", "to_read", "to_best_peer")
+    columns = (
+        "kv_mb", "gflop", "bound", "floor_us", "read_us", "given_us", "unplanned_us", "target_us", "share", "to_read",
+        "to_best_peer",
+    )  # fmt: skip
     header = ["workload", *(c.removesuffix("_us") for c in columns), *(n for n in names if n not in absent)]
     rows = [header]
     for r in chosen:
-        cells = [_cell(r.get(c), c) for c in columns] if "error" not in r else [r["error"][:60]] + [""] * 7
+        cells = (
+            [_cell(r.get(c), c) for c in columns] if "error" not in r else [r["error"][:60]] + [""] * (len(columns) - 1)
+        )
         rows.append([r["workload"], *cells, *(_cell(r.get("peers", {}).get(n))[:40] for n in names if n not in absent)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     rows.insert(1, ["-" * (width - markdown) + ":" * (markdown and i > 0) for i, width in enumerate(widths)])
@@ -199,8 +273,13 @@ def _cell(value: Any, name: str = "") -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``python -m tests.bench gpu``."""
     add = parser.add_argument
-    add("--shapes", nargs="+", metavar="TEXT", help="shapes whose name contains one of these texts")
-    add("--quick", action="store_true", help=f"the first {_QUICK} shapes, few rounds, cuDNN as the only peer")
+    add("--table", choices=[*_TABLES, "all"], default="decode", help="which shapes (default: decode)")
+    add("--shapes", nargs="+", metavar="TEXT", help="those of the table whose name contains one of these texts")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"the first {_QUICK} shapes of the table, few rounds, cuDNN as the only peer",
+    )
     add("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     add("--rounds", type=int, default=11, help="rounds, of which the median counts (default: 11)")
     add("--seconds", type=float, default=1e9, help="begin no further shape after so long (default: no limit)")
@@ -210,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``python -m tests.bench gpu``."""
-    every = shapes()
+    every = shapes(arguments.table)
     chosen = list(every.values())[: _QUICK if arguments.quick else None]
     if arguments.shapes:
         chosen = [s for s in every.values() if any(text in s.name for text in arguments.shapes)]

@@ -58,7 +58,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
         Part("tests", (*PYTEST, *distributed, "tests", "-m", "gpu", f"--ignore={HERE}"), 240),
         Part("merge", (*PYTEST, f"{HERE}/test_gpu_merge.py"), 120),
         Part("fragments", (*PYTEST, f"{HERE}/test_gpu_fragments.py"), 120),
-        Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py"), 120),
+        Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py", f"{HERE}/test_gpu_padded_batch.py"), 120),
         Part("dlpack", (*PYTEST, f"{HERE}/test_gpu_dlpack.py"), 120),
         Part("devices", (*PYTEST, f"{HERE}/test_gpu_devices.py"), 120),
         Part("ranks", (*PYTEST, *distributed, f"{HERE}/test_gpu_context_parallel.py"), 120),

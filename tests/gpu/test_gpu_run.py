@@ -50,10 +50,25 @@ def test_shapes() -> None:
     shapes = gpu.shapes()
     assert len(shapes) > 20
     assert all(shape.name == name for name, shape in shapes.items())
+    tables = {table: list(gpu.shapes(table)) for table in ("decode", "rows", "latent", "quantised")}
+    assert sum(tables.values(), []) == list(shapes)
+    assert {table: len(names) for table, names in tables.items()} == {
+        "decode": 21, "rows": 9, "latent": 12, "quantised": 16
+    }  # fmt: skip
     for name, megabytes in (("b32 L4096 32/8", 537), ("b1 L1024 32/4", 2.1), ("b64 random 1..8192 8/1", 127)):
         assert shapes[name].kv_bytes == pytest.approx(1e6 * megabytes, rel=0.01)
+    assert shapes["b128 L4096 128/1 MLA"].operations / 800e6 == pytest.approx(183, rel=0.01)  # us at 800 TFLOP/s
+    assert shapes["b32 L4096 128/1 MLA 2 queries"].page_size == 64
+    assert shapes["b1 L4096 32/8 float8_e4m3fn scale per key"].key_scales
     assert gpu.targets()["b32 L4096 32/8 D64"] == 63 and set(gpu.targets()) == set(shapes)
     assert shapes["b128 lognormal 32/8"].lengths.sum() == pytest.approx(195_000, rel=0.001)
+
+
+def test_shapes_are_those_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "--table", "rows", "--shapes", "MLA"])
+    assert ended.value.code == 2
+    assert "--shapes must name some of b32 L4096 32/8 8 queries, " in " ".join(capsys.readouterr().err.split())
 
 
 def test_report() -> None:

@@ -58,6 +58,8 @@ class Peer(ABC):
             return f"no {shape.dtype}"
         if shape.kv_dtype in QUANTISED and shape.kv_dtype not in cls.kv_dtypes:
             return f"no {shape.kv_dtype} cache"
+        if shape.key_scales:
+            return "no scales per key"
         if cls.paged and shape.page_size is None:
             return "paged caches only"
         if not cls.ragged and not shape.uniform:
