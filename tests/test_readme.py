@@ -41,7 +41,12 @@ def blocks_of(page: str, language: str) -> list[str]:
     return [text for name, text in blocks if name == language]
 
 
-COMMANDS = [line for text in blocks_of("README.md", "bash") for line in text.splitlines() if not line.startswith("# ")]
+COMMANDS = [
+    line
+    for text in blocks_of("README.md", "bash")
+    for line in text.replace("\\\n", "").splitlines()
+    if not line.startswith("# ")
+]
 GPU_BLOCKS = [text for page in PAGES for text in blocks_of(page, "python") if "import cupy\n" in text]
 
 
