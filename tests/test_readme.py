@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import json
 import re
@@ -145,6 +146,15 @@ def test_pictures_have_alternative_texts():
 
 def test_the_api_page_is_up_to_date():
     assert api_page.PAGE.read_text() == api_page.page(), "python tests/api_page.py"
+
+
+def test_examples_of_the_api_page():
+    """Each prints what it says."""
+    runner = doctest.DocTestRunner()
+    for text in blocks_of("notebooks/api.md", "python"):
+        if text.startswith(">>>"):
+            runner.run(doctest.DocTestParser().get_doctest(text, {}, "api.md", None, None))
+    assert runner.tries > 20 and not runner.failures
 
 
 def test_tables_and_chart_are_those_of_the_committed_figures(tmp_path):
