@@ -218,7 +218,8 @@ def flash_attn_with_kvcache(
         >>> k_cache, v_cache = rng.standard_normal((2, 2, 128, 2, 64), np.float32)
         >>> lengths = np.array([100, 7], np.int32)
         >>> meta = cuflash.get_scheduler_metadata(2, 1, 128, 8, 2, 64, lengths, qkv_dtype="float32")
-        >>> out = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, scheduler_metadata=meta)
+        >>> out = cuflash.flash_attn_with_kvcache(
+        ...     q, k_cache, v_cache, cache_seqlens=lengths, scheduler_metadata=meta)
         >>> out.shape
         (2, 1, 8, 64)
     """

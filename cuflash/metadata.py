@@ -52,7 +52,8 @@ class SchedulerMetadata(Plan):
 
     Example:
         >>> import cuflash, numpy as np
-        >>> meta = cuflash.get_scheduler_metadata(2, 1, 4096, 32, 8, 128, np.array([4096, 100], np.int32))
+        >>> lengths = np.array([4096, 100], np.int32)
+        >>> meta = cuflash.get_scheduler_metadata(2, 1, 4096, 32, 8, 128, lengths)
         >>> int((meta.work()["key_end"] - meta.work()["key_begin"]).sum()) == 8 * (4096 + 100)
         True
     """

@@ -1,4 +1,4 @@
-"""The data of a call as native arrays that a backend can use; what they must be is checked in ``arguments.py``."""
+"""The data of a call as native arrays that a backend can use; what they must be is checked in ``arguments``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 All public functions turn their arguments into a :class:`Problem` first. Here its scalars are checked and masks are
 normalised, so that a plan and the call that uses it can never disagree about them; arrays are checked in
-``arguments.py``.
+``arguments``.
 """
 
 from __future__ import annotations

@@ -106,11 +106,13 @@ def get_scheduler_metadata(
     Example:
         >>> import cuflash, numpy as np
         >>> lengths = np.array([4096, 100, 2048], np.int32)
-        >>> meta = cuflash.get_scheduler_metadata(3, 1, 4096, 32, 8, 128, lengths, page_size=16, causal=True)
+        >>> problem = dict(batch_size=3, max_seqlen_q=1, max_seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
+        >>> problem |= dict(headdim=128, page_size=16, causal=True)
+        >>> meta = cuflash.get_scheduler_metadata(**problem, cache_seqlens=lengths)
         >>> meta.balance > 0.9
         True
         >>> lengths += 1  # the next step
-        >>> meta is cuflash.get_scheduler_metadata(3, 1, 4096, 32, 8, 128, lengths, page_size=16, causal=True, out=meta)
+        >>> meta is cuflash.get_scheduler_metadata(**problem, cache_seqlens=lengths, out=meta)
         True
     """
     problem, lengths, max_seqlen_k = _check(locals())

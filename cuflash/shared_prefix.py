@@ -63,8 +63,7 @@ def shared_prefix_attention(
             beginning of the prefix, and for ``merge_with``.
 
     Example:
-        Three sequences share the 32 keys of pages 0 and 1; their own keys begin in pages 2, 3 and 4.
-
+        >>> # Three sequences share the 32 keys of pages 0 and 1; their own are in pages 2, 3 and 4.
         >>> import cuflash, numpy as np
         >>> rng = np.random.default_rng(0)
         >>> q = rng.standard_normal((3, 1, 8, 64), np.float32)
@@ -73,9 +72,11 @@ def shared_prefix_attention(
         >>> out = cuflash.shared_prefix_attention(
         ...     q, k_cache, v_cache, prefix_page_table=np.array([[0, 1]], np.int32),
         ...     prefix_seqlens=np.array([32], np.int32), prefix_cu_seqlens_q=np.array([0, 3], np.int32),
-        ...     prefix_max_seqlen_q=3, page_table=np.array([[2], [3], [4]], np.int32), cache_seqlens=own)
+        ...     prefix_max_seqlen_q=3, cache_seqlens=own,
+        ...     page_table=np.array([[2], [3], [4]], np.int32))
         >>> table = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 4]], np.int32)
-        >>> whole = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, page_table=table, cache_seqlens=32 + own)
+        >>> whole = cuflash.flash_attn_with_kvcache(
+        ...     q, k_cache, v_cache, page_table=table, cache_seqlens=32 + own)
         >>> bool(np.allclose(out, whole, atol=1e-6))
         True
     """

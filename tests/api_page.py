@@ -75,7 +75,8 @@ def _code(name: str, thing: Any) -> list[str]:
     if True in keyword:
         parameters.insert(keyword.index(True), "*")
     parameters = [
-        re.sub(r"'", "", p) if "=" not in p else re.sub(r"(:\s*)'([^=]*)'( =|$)", r"\1\2\3", p) for p in parameters
+        re.sub(r"'", "", p) if "=" not in p else re.sub(r"(:\s*)(['\"])([^=]*)\2( =|$)", r"\1\3\4", p)
+        for p in parameters
     ]
     one = f"{name}({', '.join(parameters)})"
     text = [one] if len(one) < 100 else [f"{name}(", *(f"    {p}," for p in parameters), ")"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +79,27 @@ def execute(path: Path) -> Any:
                 output.execution_count = number
             # A saved notebook shows the picture beside it: its sliders have no kernel.
             output.get("data", {}).pop(WIDGET, None)
+    describe_pictures(notebook)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     return notebook
+
+
+def pictures(notebook: Any) -> Iterator[tuple[Any, str]]:
+    """Each picture, with what the cell behind it says of it."""
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], {}]):
+        found = re.search(r"\*What to see:\*\s*(.*?)(\n\n|\Z)", after.get("source", ""), re.DOTALL)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                yield output, re.sub(r"[*`]|\s+", lambda mark: " " * mark[0].isspace(), found[1]) if found else ""
+
+
+def describe_pictures(notebook: Any) -> None:
+    """Make that the alternative text of each picture, for whoever cannot see it."""
+    for output, text in pictures(notebook):
+        output.metadata["image/png"] = {"alt": text}
 
 
 def said(cell: Any) -> str:
@@ -93,8 +111,8 @@ def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_six() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_seven() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter packages
@@ -123,14 +141,14 @@ def test_committed(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert path.stat().st_size < 1_000_000
     assert notebook.metadata.get("widgets") is None
-    cells = notebook.cells
     assert [cell.execution_count for cell in code_cells(notebook)] == [*range(1, len(code_cells(notebook)) + 1)]
-    for cell, after in zip(cells, [*cells[1:], None]):
+    for output, text in pictures(notebook):
+        assert text and output.metadata["image/png"]["alt"] == text, (
+            f"no sentence on what to see, or a stale one: {text!r}"
+        )
+    for cell in notebook.cells:
         outputs = cell.get("outputs", [])
         assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
-        if any("image/png" in output.get("data", {}) for output in outputs):
-            explained = after is not None and after.cell_type == "markdown" and "What to see:" in after.source
-            assert explained, f"no sentence on what to see after {cell.source[-80:]!r}"
         text = cell.source + "".join(str(output.get("text", "")) for output in outputs)
         assert str(ROOT) not in text and str(Path.home()) not in text
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -17,17 +19,35 @@ from cuflash.cli import main
 
 ROOT = Path(__file__).parents[1]
 # What a clone has beside the README; a package of the sources has them too.
-PAGES = ["README.md", "notebooks/semantics.md", "notebooks/how_it_works.md", "notebooks/coming_from.md"]
-LINKING = [*PAGES, "notebooks/api.md", "BENCHMARKS.md", "kernels_cu/README.md"]
+PAGES = [
+    "README.md", "notebooks/semantics.md", "notebooks/how_it_works.md", "notebooks/coming_from.md",
+    "cuflash/context_parallel/README.md",
+]  # fmt: skip
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.ipynb"))
+LINKING = [*PAGES, *NOTEBOOKS, "notebooks/api.md", "BENCHMARKS.md", "kernels_cu/README.md"]
+
+
+def text_of(page: str) -> str:
+    """What a reader sees of a page, or of what a notebook says between its cells."""
+    text = (ROOT / page).read_text()
+    if not page.endswith(".ipynb"):
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def blocks_of(page: str, language: str) -> list[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    assert {name for name, _ in blocks} <= {"python", "bash", "diff"}
+    assert {name for name, _ in blocks} <= {"", "python", "bash", "diff"}  # without a name: not to be run
     return [text for name, text in blocks if name == language]
 
 
-COMMANDS = [line for text in blocks_of("README.md", "bash") for line in text.splitlines()]
+COMMANDS = [
+    line
+    for text in blocks_of("README.md", "bash")
+    for line in text.replace("\\\n", "").splitlines()
+    if not line.startswith("# ")
+]
 GPU_BLOCKS = [text for page in PAGES for text in blocks_of(page, "python") if "import cupy\n" in text]
 
 
@@ -109,8 +129,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", LINKING)
 def test_links(page):
-    text = (ROOT / page).read_text()
-    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
@@ -121,12 +140,21 @@ def test_links(page):
 
 
 def test_pictures_have_alternative_texts():
-    pictures = [found for page in LINKING for found in re.findall(r"!\[([^\]]*)\]", (ROOT / page).read_text())]
+    pictures = [found for page in LINKING for found in re.findall(r"!\[([^\]]*)\]", text_of(page))]
     assert len(pictures) >= 2 and all(len(text) > 40 for text in pictures)
 
 
 def test_the_api_page_is_up_to_date():
     assert api_page.PAGE.read_text() == api_page.page(), "python tests/api_page.py"
+
+
+def test_examples_of_the_api_page():
+    """Each prints what it says."""
+    runner = doctest.DocTestRunner()
+    for text in blocks_of("notebooks/api.md", "python"):
+        if text.startswith(">>>"):
+            runner.run(doctest.DocTestParser().get_doctest(text, {}, "api.md", None, None))
+    assert runner.tries > 20 and not runner.failures
 
 
 def test_tables_and_chart_are_those_of_the_committed_figures(tmp_path):
