@@ -35,7 +35,29 @@ CASES = (
     Case(dtype="bfloat16", seqlens=(77, 130), new=1, rotary="interleaved", page_size=16, causal=True),
     Case(dtype="float16", seqlens=(40, 7), new=(3, 0), rotary="half", rotary_dim=16, leftpad=True),
     Case(dtype="float32", seqlens=(40, 7), seqlens_q=2, new=2, rotary="half", rotary_seqlens=True, causal=True),
-)
+    # Many rows.
+    Case(dtype="bfloat16", heads=(32, 2), headdim=(128, 128), seqlens=(700, 33), seqlens_q=5, causal=True, page_size=8),
+    Case(dtype="float16", heads=(8, 2), headdim=(128, 128), seqlens=(900, 130, 0), seqlens_q=(130, 1, 3), causal=True),
+    Case(dtype="bfloat16", heads=(64, 1), headdim=(256, 256), seqlens=(400, 65), page_size=7, softcap=5.0, sinks=True),
+    Case(dtype="float16", heads=(40, 1), headdim=(320, 512), seqlens=(300, 40), page_size=1, window=(90, 0)),
+    Case(dtype="bfloat16", heads=(40, 1), headdim=(128, 128), seqlens=(700, 90), split_size=64, plan="stale"),
+    Case(dtype="float16", heads=(8, 2), seqlens=(200, 150), seqlens_q=20, tree="words", page_size=16, csr=True),
+    Case(dtype="bfloat16", heads=(40, 1), seqlens=(200, 150), negative_pages=True, page_size=16, merge="in place"),
+    # Quantised caches.
+    Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 17, 0), page_size=16,
+         kv_dtype="float8_e4m3fn", scales=("none", "float", "heads")),
+    Case(dtype="float16", heads=(8, 2), headdim=(64, 64), seqlens=(300, 17), kv_dtype="int8",
+         scales=("none", "keys", "keys"), new=2, page_size=16, causal=True),
+    Case(dtype="bfloat16", heads=(32, 1), headdim=(128, 128), seqlens=(700, 33), seqlens_q=5, causal=True,
+         kv_dtype="float8_e5m2", scales=("none", "keys", "keys"), page_size=16),
+    # A latent cache.
+    Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(700, 33), page_size=64),
+    Case(dtype="float16", heads=(64, 1), headdim=(576, 512), mla="joint", seqlens=(500, 90), seqlens_q=2, causal=True),
+    Case(dtype="bfloat16", heads=(16, 1), headdim=(64, 512), mla="qv", seqlens=(300, 33), page_size=16, new=1),
+    Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(300, 33), page_size=16,
+         kv_dtype="float8_e4m3fn", scales=("none", "float", "none")),
+    Case(dtype="bfloat16", heads=(8, 2), seqlens=(300, 77), cp=(3, 1, 16), causal=True, seqlens_q=3),
+)  # fmt: skip
 
 
 def merge_states() -> None:
