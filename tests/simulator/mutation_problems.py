@@ -92,8 +92,11 @@ def _attention(
 NEARLY_HUGE = 709.7822475235729
 
 
-def _nearly_huge(first: int, step: int, level: bool) -> Callable[[dict[str, Any]], None]:
-    """Changes inputs: scores of every `step`th head rise and fall around the boundary of huge ones, or stop at it.
+def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]], None]:
+    """Changes inputs: scores of every `step`th head lie around the boundary of huge ones.
+
+    They rise and fall in waves, or reach the boundary and do not pass it, or pass it in few keys, beside which the many
+    others still count.
 
     Positive ones become huge where they rise, negative ones, in every other row of the cache, where they fall, by steps
     of about 1 in log2 units. The other heads have scores far from the boundary.
@@ -103,10 +106,12 @@ def _nearly_huge(first: int, step: int, level: bool) -> Callable[[dict[str, Any]
         q, k_cache = inputs["q"], inputs["k_cache"]
         rows, slots = k_cache.shape[:2]
         noise = np.random.default_rng(0)
-        if level:
+        if kind == "waves":
+            steps = np.rint(-16 * np.cos(np.arange(slots) / 60)) + noise.integers(-3, 4, slots)
+        elif kind == "level":
             steps = np.minimum(noise.integers(-60, 9, slots), 3)
         else:
-            steps = np.rint(16 * np.sin(np.arange(slots) / 60)) + noise.integers(-3, 4, slots)
+            steps = np.where(np.arange(slots) % 211 == 200, noise.integers(4, 8, slots), noise.integers(-7, -4, slots))
         q[...] = 0
         q[..., 0], q[..., 1] = 8, 1
         q[..., first::step, 0] = 64
@@ -272,6 +277,25 @@ EQUIVALENT = (
         instruction=r", %r\d+$",
     ),
     Equivalent(
+        "one more split that does not exist adds zeros",
+        file="combine.cuh",
+        source=r"is_next = begin \+ i < parts\.count",
+        kind="ge -> gt",
+    ),
+    Equivalent(
+        "four rows at once are merged in one pass, before which all is 0",
+        file="combine.cuh",
+        source=r"r \* kWide \+ i\)",
+        call=r"scale\(o\[r\], kRowsAtOnce == 1 \? before",
+        kind="shuffle from another lane",
+    ),
+    Equivalent(
+        "where the sink equals the largest score, either may be the maximum: results differ by rounding at most",
+        file="combine.cuh",
+        source=r"state\.sum != 0\.0f && above >= 0\.0f",
+        kind="ge -> gt",
+    ),
+    Equivalent(
         "zero_of_each_lane() is 0",
         file=r"decode\.cu",
         source=r"zero_of_each_lane\(\)|int h = -2|to = ring",
@@ -411,7 +435,7 @@ EQUIVALENT = (
         source=r"min\(new_keys, most - keys\)",
         kind="sub -> add|drop.*",
         instruction=r"sub\.s32",
-        kernel="decode",
+        kernel="decode|extend",
     ),
     Equivalent(
         "a variant of 8 rows has one row group: nothing waits for a second one",
@@ -970,6 +994,7 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                     split_size=64, seed=3 * k + n, **options,
                 )  # fmt: skip
                 yield from _named(case, (3, 8, 2)[n], family)
+    yield from _extend()
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
         for n, seqlens in enumerate(((70, 33), (900,))):
@@ -978,6 +1003,54 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                 seed=2 * k + n, **options,
             )  # fmt: skip
             yield from _named(case, (1, 16)[n], extend)
+
+
+def _extend() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu alone: of each variant few."""
+    base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64))
+    tree = dataclasses.replace(base, heads=(2, 1), tree="bool")
+    split = dataclasses.replace(base, heads=(17, 1), split_size=64)
+    wide = Case(dtype="float16", heads=(8, 1), headdim=(512, 512))
+    negative: dict[str, Any] = {"page_size": 64, "negative_pages": True}
+    huge = (
+        (base, {"seqlens": (900, 700), "seqlens_q": 35}),
+        (tree, {"seqlens": (500, 500), "seqlens_q": 70}),
+        (split, {"seqlens": (900, 700), "seqlens_q": 4, "split_size": 256}),
+        (wide, {"seqlens": (500, 500), "seqlens_q": 9}),
+    )
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"):
+        for case, options in huge:
+            case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
+            problem = _attention(case, 2, family=extend, change=_nearly_huge(*which))
+            yield f"extend nearly huge {which} {case}", problem
+    # Loaders find the share's first item, or others, without keys or without rows.
+    empty = (0, 20, 0, 40, 64, 25, 0, 33)
+    for case, num_sm, options in (
+        (base, 1, {"seqlens": empty, "seqlens_q": (35, 0, 33, 20, 1, 0, 35, 40)}),
+        (tree, 1, {"seqlens": empty, "seqlens_q": (70, 0, 33, 20, 66, 0, 35, 40), "unowned": (3, 2), "sinks": True}),
+        (split, 1, {"seqlens": empty, "seqlens_q": (3, 0, 1, 2, 3, 0, 1, 3)}),
+        (split, 1, {"seqlens": (30, 0) * 16, "seqlens_q": 3}),
+        (split, 1, {"seqlens": (200, 0, 90, 70), "seqlens_q": (3, 2, 0, 3), "unowned": (3, 2)}),
+        (split, 1, {"seqlens": (0, 1025, 1024), "seqlens_q": 3, "plan": "long"}),
+        (tree, 3, {"seqlens": (0, 20, 900), "seqlens_q": (33, 0, 35)}),
+        (split, 4, {"seqlens": (1025, 1024, 1088, 1461) * 2, "seqlens_q": 2, "plan": "long", "heads": (20, 1)}),
+        (wide, 1, {"seqlens": (30, 20, 10, 64), "seqlens_q": (9, 0, 5, 17), "window": (20, 2)}),
+        # A tile at the left side of windows whose values are cleared.
+        (wide, 1, {"seqlens": (250, 1, 260, 1, 270), "seqlens_q": 17, "window": (150, 2), **negative}),
+        # Numbers of parts that fill what is merged at once, and that do not.
+        (tree, 12, {"seqlens": (1100,), "seqlens_q": 35}),
+        (base, 20, {"seqlens": (1280,), "seqlens_q": 32, "num_splits": 20}),
+        (base, 23, {"seqlens": (1472,), "seqlens_q": 32, "num_splits": 23}),
+        (wide, 3, {"seqlens": (192,), "seqlens_q": 5, "num_splits": 3}),
+        (wide, 4, {"seqlens": (256,), "seqlens_q": 5, "num_splits": 4}),
+        (wide, 10, {"seqlens": (640,), "seqlens_q": 1, "num_splits": 10, "heads": (33, 1)}),
+        (split, 2, {"seqlens": (192, 256, 128), "seqlens_q": 2, "heads": (20, 1)}),
+        # Trees and rows that end, or begin, at many places of a tile.
+        (tree, 1, {"seqlens": (57, 40), "seqlens_q": 92}),
+        (tree, 5, {"seqlens": tuple(range(73, 105)), "seqlens_q": 33}),
+        (tree, 1, {"seqlens": (50, 40), "seqlens_q": (8, 7), "unowned": (3, 2), "heads": (9, 1)}),
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, extend)
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -1028,7 +1101,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         # With this seed the second sequence has a leftpad of 0.
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
-    for which in (0, 1, False), (3, 8, False), (4, 8, False), (3, 8, True):
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
         for options, rows, seqlens, num_sm in (
             ({"num_splits": 1}, 8, (1300, 900), 2),
             ({"queries": 2, "causal": True}, 32, (700, 900), 2),
