@@ -42,8 +42,16 @@ def _gpu(num_sm: int, backend: str = "sim", family: ModuleType = decode) -> Iter
         yield
 
 
-def _attention(case: Case, num_sm: int, nonsense: bool = False, family: ModuleType = decode) -> Callable[[], Arrays]:
+def _attention(
+    case: Case,
+    num_sm: int,
+    nonsense: bool = False,
+    family: ModuleType = decode,
+    change: Callable[[dict[str, Any]], None] | None = None,
+) -> Callable[[], Arrays]:
     inputs = make_inputs(case)
+    if change is not None:
+        change(inputs)
     answer = expected(inputs)
 
     def problem() -> Arrays:
@@ -80,6 +88,42 @@ def _attention(case: Case, num_sm: int, nonsense: bool = False, family: ModuleTy
     return problem
 
 
+# With this softmax_scale, a score of 4096 + 3 / 1024 times score_scale is rounded to 2^22, the least huge offset.
+NEARLY_HUGE = 709.7822475235729
+
+
+def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]], None]:
+    """Changes inputs: scores of every `step`th head lie around the boundary of huge ones.
+
+    They rise and fall in waves, or reach the boundary and do not pass it, or pass it in few keys, beside which the many
+    others still count.
+
+    Positive ones become huge where they rise, negative ones, in every other row of the cache, where they fall, by steps
+    of about 1 in log2 units. The other heads have scores far from the boundary.
+    """
+
+    def change(inputs: dict[str, Any]) -> None:
+        q, k_cache = inputs["q"], inputs["k_cache"]
+        rows, slots = k_cache.shape[:2]
+        noise = np.random.default_rng(0)
+        if kind == "waves":
+            steps = np.rint(-16 * np.cos(np.arange(slots) / 60)) + noise.integers(-3, 4, slots)
+        elif kind == "level":
+            steps = np.minimum(noise.integers(-60, 9, slots), 3)
+        else:
+            steps = np.where(np.arange(slots) % 211 == 200, noise.integers(4, 8, slots), noise.integers(-7, -4, slots))
+        q[...] = 0
+        q[..., 0], q[..., 1] = 8, 1
+        q[..., first::step, 0] = 64
+        keys = np.zeros(k_cache.shape, k_cache.dtype)
+        keys[..., 0] = np.where(np.arange(rows) % 2, -64, 64)[:, None, None]
+        keys[..., 1] = steps[:, None] / 1024
+        seen = np.isfinite(k_cache[..., 0].astype(np.float32))
+        k_cache[seen] = keys[seen]
+
+    return change
+
+
 def _has_cluster(mutant: Mutant) -> bool:
     return mutant.cluster > 1
 
@@ -94,7 +138,7 @@ def _has_two_buffers(mutant: Mutant) -> bool:
     return mutant.cluster <= 1 and mutant.threads == 256
 
 
-SOURCES = [Path(__file__).parents[2] / "kernels_cu", Path(__file__).parents[2] / "kernels_cu/include"]
+SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
 EQUIVALENT = (
     Equivalent(
         "a negative quotient is raised to 0, however it is rounded",
@@ -107,7 +151,7 @@ EQUIVALENT = (
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
         context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
-        file=r"(decode|plan|merge)\.cu|(ptx/\w+|swizzle|combine|merge_warps|mma|segment|fragment)\.cuh",
+        file=r"(decode|plan|merge)\.cu|(ptx/\w+|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh",
     ),
     Equivalent(
         "the difference of equal numbers is the 0 of the other choice",
@@ -158,8 +202,8 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a second pass over the queries, which a block with more threads than chunks does not make",
-        file=r"decode\.cu",
-        source=r"i \+= kThreads|Swizzle<kQueryBytes>::offset\(row",
+        file="queries.cuh",
+        source=r"i \+= kThreads|Rows::offset\(row",
         kind="add -> sub|lt -> le",
         instruction=r"add\.s32 %r\d+, %r\d+, (128|256)$|setp\.lt\.s32 %p\d+, %r\d+, -(64|192)$",
         variants=_has_8_rows,
@@ -231,6 +275,25 @@ EQUIVALENT = (
         source=r"begin < parts\.count; begin \+= kWide",
         kind="gt -> ge",
         instruction=r", %r\d+$",
+    ),
+    Equivalent(
+        "one more split that does not exist adds zeros",
+        file="combine.cuh",
+        source=r"is_next = begin \+ i < parts\.count",
+        kind="ge -> gt",
+    ),
+    Equivalent(
+        "four rows at once are merged in one pass, before which all is 0",
+        file="combine.cuh",
+        source=r"r \* kWide \+ i\)",
+        call=r"scale\(o\[r\], kRowsAtOnce == 1 \? before",
+        kind="shuffle from another lane",
+    ),
+    Equivalent(
+        "where the sink equals the largest score, either may be the maximum: results differ by rounding at most",
+        file="combine.cuh",
+        source=r"state\.sum != 0\.0f && above >= 0\.0f",
+        kind="ge -> gt",
     ),
     Equivalent(
         "zero_of_each_lane() is 0",
@@ -329,7 +392,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "with tiles of 32 keys: a shuffle from 16 lanes back is one from 16 lanes on",
-        file=r"(segment|loader|mma|ptx/registers)\.cuh|decode\.cu",
+        file=r"(segment|loader|mma|registers)\.cuh|decode\.cu",
         source=r"\+\+item;|key_? [+-]= kWarps \* kTileKeys|u32 slot = ring|\*= alpha\[g\]|mad\.wide\.u32",
         kind="add -> sub",
         instruction=r"add\.s32 .*, 16$",
@@ -338,7 +401,7 @@ EQUIVALENT = (
     Equivalent(
         "a key of a cut is 0 or a multiple of 16",
         file="segment.cuh",
-        source=r"item > share\.end\.item",
+        source=r"item (>|==) share\.end\.item",
         kind="lt -> le",
         instruction=", 1$",
     ),
@@ -372,7 +435,7 @@ EQUIVALENT = (
         source=r"min\(new_keys, most - keys\)",
         kind="sub -> add|drop.*",
         instruction=r"sub\.s32",
-        kernel="decode",
+        kernel="decode|extend",
     ),
     Equivalent(
         "a variant of 8 rows has one row group: nothing waits for a second one",
@@ -394,6 +457,21 @@ EQUIVALENT = (
         file="softmax.cuh",
         source=r"exceeds \|= lane_maximum",
         kind="gt -> ge",
+    ),
+    Equivalent(
+        "the way of huge maxima moves maxima that are not huge with the same results",
+        file="softmax.cuh",
+        source=r"some_huge \|= is_huge",
+        kind="and -> or",
+        kernel="decode",
+    ),
+    Equivalent(
+        "a walker's key never is the end of its share's part: cuts that fell together are dropped, and a split that is "
+        "not the item's last one in a share ends before the share does",
+        file="segment.cuh",
+        source=r"kHasSplitSize && key >= part_end",
+        kind="ge -> gt",
+        instruction=r"%r\d+$",
     ),
     Equivalent(
         "a score that equals the threshold: either maximum is right, results differ by rounding at most",
@@ -567,12 +645,20 @@ LATENT: tuple[dict[str, Any], ...] = (
     {"scale": 0.0, "merge": "in place", "plan": "reused"},
     {"scale": 0.3, "strided": True, "layout": "HND"},
 )
+MERGES: tuple[dict[str, Any], ...] = (
+    {"merge": True},
+    {"merge": "in place", "ragged": True, "queries": 2, "unowned": (3, 2), "sinks": True},
+)
+# Pages of negative numbers are cleared in tiles of which rows see different keys: with many short sequences, often.
+NEGATIVE: dict[str, Any] = {"negative_pages": True, "csr": True, "page_size": 16, "queries": 5, "causal": True}
+SHORT = (40, 20, 33, 50, 47, 20, 60, 16)
 # Heads by queries: rows of a row block of 8, and of 32, of which some problems have two.
 HEADS: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
     8: {1: ((8, 1), (6, 2), (1, 1), (7, 1), (2, 2)), 2: ((4, 1), (6, 2)), 5: ((1, 1), (2, 2)), 8: ((1, 1),)},
     32: {
         1: ((40, 1), (34, 2), (33, 1), (28, 1), (20, 1), (44, 1)),
         2: ((20, 1), (24, 2), (32, 1)),
+        3: ((17, 1),),
         5: ((7, 1), (16, 1), (4, 1)),
         32: ((1, 1), (2, 1)),
     },
@@ -622,6 +708,22 @@ def _cases() -> Iterator[tuple[Case, int]]:
     for k, scale in enumerate((None, 6.0)):  # the unrolled loop of 4 x 32 parts
         yield _case({"num_splits": 1000, "scale": scale}, 8, (9200,), k), 150
         yield _case({"split_size": 64, "scale": scale}, 32, (10300,), k + 3), 3
+    for k, options in enumerate(MERGES):
+        for n in range(2):  # copies that come late, and early
+            yield _case(options, 8, (300, 33, 0), k + n, num_splits=1000), 20
+            yield _case(options, 32, (300, 500, 0), k + n), 2
+            yield _case(options, 8, (640, 33), k + n), 10
+            yield _case({**options, "split_size": 64}, 32, (500, 0, 40), k + n), 3
+    for k in range(4):
+        yield _case(NEGATIVE, 8, SHORT[:5], k, num_splits=1000), 20
+        yield _case(NEGATIVE, 8, (640, *SHORT[:4]), k), 25
+        yield _case(NEGATIVE, 32, SHORT, k), 2
+        yield _case({**NEGATIVE, "split_size": 64, "queries": (2, 5)[k % 2]}, 32, SHORT, k), 3
+    # Items that have as many splits as there are slots for a cut, and one more.
+    yield _case({"split_size": 64, "plan": "long"}, 32, (1025, 1024, 1088, 1089) * 3, 3), 4
+    # Two queries among the first rows of a row block.
+    yield _case({"split_size": 64, "queries": 3, "window": (40, 3)}, 32, (300, 64, 100), 0), 3
+    yield _case({"queries": 3, "window": (40, 3)}, 32, (300, 64, 100), 0), 2
     # Masks that begin and end at every place of a tile.
     for k, options in enumerate(
         ({"window": (40, 3)}, {"window": (50, 2), "queries": 5}, {"causal": True, "queries": 5})
@@ -892,6 +994,7 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                     split_size=64, seed=3 * k + n, **options,
                 )  # fmt: skip
                 yield from _named(case, (3, 8, 2)[n], family)
+    yield from _extend()
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
         for n, seqlens in enumerate(((70, 33), (900,))):
@@ -900,6 +1003,54 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                 seed=2 * k + n, **options,
             )  # fmt: skip
             yield from _named(case, (1, 16)[n], extend)
+
+
+def _extend() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu alone: of each variant few."""
+    base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64))
+    tree = dataclasses.replace(base, heads=(2, 1), tree="bool")
+    split = dataclasses.replace(base, heads=(17, 1), split_size=64)
+    wide = Case(dtype="float16", heads=(8, 1), headdim=(512, 512))
+    negative: dict[str, Any] = {"page_size": 64, "negative_pages": True}
+    huge = (
+        (base, {"seqlens": (900, 700), "seqlens_q": 35}),
+        (tree, {"seqlens": (500, 500), "seqlens_q": 70}),
+        (split, {"seqlens": (900, 700), "seqlens_q": 4, "split_size": 256}),
+        (wide, {"seqlens": (500, 500), "seqlens_q": 9}),
+    )
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"):
+        for case, options in huge:
+            case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
+            problem = _attention(case, 2, family=extend, change=_nearly_huge(*which))
+            yield f"extend nearly huge {which} {case}", problem
+    # Loaders find the share's first item, or others, without keys or without rows.
+    empty = (0, 20, 0, 40, 64, 25, 0, 33)
+    for case, num_sm, options in (
+        (base, 1, {"seqlens": empty, "seqlens_q": (35, 0, 33, 20, 1, 0, 35, 40)}),
+        (tree, 1, {"seqlens": empty, "seqlens_q": (70, 0, 33, 20, 66, 0, 35, 40), "unowned": (3, 2), "sinks": True}),
+        (split, 1, {"seqlens": empty, "seqlens_q": (3, 0, 1, 2, 3, 0, 1, 3)}),
+        (split, 1, {"seqlens": (30, 0) * 16, "seqlens_q": 3}),
+        (split, 1, {"seqlens": (200, 0, 90, 70), "seqlens_q": (3, 2, 0, 3), "unowned": (3, 2)}),
+        (split, 1, {"seqlens": (0, 1025, 1024), "seqlens_q": 3, "plan": "long"}),
+        (tree, 3, {"seqlens": (0, 20, 900), "seqlens_q": (33, 0, 35)}),
+        (split, 4, {"seqlens": (1025, 1024, 1088, 1461) * 2, "seqlens_q": 2, "plan": "long", "heads": (20, 1)}),
+        (wide, 1, {"seqlens": (30, 20, 10, 64), "seqlens_q": (9, 0, 5, 17), "window": (20, 2)}),
+        # A tile at the left side of windows whose values are cleared.
+        (wide, 1, {"seqlens": (250, 1, 260, 1, 270), "seqlens_q": 17, "window": (150, 2), **negative}),
+        # Numbers of parts that fill what is merged at once, and that do not.
+        (tree, 12, {"seqlens": (1100,), "seqlens_q": 35}),
+        (base, 20, {"seqlens": (1280,), "seqlens_q": 32, "num_splits": 20}),
+        (base, 23, {"seqlens": (1472,), "seqlens_q": 32, "num_splits": 23}),
+        (wide, 3, {"seqlens": (192,), "seqlens_q": 5, "num_splits": 3}),
+        (wide, 4, {"seqlens": (256,), "seqlens_q": 5, "num_splits": 4}),
+        (wide, 10, {"seqlens": (640,), "seqlens_q": 1, "num_splits": 10, "heads": (33, 1)}),
+        (split, 2, {"seqlens": (192, 256, 128), "seqlens_q": 2, "heads": (20, 1)}),
+        # Trees and rows that end, or begin, at many places of a tile.
+        (tree, 1, {"seqlens": (57, 40), "seqlens_q": 92}),
+        (tree, 5, {"seqlens": tuple(range(73, 105)), "seqlens_q": 33}),
+        (tree, 1, {"seqlens": (50, 40), "seqlens_q": (8, 7), "unowned": (3, 2), "heads": (9, 1)}),
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, extend)
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -950,6 +1101,15 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         # With this seed the second sequence has a leftpad of 0.
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
+        for options, rows, seqlens, num_sm in (
+            ({"num_splits": 1}, 8, (1300, 900), 2),
+            ({"queries": 2, "causal": True}, 32, (700, 900), 2),
+            ({}, 8, (1000, 900), 10),
+            ({"split_size": 256}, 32, (900, 1100), 3),
+        ):
+            case = _case({"scale": NEARLY_HUGE, **options}, rows, seqlens, 0)
+            out.append((f"attention nearly huge {which} {case}", _attention(case, num_sm, change=_nearly_huge(*which))))
     out += [*_many_rows(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
