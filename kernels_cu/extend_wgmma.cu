@@ -7,7 +7,6 @@
 #include "params.cuh"
 #include "queries.cuh"
 #include "rows_combine.cuh"
-#include "rows_partners.cuh"
 #include "rows_reach.cuh"
 #include "rows_ring.cuh"
 #include "rows_softmax.cuh"
@@ -27,6 +26,21 @@ constexpr int kLoaderRegisters = LOADER_REGISTERS, kMathRegisters = MATH_REGISTE
 
 // Named barriers, one for each warpgroup, behind that of all that multiply: what its warps have found out, and its turn.
 constexpr int kVotes = 2, kTurns = 4;
+
+// What softmax asks of partners: all warps of a warpgroup move maxima if one of them has to, since they wait for the products that
+// are under way together.
+class Warpgroup {
+public:
+    __device__ __forceinline__ explicit Warpgroup(int number) : number_(number) {}
+
+    __device__ __forceinline__ bool any(bool exceeds) const { return named_barrier_any(kVotes + number_, 128, exceeds); }
+    __device__ __forceinline__ bool any(bool exceeds, const float (&)[kRowTiles][2]) const { return any(exceeds); }
+    __device__ __forceinline__ float maximum(int, int, float top) const { return lanes_maximum<4>(top); }
+    __device__ __forceinline__ float total(int, int, float sum) const { return sum; }
+
+private:
+    int number_;
+};
 
 // What the threads of a block have in common beside the tiles.
 struct BlockState {
@@ -84,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     Math math;
     Softmax softmax(p);
     Scaling scaling(factors + warp * kWarpRows, lane);
-    Partners partners(*reinterpret_cast<Meeting*>(shared), warp, lane);  // every warp has all columns: they never meet
+    const Warpgroup warpgroup(warp / 4);
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
         wait_for_phase(block.ring.full[place.slot], place.parity);
@@ -138,12 +152,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
             score(key);
             if (kScalesWeights || is_first) {
-                softmax.update(scores, math, partners, scaling);
+                softmax.update(scores, math, warpgroup, scaling);
                 scaling.scale_weights(scores, needs_mask);
             } else {
                 float sums[kRowTiles][2];
-                const bool exceeds = softmax.weigh_first(scores, sums);
-                if (named_barrier_any(kVotes + warp / 4, 128, exceeds)) {
+                if (warpgroup.any(softmax.weigh_first(scores, sums))) {
                     math.wait_for_values();
                     math.start_scores(ring + keys.slot * kSlotBytes, scores);
                     math.wait_for_scores(scores, false);
@@ -212,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
         RowStates states;
-        softmax.finish(math, partners, states);
+        softmax.finish(math, warpgroup, states);
         RowResults results(p, block.segment, math.output(), states, warp, lane);
         if constexpr (kHasSplitSize) {
             hand_on_split(p, block.share, block.segment, results, folded, block.merge);

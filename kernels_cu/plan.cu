@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         while (p.slice_units > 1) {
             const Sequence lengths = {0, planned[p.batch_size + sequence], planned[2 * p.batch_size + sequence]};
             range = row_block_keys(mask, lengths, p.group, p.rows, place);
-            const long long end = start + (even ? even_cost : range.end - range.begin + overhead);
+            const long long end = start + (even ? even_cost : static_cast<long long>(range.end - range.begin) + overhead);
             if (sequence_known && end > goal) break;
             start = end;
             place += 1;

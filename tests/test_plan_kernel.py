@@ -89,6 +89,13 @@ def test_huge_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         check_twins(132, plain(seqlens, **options), monkeypatch)
 
 
+def test_huge_lengths_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread adds up several sequences, of which each costs more than an int32 holds."""
+    most = 2**31 - 1
+    seqlens = np.random.default_rng(0).choice((9, most), 3099)
+    check_twins(132, plain(seqlens, 3, cache_leftpad=seqlens % 7), monkeypatch)
+
+
 def test_huge_lengths_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 2**31 - 1  # far above max_seqlen_k, which does not bind
     for options in ({}, {"window_size": (20, 0)}, {"window_size": (1000, 0)}, {"attention_chunk": 50}):

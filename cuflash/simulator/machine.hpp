@@ -39,7 +39,7 @@ struct Pending {
     u8 value[16];
 };
 
-struct IssuedProduct {  // by the first warp of a warpgroup that came to it
+struct IssuedProduct {  // or another instruction of wgmma, by the first warp of a warpgroup that came to it
     u32 pc, warp;
     u64 a, b;
     bool add;

@@ -194,24 +194,33 @@ void check_matrix(Warp &w, const Ins &i, u64 descriptor, bool mn_major, u32 firs
     });
 }
 
-// The four warps issue the same products in the same order.
-void check_same(Warp &w, WarpGroup &group, const WarpProduct &p) {
-    if (group.issued.size() == w.products.issued) group.issued.push_back({p.pc, w.index, p.a, p.b, p.add});
+WarpGroup &warpgroup_of(Warp &w) {
+    Block &b = *w.block;
+    if (b.warpgroups.size() < (w.launch->warps + 3) / 4) b.warpgroups.resize((w.launch->warps + 3) / 4);
+    return b.warpgroups[w.index / 4];
+}
+
+// The four warps come to the same instructions of wgmma in the same order, which all are .aligned: products, fences, commits and
+// waits.
+void check_same(Warp &w, u64 a = 0, u64 b = 0, bool add = false) {
+    WarpGroup &group = warpgroup_of(w);
+    if (group.issued.size() == w.products.issued) group.issued.push_back({w.pc, w.index, a, b, add});
     const IssuedProduct &first = group.issued[w.products.issued++];
-    if (first.pc != p.pc) {
+    if (first.pc != w.pc) {
         Finding &f = finding_at(w, K_WARPGROUP, 0, 0);
         f.has_other = 1;
         f.other_pc = first.pc;
         f.other_block = w.block->linear;
         f.other_thread = first.warp * 32;
-        report(w, K_WARPGROUP, 0, 0, "product %u of this warp is another instruction in warp %u of its warpgroup",
+        report(w, K_WARPGROUP, 0, 0,
+               "the warps of a warpgroup part: instruction %u of wgmma in this warp is another one in warp %u",
                w.products.issued, first.warp);
     }
-    if (first.a != p.a || first.b != p.b || first.add != p.add)
+    if (first.a != a || first.b != b || first.add != add)
         report(w, K_WARPGROUP, 0, 0, "%s of this product is not the same in warps %u and %u of a warpgroup",
-               first.a != p.a   ? "the descriptor of A"
-               : first.b != p.b ? "the descriptor of B"
-                                : "scale-d",
+               first.a != a   ? "the descriptor of A"
+               : first.b != b ? "the descriptor of B"
+                              : "scale-d",
                first.warp, w.index);
 }
 
@@ -253,9 +262,8 @@ void mma_async(Warp &w, const Ins &i, u32) {
     p.add = add;
     if (!(i.c & A_IN_REGISTERS)) check_descriptor(w, p.a, "A");
     check_descriptor(w, p.b, "B");
-    if (block.warpgroups.size() < (L.warps + 3) / 4) block.warpgroups.resize((L.warps + 3) / 4);
-    WarpGroup &group = block.warpgroups[w.index / 4];
-    check_same(w, group, p);
+    check_same(w, p.a, p.b, p.add);
+    WarpGroup &group = warpgroup_of(w);
     Actor actor{};
     Fenced fenced;
     if (L.races.shared) {
@@ -271,9 +279,16 @@ void mma_async(Warp &w, const Ins &i, u32) {
         for (WarpProduct &q : w.products.queue) perform(w, q);  // they accumulate in order
 }
 
-void fence(Warp &w, const Ins &, u32) { w.products.fenced = true; }
-void commit(Warp &w, const Ins &, u32) { w.products.committed++; }
+void fence(Warp &w, const Ins &, u32) {
+    check_same(w);
+    w.products.fenced = true;
+}
+void commit(Warp &w, const Ins &, u32) {
+    check_same(w);
+    w.products.committed++;
+}
 void wait(Warp &w, const Ins &i, u32) {  // imm: groups that may go on
+    check_same(w);
     Products &all = w.products;
     if (all.committed < u32(i.imm)) return;
     u32 done = all.committed - u32(i.imm);
@@ -281,8 +296,8 @@ void wait(Warp &w, const Ins &i, u32) {  // imm: groups that may go on
         perform(w, all.queue.front());
         all.queue.pop_front();
     }
-    if (w.launch->races.shared && w.index / 4 < w.block->warpgroups.size()) {
-        WarpGroup &group = w.block->warpgroups[w.index / 4];
+    if (w.launch->races.shared) {
+        WarpGroup &group = warpgroup_of(w);
         SyncVar v;
         for (; all.waited < done; all.waited++)
             if (all.waited < group.actors.size()) {
@@ -389,7 +404,7 @@ void check_warpgroups_exit(Block &b) {
             const IssuedProduct &missing = issued[w.products.issued];
             Warp &other = b.warps[missing.warp];
             other.pc = missing.pc;
-            report(other, K_WARPGROUP, 0, 0, "warp %u of the warpgroup exits without issuing this product", w.index);
+            report(other, K_WARPGROUP, 0, 0, "warp %u of the warpgroup exits without coming to this instruction", w.index);
         }
     if (b.launch->args->registers)
         for (Warp &w : b.warps)

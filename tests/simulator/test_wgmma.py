@@ -207,12 +207,14 @@ BUGS: dict[str, tuple[dict[str, str], str, str]] = {
         "warpgroup",
         "scale-d of this product",
     ),
-    "a part of a warpgroup": ({"ROLE": "2"}, "warpgroup", "exits without issuing"),
+    "a part of a warpgroup": ({"ROLE": "2"}, "warpgroup", "exits without coming to"),
     "different products": (
         {"BEFORE": "if (warp == 1) { FENCE; product(c, f, b); product(c, f, b + 2); COMMIT; WAIT(0); return; }"},
         "warpgroup",
-        "is another instruction in warp",
+        "is another one in warp",
     ),
+    "a wait of one warp": ({"BETWEEN": "if (warp == 1) WAIT(0);"}, "warpgroup", "is another one in warp"),
+    "a fence of one warp": ({"BEFORE": "if (warp == 1) FENCE;"}, "warpgroup", "is another one in warp"),
     "bits that mean nothing": ({"replace": "(u64)1 << 62 => (u64)3 << 61"}, "warpgroup", "bits that mean nothing"),
     "a base offset": ({"replace": "(u64)1 << 62 => (u64)8193 << 49"}, "warpgroup", "base offset"),
     "a pattern that starts elsewhere": (
