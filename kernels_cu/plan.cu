@@ -4,6 +4,7 @@
 // sums a slice of consecutive units, a block scan turns the sums into the cost before each slice, and then every thread makes
 // the cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts
 // that fell together. cuflash/planner.py is the same in NumPy, bit for bit: change both.
+#include "scan.cuh"
 #include "schedule.cuh"
 #include "stream.cuh"
 
@@ -32,41 +33,9 @@ struct PlanParams {
     int slice_units;      // so many units
 };
 
-constexpr unsigned kFullWarp = 0xffffffff;
-constexpr int kWarpSize = 32;
 constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
 constexpr int kShortOverhead = 16;   // .. at most so many
-
-template <typename T>
-__device__ T inclusive_scan(T value, int lane) {  // over the lanes of a warp
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        T other = __shfl_up_sync(kFullWarp, value, step);
-        if (lane >= step) value += other;
-    }
-    return value;
-}
-
-__device__ int warp_min(int value) {
-    for (int step = 1; step < kWarpSize; step *= 2) value = min(value, __shfl_xor_sync(kFullWarp, value, step));
-    return value;
-}
-
-template <typename T>
-__device__ T warp_max(T value) {
-    for (int step = 1; step < kWarpSize; step *= 2) value = max(value, __shfl_xor_sync(kFullWarp, value, step));
-    return value;
-}
-
-// The i in [low, high) with before[i] <= target < before[i + 1].
-__device__ int slice_of(const long long* before, int low, int high, long long target) {
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (before[middle] <= target) low = middle;
-        else high = middle;
-    }
-    return low;
-}
 
 // Keys that the longest of `blocks` shares may have.
 __device__ long long most_keys(const PlanParams& p, long long all_keys, int blocks) {

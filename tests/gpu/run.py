@@ -65,8 +65,11 @@ def parts(folder: Path, workers: int) -> list[Part]:
         Part("paged", (*PYTEST, f"{HERE}/test_gpu_paged.py"), 120),
         Part("model", (*PYTEST, f"{HERE}/test_gpu_model.py"), 120),
         *(
-            Part(tool, (*sanitizer, "--tool", tool, python, f"{HERE}/sanitize.py"), 240, needs=sanitizer[0])
-            for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+            Part(tool, (*sanitizer, "--tool", tool, python, f"{HERE}/sanitize.py", *options), 240, needs=sanitizer[0])
+            for tool, options in (
+                ("memcheck", ()), ("initcheck", ()),
+                ("racecheck", ("--without-wgmma",)), ("synccheck", ("--without-wgmma",)),
+            )
         ),
         Part("counters", (python, f"{HERE}/counters.py"), 100, alone=True, shows=True, needs="ncu"),
         Part(
