@@ -51,10 +51,28 @@ struct Tree {
     long long row_stride;
     int is_packed;
 
-    // Query `row`, counted from the batch's first one where queries are ragged.
-    __device__ __forceinline__ bool sees(int sequence, long long row, int key) const {
-        const char* const keys = static_cast<const char*>(tree_mask) + sequence * batch_stride + row * row_stride;
-        return is_packed ? reinterpret_cast<const unsigned*>(keys)[key / 32] >> key % 32 & 1 : keys[key] != 0;
+    // The keys of query `row`, which is counted from the batch's first one where queries are ragged.
+    __device__ __forceinline__ const unsigned char* keys_of(int sequence, long long row) const {
+        return static_cast<const unsigned char*>(tree_mask) + sequence * batch_stride + row * row_stride;
+    }
+
+    // Whether a query with these keys sees one; words are read by bytes, as bools are.
+    __device__ __forceinline__ bool sees(const unsigned char* keys, int key) const {
+        return keys[is_packed ? key / 8 : key] & (is_packed ? 1u << key % 8 : 0xffu);
+    }
+
+    // Whether none of the queries sees a key, `count` of them, of which the first has these keys: eight at a time are on their way.
+    __device__ __forceinline__ bool hides_from_all(const unsigned char* keys, int count, int key) const {
+        constexpr int kAtOnce = 8;
+        bool is_seen = false;
+#pragma unroll 1
+        for (int i = 0; !is_seen && i < count; i += kAtOnce) {
+            unsigned seen = 0;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) seen |= sees(keys + min(i + j, count - 1) * row_stride, key);
+            is_seen = seen != 0;
+        }
+        return !is_seen;
     }
 };
 

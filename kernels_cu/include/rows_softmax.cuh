@@ -16,6 +16,23 @@
 
 using RowStates = RowState[kRowTiles][2];  // of a lane's rows; the four lanes of a row know the same
 
+// Which of a lane's keys of a tile the tree mask hides from a query, a bit each: bit 2 n + c is that of key lane_key + 8 n + c.
+__device__ __forceinline__ u32 hidden_by_tree(const DecodeParams& p, const Segment& segment, int query, u32 lane_key) {
+    static_assert(kKeyTiles <= 16, "a bit for each key");
+    constexpr int kAtOnce = kKeyTiles < 4 ? kKeyTiles : 4;  // more loads under way would take too many registers
+    const unsigned char* const row = tree_row(p, segment, query);
+    u32 hidden = 0;
+#pragma unroll 1
+    for (int n = 0; n < kKeyTiles; n += kAtOnce) {
+        u32 some = 0;
+        for_each<kAtOnce, 2>([&](int i, int column) {
+            some |= static_cast<u32>(tree_hides(p, segment, row, lane_key + (n + i) * 8 + column)) << (2 * i + column);
+        });
+        hidden |= some << 2 * n;
+    }
+    return hidden;
+}
+
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row. The scores begin at
 // `first_key`, and at packed row `first_row`.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
@@ -27,10 +44,12 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
         const u32 lane_key = first_key + lane % 4 * 2;
         const int begin = mask_of(p).first_visible(segment.lengths, query) - lane_key;
         const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - lane_key;
+        u32 hidden = 0;
+        if constexpr (kHasTree) hidden = exists ? hidden_by_tree(p, segment, query, lane_key) : ~0u;
         for_each<kKeyTiles, 2>([&](int n, int column) {
             const int key = n * 8 + column;
             bool is_hidden = key < begin || key >= end;
-            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, lane_key + key);
+            if constexpr (kHasTree) is_hidden |= hidden >> (2 * n + column) & 1;
             if (is_hidden) s[t][n][half * 2 + column] = -infinity();
         });
     });

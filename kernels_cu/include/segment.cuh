@@ -57,11 +57,21 @@ __device__ __forceinline__ int keys_before_tree(const DecodeParams& p, Sequence 
     return mask_of(p).shard.held(lengths.seqlen_k - lengths.seqlen_q);
 }
 
-// Whether the tree mask hides a key from a query of a segment.
-__device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment& s, int query, int key) {
-    const int column = mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);
-    const long long row = (p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0) + query;
-    return column >= 0 && !p.tree.sees(s.sequence, row, column);
+// What the tree mask says of a query of a segment, or of its last one.
+__device__ __forceinline__ const unsigned char* tree_row(const DecodeParams& p, const Segment& s, int query) {
+    const long long start = p.lengths.cu_seqlens_q ? p.lengths.cu_seqlens_q[s.sequence] : 0;
+    return p.tree.keys_of(s.sequence, start + min(query, s.lengths.seqlen_q - 1));
+}
+
+// The column of the tree mask for a key; negative: all queries see it.
+__device__ __forceinline__ int tree_column(const DecodeParams& p, const Segment& s, int key) {
+    return mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);
+}
+
+// Whether the tree mask hides a key from the query of a row. Without a branch, so that many are asked at once.
+__device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment& s, const unsigned char* row, int key) {
+    const int column = tree_column(p, s, key);
+    return column >= 0 & !p.tree.sees(row, max(0, min(column, s.lengths.seqlen_q - 1)));
 }
 
 // Whether the key of a segment is one whose values may be anything though only some rows do not see it: one on a page of a
@@ -70,11 +80,11 @@ __device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segmen
     key = min(key, s.keys.end - 1);  // as the loader repeats it
     if constexpr (kHasTree) {
         const int first_query = query_of(p, s.first_row), last_query = query_of(p, s.first_row + s.valid_rows - 1);
-        const int own_query = mask_of(p).shard.position(key) - (s.lengths.seqlen_k - s.lengths.seqlen_q);  // mostly sees its key
-        bool is_hidden = tree_hides(p, s, max(first_query, min(own_query, last_query)), key);
-#pragma unroll 1
-        for (int query = first_query; is_hidden && query <= last_query; ++query) is_hidden = tree_hides(p, s, query, key);
-        if (is_hidden) return true;
+        const int column = tree_column(p, s, key);  // the number of the query that mostly sees it
+        if (column >= 0 && !p.tree.sees(tree_row(p, s, max(first_query, min(column, last_query))), column) &&
+            p.tree.hides_from_all(tree_row(p, s, first_query), last_query - first_query + 1, column)) {
+            return true;
+        }
     }
     if (!p.cache.page_table) return false;
     PageCursor place;

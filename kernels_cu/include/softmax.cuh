@@ -24,10 +24,11 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
         const int begin = mask_of(p).first_visible(segment.lengths, query);
         const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query));
         const bool exists = g * 8 + lane % 4 * 2 + column < segment.valid_rows;  // has a row of the tree mask
+        const unsigned char* const tree = kHasTree ? tree_row(p, segment, query) : nullptr;
         for_each<kTileKeys / 8>([&](int eighth) {
             const int key = first_key + lane / 4 + eighth * 8;
             bool is_hidden = key < begin || key >= end;
-            if constexpr (kHasTree) is_hidden = is_hidden || !exists || tree_hides(p, segment, query, key);
+            if constexpr (kHasTree) is_hidden |= !exists | tree_hides(p, segment, tree, key);
             if (is_hidden) s[eighth / 2][g][eighth % 2 * 2 + column] = -infinity();
         });
     });
