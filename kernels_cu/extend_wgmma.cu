@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     Math math;
     Softmax softmax(p);
     Scaling scaling(factors + warp * kWarpRows, lane);
-    const Warpgroup warpgroup(warp / 4);
+    const Warpgroup warpgroup(__shfl_sync(kFullWarp, threadIdx.x / 128, 0));  // else descriptors pass through a lane's registers
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
         wait_for_phase(block.ring.full[place.slot], place.parity);
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         // Nearly always maxima stay where they are: then only the sums of the weights are looked at, not all scores. A warpgroup
         // multiplies together, so all of its warps score the tile again if one of them has to. Not in an item's first tile, nor
         // where values have scales: what has to fit float16 is a weight times its scale.
-        const auto weigh = [&](u32 key, bool is_first) {
+        const auto weigh = [&](u32 key, u32 slot, bool is_first) {
             scaling.begin_tile(scales + keys.slot * ScaleTile::kBytes, 0, lane);
             score(key);
             if (kScalesWeights || is_first) {
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 float sums[kRowTiles][2];
                 if (warpgroup.any(softmax.weigh_first(scores, sums))) {
                     math.wait_for_values();
-                    math.start_scores(ring + keys.slot * kSlotBytes, scores);
+                    math.start_scores(slot, scores);
                     math.wait_for_scores(scores, false);
                     score(key);
                     softmax.weigh_again(scores, sums, math, scaling);
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             fence_for_wgmma();
             math.start_scores(first_slot, scores);
             math.wait_for_scores(scores, false);
-            weigh(begin, true);
+            weigh(begin, first_slot, true);
             pack_weights(scores, weights);
             u32 key = begin, values_slot = values_of(values, key), keys_slot = 0;
             const auto has_next = [&] { return key + kTileKeys < end; };
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 math.start_values(values_slot, weights);
                 if (takes_turns) named_barrier_arrive(kTurns + (warp / 4 ^ 1), kThreads);
                 math.wait_for_scores(scores, true);
-                weigh(key, false);
+                weigh(key, keys_slot, false);
                 pin(scores[0]);
                 // The next tile is waited for while the values are multiplied. These loops are also what keeps the weights there:
                 // ptxas would make them behind the wait for the values, where nothing runs beside them.
