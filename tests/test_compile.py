@@ -13,7 +13,7 @@ import pytest
 from bench import cubins, sass
 
 from cuflash.device import Device
-from cuflash.kernels import decode, mla_wgmma
+from cuflash.kernels import decode, extend_wgmma, mla_wgmma
 from cuflash.kernels.append import append_variant
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, source
@@ -133,3 +133,22 @@ def test_products_of_latent_attention_run_side_by_side(features: dict, dtype: st
     assert sum("HGMMA" in line for line in text) == 36 + 2 * 4
     assert sum("WARPGROUP.DEPBAR" in line for line in text) == 3
     assert code.local_bytes <= 128  # in what follows the main loop
+
+
+@pytest.mark.parametrize("queries", [5, 40])
+@pytest.mark.parametrize(
+    ("features", "kv_dtype"), [({}, None), ({"has_softcap": True}, None), ({"split_size": 64}, None), ({}, "int8")]
+)
+def test_products_of_many_rows_run_side_by_side(features: dict, queries: int, kv_dtype: str | None) -> None:
+    """Serialised products have two instructions of a warpgroup each."""
+    device, problem = (
+        Device(132, 90),
+        make_problem(4, queries, 8, 2, 128, qkv_dtype="bfloat16", kv_dtype=kv_dtype, causal=True, **features),
+    )
+    partition = extend_wgmma.partition(problem, device, None)
+    assert partition is not None
+    for variant in (extend_wgmma.variant(problem, partition), *extend_wgmma.other_variants(problem, partition, False)):
+        code = check(variant, 90)
+        text = [instruction.text for instruction in sass.disassemble(code.code).instructions]
+        products = sum("HGMMA" in line for line in text)
+        assert products > 0 and sum("WARPGROUP" in line for line in text) < products
