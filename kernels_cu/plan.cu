@@ -107,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         slice_keys += keys;
         shortest = min(shortest, keys);
         longest = max(longest, keys);
-        if (p.row_blocks % 2 == 0) {
-            const KeyRange other = row_block_keys(mask, sequence, p.group, p.rows, place ^ 1);
+        if (p.row_blocks % 2 == 0 && place % 2 == 0) {
+            const KeyRange other = row_block_keys(mask, sequence, p.group, p.rows, place + 1);
             longest_pair = max(longest_pair, static_cast<unsigned>(keys) + (other.end - other.begin));
         }
         place += 1;
