@@ -139,7 +139,7 @@ __device__ __forceinline__ void append_row(const Row<Element>& row, void* cache,
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32) append(const __grid_constant__ AppendParams p) {
-    wait_for_turn();
+    wait_for_turn(p);
     launch_next();
     long long row = static_cast<long long>(blockIdx.x) * kWarps + threadIdx.x / 32;
 

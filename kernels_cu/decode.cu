@@ -79,11 +79,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (kCluster > 1) {
+        if (threadIdx.x == 0) init_barrier(parts.arrived, 1);
+        fence_barrier_init();
         cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
-        wait_for_turn();
+        wait_for_turn(p);
     } else {
         if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
-        wait_for_turn();
+        wait_for_turn(p);
         if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
         __syncthreads();
     }
@@ -218,10 +220,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         cluster_wait();
         merge_warps(p.score_scale, block.segments[0], math, softmax, block.warps, free_slot,
                     [&](int row, int vector, float4 o, RowState state) { put_part(parts, row, vector, o, state); });
-        cluster_arrive();
-        cluster_wait();
         launch_next();
-        if (cluster_rank() == 0) merge_cluster(p, block.segments[0], parts);
+        if (cluster_rank() == 0) {
+            if (threadIdx.x == 0) expect_parts(parts, block.segments[0]);
+            wait_for_phase(parts.arrived, 0);
+            merge_cluster(p, block.segments[0], parts);
+        }
     }
     // In the end, so that small problems do not wait for it.
     if (p.total_q) clear_rows_of_none(p, p.lengths.cu_seqlens_q[0], p.lengths.cu_seqlens_q[p.batch_size]);

@@ -78,7 +78,7 @@ __device__ __forceinline__ uint2 packed(const float (&values)[kElements]) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) exchange(const __grid_constant__ ExchangeParams p) {
-    wait_for_turn();
+    wait_for_turn(p);
     launch_next();
     const int lane = threadIdx.x % 32, first = blockIdx.x * WARPS + threadIdx.x / 32, step = BLOCKS * WARPS;
     const int rows = p.batch_size * p.queries * p.heads, row_bytes = p.headdim * ELEMENT_BYTES;

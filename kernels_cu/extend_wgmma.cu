@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 ring = shared_address(shared), code_ring = shared_address(codes), scales = code_ring + kCodeRingBytes;
     block.ring.init();
-    wait_for_turn();
+    wait_for_turn(p);
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
     const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
     if (p.total_q && (rows_edge == 0 || rows_edge == 1)) {

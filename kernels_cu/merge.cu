@@ -38,7 +38,7 @@ __device__ __forceinline__ long long place(StateStrides s, long long batch, long
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_constant__ MergeParams p) {
-    wait_for_turn();
+    wait_for_turn(p);
     launch_next();
     const float kNone = -infinity();
     const long long rows = static_cast<long long>(p.batch_size) * p.queries * p.heads;

@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         init_barrier((&block.full[0][0])[threadIdx.x], kLoaderWarps * 32);
         init_barrier((&block.empty[0][0])[threadIdx.x], kRowWarps);  // one warpgroup frees a part
     }
-    wait_for_turn();
+    wait_for_turn(p);
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, share_number() + threadIdx.x);
     const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
     if (p.total_q && (rows_edge == 0 || rows_edge == 1)) {

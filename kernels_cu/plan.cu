@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const int parts = 1 << p.slice_shift;
     int* planned = p.plan + kPlanCuts + 4 * p.num_cuts;  // (3, batch_size) leftpad, seqlen_k, seqlen_q
 
-    wait_for_turn();
+    wait_for_turn(p);
     launch_next();
     // Pass 1: the keys of a slice, and the lengths as planned.
     int s = min((thread >> p.slice_shift) * p.slice_sequences, p.batch_size);

@@ -26,8 +26,8 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Backend:
     return Backend("sim", lambda array: array, np.asarray)
 
 
-def cluster(batch: int, heads: int, seqlen: int, arch: int = 90, **options: Any) -> int:
-    problem = make_problem(batch, 1, 4 * heads, heads, 128, **options)
+def cluster(batch: int, heads: int, seqlen: int, arch: int = 90, headdim: int = 128, **options: Any) -> int:
+    problem = make_problem(batch, 1, 4 * heads, heads, headdim, **options)
     return tiling(problem, Device(132, arch), seqlen).cluster
 
 
@@ -35,6 +35,8 @@ def test_small_problems_have_clusters() -> None:
     assert cluster(1, 4, 1024) == 8
     assert cluster(1, 8, 4096) == 8
     assert cluster(3, 8, 1024) == 4
+    assert cluster(4, 8, 1024) == 4  # 128 blocks, of which two fit one multiprocessor
+    assert cluster(2, 8, 1024) == 4  # 128 blocks of 128 keys are no better than 64 of 256
     assert cluster(8, 8, 512) == 2
     assert cluster(1, 1, 128) == 2
 
@@ -43,7 +45,7 @@ def test_others_have_none() -> None:
     assert cluster(32, 8, 4096) == 1  # more items than multiprocessors
     assert cluster(1, 8, 32768) == 1  # reading takes longer than merging
     assert cluster(8, 8, 1024) == 1  # sequences of other lengths would wait for the longest
-    assert cluster(4, 8, 1024) == 1  # clusters of 4 do not fill the GPU
+    assert cluster(4, 8, 1024, headdim=256) == 1  # no two blocks fit one multiprocessor
     assert cluster(1, 4, 100) == 1  # fewer than 64 keys a block
     assert cluster(1, 4, 1024, arch=80) == 1  # clusters came with sm_90
     for options in ({"num_splits": 4}, {"num_splits": 1}, {"split_size": 64}, {"sm_margin": 4}):

@@ -300,6 +300,7 @@ void st_async(Warp &w, const Ins &i, u32 m) {
         Place bar = shared_place(w, l, address_of(w, i, i.o[13], i.d, s32(i.target), l), 8, true);
         if (to.off % n)
             report(w, K_MISALIGNED, l, to.off, "an access of %u bytes at an address that is no multiple of %u", n, n);
+        if (w.launch->races.shared) race_shared(w, l, *bar.block, bar.off, 8, A_STRONG);  // with its initialisation
         barrier_at(w, l, bar);
         Pending op{};
         op.what = Pending::VALUE;
@@ -345,7 +346,9 @@ bool advance_pending(Cluster &c) {
 
 void check_block_exit(Block &b) {
     for (Pending &p : b.cluster->pending) {
-        bool ours = p.warp->block == &b || (p.what != Pending::TO_GLOBAL && p.block == &b);
+        // A store's value is on its way by itself: only the block that it goes to must be there still.
+        bool ours = p.what == Pending::VALUE ? p.block == &b
+                                             : p.warp->block == &b || (p.what != Pending::TO_GLOBAL && p.block == &b);
         if (!ours || (p.done && p.what != Pending::TO_GLOBAL)) continue;
         if (b.launch->check(C_WAITED)) {
             p.warp->pc = p.pc;

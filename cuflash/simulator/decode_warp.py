@@ -207,8 +207,9 @@ def _decode_fence(dec: Decoder, mods: Sequence[str]) -> None:
     flags = CTA_SCOPE if "cta" in mods else 0
     if list(mods[:2]) == ["proxy", "async"] and mods[2:] != ["global"]:
         return dec.emit("fence.proxy", cls="fence")
-    if "proxy" in mods or any(m.startswith("mbarrier_init") for m in mods):
+    if "proxy" in mods:
         return dec.emit("nop", cls="fence")
+    # fence.mbarrier_init releases initialisations of mbarriers alone; here, as any release does, all that was written.
     acquire = "acquire" in mods and "acq_rel" not in mods
     release = "release" in mods and "acq_rel" not in mods
     flags |= ACQUIRE if acquire else RELEASE if release else ACQUIRE | RELEASE

@@ -420,7 +420,8 @@ struct Engine {
         c.generation++;
         L.changes++;
         if (L.races.on()) {
-            c.sync = SyncVar();
+            c.sync = std::move(c.fenced);
+            c.fenced = SyncVar();
             for (auto &b : c.blocks) {
                 std::vector<Party> mine;
                 for (const Party &p : c.parties)
@@ -457,6 +458,9 @@ struct Engine {
             for (u32 t = m; t; t &= t - 1) w.cluster_phase[first(t)] = c.generation;
             c.arrived += u32(__builtin_popcount(m));
             if (L.races.on() && (i.flags & RELEASE)) c.parties.push_back(party(w, m, false));
+            else if (L.races.on())
+                for (u32 t = m; t; t &= t - 1)
+                    if (!w.clocks->fences[first(t)].cta) tell_fenced(w, first(t), c.fenced);
             g.pc++;
             try_cluster(c);
             return;
@@ -516,6 +520,7 @@ struct Engine {
         c.arrived = 0;
         c.generation = 1;
         c.parties.clear();
+        c.fenced = SyncVar();
         c.pending.clear();
         c.done = false;
         c.slices = 0;

@@ -75,7 +75,8 @@ struct Cluster {
     u32 arrived = 0;
     u64 generation = 0;
     std::vector<Party> parties;
-    SyncVar sync;  // of the last generation
+    SyncVar fenced;  // what relaxed arrivals of this generation had fenced before
+    SyncVar sync;    // of the last generation
     std::vector<Pending> pending;
     bool done = false;
     u32 slices = 0;

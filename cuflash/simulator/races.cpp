@@ -412,6 +412,10 @@ void acquire_at(Warp &w, u32 lane, u64 key, bool cta) {
     auto found = w.launch->races.variables.find(key);
     if (found != w.launch->races.variables.end() && in_scope(found->second, w, cta)) take(w, lane, found->second);
 }
+void tell_fenced(Warp &w, u32 lane, SyncVar &v) {
+    FenceState &f = w.clocks->fences[lane];
+    if (f.released) publish(v, w.block->linear, snapshot(w, lane, f.released, f.released_epoch));
+}
 void relaxed_write(Warp &w, u32 lane, u64 key, bool exchange) {
     FenceState &f = w.clocks->fences[lane];
     auto &variables = w.launch->races.variables;
@@ -419,7 +423,7 @@ void relaxed_write(Warp &w, u32 lane, u64 key, bool exchange) {
     if (!f.released) return;
     SyncVar &v = variables[key];
     v.cta = f.cta;
-    publish(v, w.block->linear, snapshot(w, lane, f.released, f.released_epoch));
+    tell_fenced(w, lane, v);
 }
 void relaxed_read(Warp &w, u32 lane, u64 key) {
     auto found = w.launch->races.variables.find(key);

@@ -139,4 +139,5 @@ void fence_lanes(Warp &w, u32 mask, bool cta);
 // Tells what the thread knows to a place of its own, and the other way round: mbarriers.
 void leave(SyncVar &v, u32 block, const Known &k);
 void tell(Warp &w, u32 lane, SyncVar &v);
+void tell_fenced(Warp &w, u32 lane, SyncVar &v);  // what it knew at its last fence
 void learn(Warp &w, u32 mask, const SyncVar &v);

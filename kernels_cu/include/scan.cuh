@@ -1,7 +1,7 @@
 // Sums, extremes and searches of plan.cu over the lanes of a warp and the slices of a block.
 #pragma once
+#include "ptx/registers.cuh"
 
-constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
 
 template <typename T>

@@ -87,17 +87,36 @@ extern "C" __global__ void kernel(const float* x, float* out) {
   __shared__ float rows[2][32];
   __shared__ u64 bar;
   u32 blocks = 2, me = rank();
+#ifdef SENDERS_EXIT
+  if (threadIdx.x == 0) { init(&bar, 1); if (me == 0) expect(&bar, 4 * 32 * blocks); }
+#else
   if (threadIdx.x == 0) { init(&bar, 1); expect(&bar, 4 * 32 * blocks); }
+#endif
+#ifdef RELAXED
+#ifndef NO_FENCE
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
   cluster_sync();
+#endif
+#ifdef SENDERS_EXIT
+  blocks = 1;  // all send to block 0, and leave
+#endif
   for (u32 r = 0; r < blocks; r++)
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                  :: "r"(mapped(&rows[me][threadIdx.x], r)), "r"(__float_as_uint(x[blockIdx.x * 32 + threadIdx.x])),
                     "r"(mapped(&bar, r)) : "memory");
+#ifdef SENDERS_EXIT
+  if (me != 0) return;
+#endif
 #ifndef FORGOTTEN
   wait_parity(&bar, 0);
 #endif
   out[blockIdx.x * 32 + threadIdx.x] = rows[0][threadIdx.x] - rows[1][31 - threadIdx.x];  // use
+#ifndef SENDERS_EXIT
   cluster_sync();
+#endif
 }
 """
 
@@ -109,6 +128,26 @@ def test_asynchronous_stores_to_peers(settings: dict[str, Any]) -> None:
     np.testing.assert_array_equal(out, np.broadcast_to((x[:, 0] - x[:, 1, ::-1])[:, None], out.shape))
     finding = found(kernel_of(PUSH, "-DFORGOTTEN"), 4, 32, (x, out), cluster=2, **settings)
     assert finding.check in ("shared_race", "in_flight", "uninitialised")
+
+
+@pytest.mark.parametrize("settings", ORDERS)
+def test_senders_that_exit(settings: dict[str, Any]) -> None:
+    """A store on its way needs the block that it goes to alone, and that must wait for it."""
+    x, out = np.random.default_rng(0).standard_normal((2, 2, 32)).astype(np.float32), np.zeros((2, 2, 32), np.float32)
+    run(kernel_of(PUSH, "-DSENDERS_EXIT"), 4, 32, (x, out), cluster=2, **settings)
+    np.testing.assert_array_equal(out[:, 0], x[:, 0] - x[:, 1, ::-1])
+    finding = found(kernel_of(PUSH, "-DSENDERS_EXIT", "-DFORGOTTEN"), 4, 32, (x, out), cluster=2, **settings)
+    assert finding.check in ("shared_race", "in_flight", "uninitialised", "never_waited", "bounds")
+
+
+@pytest.mark.parametrize("settings", ORDERS)
+def test_relaxed_arrival_after_a_fence(settings: dict[str, Any]) -> None:
+    """Peers may use an mbarrier whose initialisation was fenced before a relaxed arrival; without the fence, not."""
+    x, out = np.random.default_rng(0).standard_normal((2, 2, 32)).astype(np.float32), np.zeros((2, 2, 32), np.float32)
+    run(kernel_of(PUSH, "-DRELAXED"), 4, 32, (x, out), cluster=2, **settings)
+    np.testing.assert_array_equal(out, np.broadcast_to((x[:, 0] - x[:, 1, ::-1])[:, None], out.shape))
+    finding = found(kernel_of(PUSH, "-DRELAXED", "-DNO_FENCE"), 4, 32, (x, out), cluster=2, **settings)
+    assert finding.check == "shared_race"
 
 
 BULK = r"""

@@ -17,6 +17,13 @@ __device__ __forceinline__ void arrive(u64& barrier) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(&barrier)) : "memory");
 }
 
+// Arrives now, and lets the phase wait for so many bytes of stores and copies that count themselves.
+__device__ __forceinline__ void arrive_for_bytes(u64& barrier, u32 bytes) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(shared_address(&barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
 // Waits until the phase of this parity has ended; the first one has parity 0. Not by try_wait, which may sleep too long.
 __device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
     u32 is_over;

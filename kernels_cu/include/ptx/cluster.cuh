@@ -9,15 +9,24 @@ __device__ __forceinline__ u32 shared_of_block(u32 address, u32 rank) {
     return mapped;
 }
 
-__device__ __forceinline__ void store_cluster(u32 address, float4 v) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+// Stores to the shared memory of a block of the cluster, and counts the bytes at `barrier` there when they have arrived: whoever
+// waits for that barrier sees them, and nobody waits for their way. Both addresses are those of the other block.
+__device__ __forceinline__ void store_async(u32 address, u32 barrier, float4 v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+                 "r"(barrier), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
 }
 
-__device__ __forceinline__ void store_cluster(u32 address, float2 v) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+__device__ __forceinline__ void store_async(u32 address, u32 barrier, float2 v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(address),
+                 "r"(barrier), "f"(v.x), "f"(v.y)
+                 : "memory");
 }
 
-// A barrier of the cluster in two halves: what was written before the first is seen after the second.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Tells the blocks of the cluster, with the next arrival, which mbarriers this thread has set up.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// A barrier of the cluster in two halves. What was written before the first is seen after the second only if it was fenced: an
+// arrival that releases waits for memory (MEMBAR).
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
