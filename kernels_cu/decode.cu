@@ -78,17 +78,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     float* const row_factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);  // of the item that is read
     ClusterParts& parts = *reinterpret_cast<ClusterParts*>(state + BLOCK_STATE_BYTES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if constexpr (kCluster > 1) {
-        if (threadIdx.x == 0) init_barrier(parts.arrived, 1);
-        fence_barrier_init();
-        cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
-        wait_for_turn(p);
-    } else {
-        if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
-        wait_for_turn(p);
-        if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
-        __syncthreads();
-    }
     // Shared addresses: `slot` of the half-stage that is read, `free_slot` of the one before it. They are equal in all lanes, yet
     // must lie in registers of each lane: from uniform registers, with a cache policy, ptxas 13.0 and 13.5 emit illegal copies.
     const u32 ring = shared_address(shared) + warp * kRingBytes + zero_of_each_lane();
@@ -103,6 +92,17 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     Math math(lane);
     Softmax softmax(p);
     RowFactors factors;
+    if constexpr (kCluster > 1) {
+        if (threadIdx.x == 0) init_barrier(parts.arrived, 1);
+        fence_barrier_init();
+        cluster_arrive();  // this block runs: others may write to its shared memory once they have waited
+        wait_for_turn(p);
+    } else {
+        if (kQueryBuffers == 2 && threadIdx.x < 2) init_barrier(block.fetched[threadIdx.x], kThreads + 1);
+        wait_for_turn(p);
+        if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
+        __syncthreads();
+    }
 
     // What follows are the steps of an item; `buffer` is that of its queries and its segment.
     const auto fetch = [&](const Segment& segment, int buffer) {

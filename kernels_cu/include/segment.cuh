@@ -119,6 +119,7 @@ struct ShareWalker {
     int item;
     int key;  // where the next segment begins, by the plan; 0 is the item's first visible key
 
+    ShareWalker() = default;
     __device__ __forceinline__ explicit ShareWalker(const Share& share) : item(share.begin.item), key(share.begin.key) {}
 
     // Writes the next segment; false at the end of the share.
@@ -169,6 +170,7 @@ struct ShareWalker {
 struct ClusterWalker {
     bool is_done = false;
 
+    ClusterWalker() = default;
     __device__ __forceinline__ explicit ClusterWalker(const Share&) {}
 
     __device__ __forceinline__ bool next(const DecodeParams& p, const Share&, Segment& s) {
