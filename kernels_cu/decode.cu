@@ -108,14 +108,19 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     const auto fetch = [&](const Segment& segment, int buffer) {
         if (threadIdx.x == 0) block.segments[buffer] = segment;
         load_queries<Swizzle<kQueryBytes>>(p, segment, shared_address(queries) + buffer * kBufferBytes);
+        if constexpr (kQueryBuffers == 2) {
+            arrive_with_copies(block.fetched[buffer]);
+            if (threadIdx.x == 0) arrive(block.fetched[buffer]);
+        }
     };
-    // The first item's queries come first, since its tiles wait for the page table.
+    // For the first item: its queries are asked for while the page table answers. They belong to the second of kStages + 1 groups.
     const auto fill_ring = [&](const Walker& walker, const Segment& segment) {
         loader.start(walker, segment);
         u32 to = ring - 2 * kSlotBytes;
 #pragma unroll 1
         for (int h = -2; h < kStages - 1; h += 2) {
             loader.load_keys(to, h >= 0);
+            if (h < 0) fetch(segment, 0);
             loader.load_values(to + kSlotBytes);
             to += 2 * kSlotBytes;
         }
@@ -185,10 +190,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
             Segment segment;
             more = walker.next(p, block.share, segment);
             if (more) {
-                fetch(segment, item % 2);
-                arrive_with_copies(block.fetched[item % 2]);
-                if (threadIdx.x == 0) arrive(block.fetched[item % 2]);
                 if (item == 0) fill_ring(walker, segment);
+                else fetch(segment, item % 2);
             }
             if (item == 0) continue;
             const int buffer = (item - 1) % 2;
@@ -200,13 +203,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
     } else {
         bool is_first = true;
         for (Segment segment; walker.next(p, block.share, segment);) {
-            fetch(segment, 0);
-            cp_async_commit();
             if (is_first) {
                 is_first = false;
                 fill_ring(walker, segment);
-                cp_async_wait<kStages + 1>();  // all but the groups of the ring
+                cp_async_wait<kStages - 1>();  // all but the groups of the ring
             } else {
+                fetch(segment, 0);
+                cp_async_commit();
                 cp_async_wait<0>();
             }
             prepare(0);
@@ -223,7 +226,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         launch_next();
         if (cluster_rank() == 0) {
             if (threadIdx.x == 0) expect_parts(parts, block.segments[0]);
-            wait_for_phase(parts.arrived, 0);
             merge_cluster(p, block.segments[0], parts);
         }
     }

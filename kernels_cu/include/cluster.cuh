@@ -34,12 +34,13 @@ __device__ __forceinline__ void expect_parts(ClusterParts& parts, const Segment&
 }
 
 // Merges the parts and writes the answer: a row per warp.
-__device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segment& segment, const ClusterParts& parts) {
+__device__ __forceinline__ void merge_cluster(const DecodeParams& p, const Segment& segment, ClusterParts& parts) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = warp; row < segment.valid_rows; row += kWarps) {
+        const RowOutput at(p, segment, row);  // while the parts come
+        wait_for_phase(parts.arrived, 0);
         const MergedStates<kCluster> merged(p.score_scale, false, [&](int i) { return parts.state[i][row]; });
-        const RowOutput at(p, segment, row);
         float lse;
         const Answer answer = merge_other(p, at, finish_row(p, at, merged.state, lse), lse);
         for (int vector = lane; vector < kVectors; vector += 32) {
