@@ -87,6 +87,12 @@ class Wrong(Good):
     factor = 1.02
 
 
+class Rounds(Wrong):
+    @classmethod
+    def most_error(cls, shape: Shape) -> float:
+        return 3e-2 if shape.queries == 1 else super().most_error(shape)
+
+
 class Raises(Good):
     def prepare(self, inputs: Inputs) -> None:
         raise MemoryError("too  much\nfor it")
@@ -116,10 +122,15 @@ def auto(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_measure(options: dict[str, Any], auto: None) -> None:
-    kinds: dict[str, type[Peer]] = {kind.__name__: kind for kind in (Good, Wrong, Raises, Refuses, Equal, Absent)}
+    kinds: dict[str, type[Peer]] = {
+        kind.__name__: kind for kind in (Good, Wrong, Rounds, Raises, Refuses, Equal, Absent)
+    }
     shape = Shape("test", RAGGED, 4, 2, 16, **options)
     record = measure(shape, Host(), kinds, rounds=1)
-    assert record["peers"].pop("Good") == record["best_peer_us"] > 0
+    rounded = record["peers"].pop("Rounds")
+    assert rounded == "wrong: relative error 0.02" if shape.queries > 1 else rounded > 0
+    figures = [record["peers"].pop("Good"), *([rounded] if shape.queries == 1 else [])]
+    assert min(figures) == record["best_peer_us"] > 0
     assert record["errors"]["Good"] < 1e-2
     assert record["peers"] == {
         "Wrong": "wrong: relative error 0.02",
@@ -237,7 +248,16 @@ REFUSALS = [
     ("FlashMLA", {}, "MLA only"),
     ("FlashMLA", {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True}, "pages of 64"),
     ("FlashMLA", {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True, "page_size": 64}, ""),
-    ("FlashInfer", {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True}, "no MLA"),
+    ("FlashInfer", {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True}, ""),
+    ("FlashInfer", {"headdim": 576, "headdim_v": 512, "heads_kv": 2, "latent": True}, "MLA with one KV head only"),
+    (
+        "FlashInfer",
+        {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True, "kv_dtype": "float8_e4m3fn"},
+        "no float8_e4m3fn cache with MLA",
+    ),
+    ("FlashInfer-fa2", {"headdim": 576, "headdim_v": 512, "heads_kv": 1, "latent": True, "queries": 2}, "no MLA"),
+    ("FlashInfer-fa2", {}, "several queries only"),
+    ("FlashInfer-fa2", {"queries": 2}, ""),
 ]
 
 
@@ -245,6 +265,13 @@ REFUSALS = [
 def test_refusals(name: str, options: dict[str, Any], why: str) -> None:
     shape = Shape(**{"name": "test", "lengths": np.full(3, 32), "heads_q": 8, "heads_kv": 2, **options})
     assert PEERS[name].refusal(shape) == why
+
+
+def test_xqa_may_round_what_it_multiplies_with_8_bits() -> None:
+    shape = Shape("test", RAGGED, 8, 2)
+    assert PEERS["XQA"].most_error(shape) == PEERS["FlashInfer"].most_error(shape) == 1e-2
+    quantised = replace(shape, kv_dtype="float8_e4m3fn")
+    assert PEERS["XQA"].most_error(quantised) == 5e-2 and PEERS["FlashInfer"].most_error(quantised) == 1e-2
 
 
 def test_a_new_peer_is_a_class() -> None:
@@ -272,8 +299,8 @@ def flashinfer() -> dict[str, Any]:
     torch = sys.modules["torch"]
 
     class Prefill:
-        def __init__(self, workspace: Any, layout: str) -> None:
-            assert layout == "NHD" and workspace.dtype == torch.uint8
+        def __init__(self, workspace: Any, layout: str, backend: str) -> None:
+            assert layout == "NHD" and workspace.dtype == torch.uint8 and backend in ("auto", "fa2")
 
         def plan(self, starts_q: Any, starts: Any, pages: Any, last: Any, heads_q: int, heads_kv: int, headdim: int,
                  page_size: int, *, causal: bool, q_data_type: Any, kv_data_type: Any) -> None:  # fmt: skip
@@ -293,12 +320,39 @@ def flashinfer() -> dict[str, Any]:
             return torch.cat(outs)
 
     class Decode(Prefill):
-        def __init__(self, workspace: Any, layout: str, use_tensor_cores: bool) -> None:
-            super().__init__(workspace, layout)
-            assert use_tensor_cores
+        def __init__(self, workspace: Any, layout: str, use_tensor_cores: bool, backend: str) -> None:
+            super().__init__(workspace, layout, backend)
+            assert use_tensor_cores and backend == "auto"
 
         def plan(self, starts: Any, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
             super().plan(torch.arange(len(starts)), starts, *arguments, causal=False, **options)
+
+    class Metadata:
+        def __init__(self, *lists: Any) -> None:
+            self.lists = lists
+
+        @classmethod
+        def csr(cls, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any) -> Metadata:
+            return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+
+    class Mla:
+        def __init__(self, workspace: Any, backend: str) -> None:
+            assert workspace.dtype == torch.uint8 and backend == "auto"
+
+        def plan(self, *, metadata: Metadata, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, page_size: int,
+                 causal: bool, sm_scale: float, q_data_type: Any, kv_data_type: Any) -> None:  # fmt: skip
+            assert q_data_type == kv_data_type
+            self.args = metadata.lists, num_heads, page_size, head_dim_ckv, head_dim_ckv + head_dim_kpe
+            self.causal, self.scale = causal, sm_scale
+
+        def run(self, *, query: Any, kv_cache: Any) -> Any:
+            (starts_q, starts, pages, lengths), heads, page_size, dim_v, headdim = self.args
+            assert query.shape[1:] == (heads, headdim) and kv_cache.shape[1:] == (page_size, headdim)
+            outs = []
+            for s, length in enumerate(lengths.tolist()):
+                k = kv_cache[pages[starts[s] : starts[s + 1]].long()].flatten(0, 1)[:length, None]
+                outs.append(attend(query[starts_q[s] : starts_q[s + 1]], k, k[..., :dim_v], self.causal, self.scale))
+            return torch.cat(outs)
 
     def xqa(q: Any, caches: Any, workspace: Any, table: Any, lengths: Any, longest: int, *, bmm1_scale: float,
             bmm2_scale: float, kv_layout: str, backend: str, out_dtype: Any) -> Any:  # fmt: skip
@@ -315,6 +369,7 @@ def flashinfer() -> dict[str, Any]:
             "BatchDecodeWithPagedKVCacheWrapper": Decode,
             "BatchPrefillWithPagedKVCacheWrapper": Prefill,
         },
+        "flashinfer.mla": {"BatchMLAPagedAttentionWrapper": Mla, "MLAPlanMetadata": Metadata},
         "flashinfer.decode": {"trtllm_batch_decode_with_kv_cache": xqa},
     }
 
@@ -373,6 +428,9 @@ RUNS = [
     ("FlashInfer", flashinfer, {}),
     ("FlashInfer", flashinfer, {"queries": 3, "page_size": 1}),
     ("FlashInfer", flashinfer, {"queries": 3, "causal": False}),
+    ("FlashInfer", flashinfer, LATENT),
+    ("FlashInfer", flashinfer, {**LATENT, "queries": 2}),
+    ("FlashInfer-fa2", flashinfer, {"queries": 3}),
     ("XQA", flashinfer, {}),
     ("FA3", lambda: flash_attention_3(False), {"queries": 2}),
     ("FA3", lambda: flash_attention_3(True), {"queries": 2}),

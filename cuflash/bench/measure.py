@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from .. import SchedulerMetadata, flash_attn_with_kvcache
 from .inputs import Inputs, Shape, bits, to_host
-from .peers import Peer, reason
+from .peers import MOST_ERROR, Peer, reason
 from .report import Record
 from .timing import Sampler, medians, read_us
 
-_MOST_ERROR = 1e-2  # of an output's norm: bfloat16 rounds to 2^-8
 _CHECKED_KEYS = 1 << 20  # keys times KV heads times queries that are compared with the NumPy backend
 
 
@@ -130,7 +129,7 @@ def measure(shape: Shape, machine: Machine, peers: Mapping[str, type[Peer]], rou
         machine.synchronise()
         graph.sample()  # what is timed is what is checked
         errors[name] = reference.error(to_host(out))
-        if not errors[name] < _MOST_ERROR:
+        if not errors[name] < MOST_ERROR:
             raise ArithmeticError(f"{name} is wrong: relative error {errors[name]:.2g}")
         samplers[name] = graph
 
@@ -147,7 +146,7 @@ def measure(shape: Shape, machine: Machine, peers: Mapping[str, type[Peer]], rou
             peer = kind()
             peer.prepare(inputs)
             errors[name] = distance(peer.answer(), answer)
-            if not errors[name] < _MOST_ERROR:
+            if not errors[name] < kind.most_error(shape):
                 failed[name] = f"wrong: relative error {errors[name]:.2g}"
                 continue
             samplers[name] = peer.sampler(inputs.calls)

@@ -3,14 +3,14 @@
 To add one, derive it from :class:`Peer` (or :class:`TorchPeer`) and name it in ``PEERS``.
 """
 
-from .base import NotForThis, Peer, reason
+from .base import MOST_ERROR, NotForThis, Peer, reason
 from .flash_attention import FlashAttention3
-from .flashinfer import FlashInfer, FlashInferXqa
+from .flashinfer import FlashInfer, FlashInferFa2, FlashInferXqa
 from .flashmla import FlashMla
 from .jax_cudnn import JaxCudnn
 from .torch_sdpa import TorchCudnn, TorchFlash, TorchFlex
 
-__all__ = ["PEERS", "NotForThis", "Peer", "reason"]
+__all__ = ["MOST_ERROR", "PEERS", "NotForThis", "Peer", "reason"]
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
@@ -20,6 +20,7 @@ PEERS: dict[str, type[Peer]] = {
         TorchFlex,
         JaxCudnn,
         FlashInfer,
+        FlashInferFa2,
         FlashInferXqa,
         FlashAttention3,
         FlashMla,

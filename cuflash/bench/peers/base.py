@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..inputs import QUANTISED, Inputs, Shape
 from ..timing import Sampler, TorchGraph
 
+MOST_ERROR = 1e-2  # of an output's norm: bfloat16 rounds to 2^-8
 _FLOATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -69,6 +70,11 @@ class Peer(ABC):
         if not cls.causal_queries and shape.queries > 1 and shape.causal:
             return "no causal mask of several queries at the end"
         return ""
+
+    @classmethod
+    def most_error(cls, shape: Shape) -> float:
+        """Return the error, of an output's norm, from which on its output is wrong and not merely rounded."""
+        return MOST_ERROR
 
     @abstractmethod
     def prepare(self, inputs: Inputs) -> None:
