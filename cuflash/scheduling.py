@@ -94,7 +94,7 @@ def get_scheduler_metadata(
         cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
-        The plan; ``out`` if given. Binding for a call on it: batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
+        The plan; ``out`` if given. Binding for a call on it are batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
         headdim, headdim_v, qkv_dtype, kv_dtype, page_size, causal, window_size, attention_chunk, has_softcap, and
         whether queries are ragged.
 
@@ -162,7 +162,7 @@ def compile(scheduler_metadata: SchedulerMetadata) -> int:
         scheduler_metadata: A plan, for whatever lengths.
 
     Returns:
-        How many kernels had not been loaded by this process: 0 if all were there, and always 0 with NumPy.
+        How many kernels had not been loaded by this process; 0 if all were there, and always 0 with NumPy.
 
     Raises:
         TypeError: If the argument is not a plan.
