@@ -65,7 +65,7 @@ def _dress(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: l
     """Put the signature into a code block, a parameter a line if it is long: some have forty, with types."""
     # Napoleon makes headings of examples, which in Markdown would stand beside the functions' own.
     lines[:] = [line.replace(".. rubric:: Example", "**Example**") for line in lines]
-    if what in ("exception", "property"):
+    if what not in ("class", "function", "method"):
         return
     signature = inspect.signature(thing)
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
