@@ -28,6 +28,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_ma
 root_doc = "README"
 include_patterns = ["*.md", "notebooks/*.md", "notebooks/*.ipynb", "kernels_cu/README.md", "cuflash/**/README.md"]
 nitpicky = True  # a name in a docstring that nothing has is a warning, and every warning an error
+highlight_language = "none"  # drawings stand in blocks without a language
 smartquotes_action = "D"  # dashes alone: what a text quotes can be copied
 
 myst_heading_anchors = 4  # links to headings as a repository's viewer makes them
