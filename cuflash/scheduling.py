@@ -106,8 +106,8 @@ def get_scheduler_metadata(
     Example:
         >>> import cuflash, numpy as np
         >>> lengths = np.array([4096, 100, 2048], np.int32)
-        >>> problem = dict(batch_size=3, max_seqlen_q=1, max_seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
-        >>> problem |= dict(headdim=128, page_size=16, causal=True)
+        >>> problem = dict(batch_size=3, max_seqlen_q=1, max_seqlen_k=4096, num_heads_q=32)
+        >>> problem |= dict(num_heads_kv=8, headdim=128, page_size=16, causal=True)
         >>> meta = cuflash.get_scheduler_metadata(**problem, cache_seqlens=lengths)
         >>> meta.balance > 0.9
         True

@@ -27,6 +27,7 @@ author = "The cuflash authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_markdown_builder"]
 root_doc = "README"
 include_patterns = ["*.md", "notebooks/*.md", "notebooks/*.ipynb", "kernels_cu/README.md", "cuflash/**/README.md"]
+exclude_patterns = [".*"]  # a virtual environment in the tree need not be searched
 nitpicky = True  # a name in a docstring that nothing has is a warning, and every warning an error
 highlight_language = "none"  # drawings stand in blocks without a language
 smartquotes_action = "D"  # dashes alone: what a text quotes can be copied
