@@ -202,7 +202,7 @@ def flash_attn_with_kvcache(
         cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
-        The output, of q's kind, shape (with headdim_v) and dtype; with ``return_softmax_lse`` also the LSE: natural
+        The output, of q's kind, shape (with headdim_v) and dtype; with ``return_softmax_lse`` also the LSE, natural
         log, float32.
 
     Raises:

@@ -76,7 +76,7 @@ class SchedulerMetadata(Plan):
 
     @property
     def num_blocks(self) -> int:
-        """Thread blocks that the plan was made for: the largest grid."""
+        """Thread blocks that the plan was made for, the largest grid."""
         return self.partition.num_blocks
 
     def lengthen(self, max_seqlen_k: int) -> None:
@@ -140,12 +140,12 @@ class SchedulerMetadata(Plan):
 
     @property
     def efficiency(self) -> float:
-        """How well all blocks are used: visible keys / (``num_blocks`` x longest share in keys); 1 without keys."""
+        """How well blocks are used, as visible keys / (``num_blocks`` x longest share in keys); 1 without keys."""
         return _evenness(self._shares(self.work()), self.num_blocks)
 
     @property
     def balance(self) -> float:
-        """How even the shares are: visible keys / (used blocks x longest share in keys); 1 without keys."""
+        """How even the shares are, as visible keys / (used blocks x longest share in keys); 1 without keys."""
         shares = self._shares(self.work())
         return _evenness(shares, len(shares))
 

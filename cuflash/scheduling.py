@@ -94,7 +94,7 @@ def get_scheduler_metadata(
         cp_interleave: Neighbouring positions that a rank holds.
 
     Returns:
-        The plan; ``out`` if given. Binding for a call on it: batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
+        The plan; ``out`` if given. Binding for a call on it are batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
         headdim, headdim_v, qkv_dtype, kv_dtype, page_size, causal, window_size, attention_chunk, has_softcap, and
         whether queries are ragged.
 
@@ -106,8 +106,8 @@ def get_scheduler_metadata(
     Example:
         >>> import cuflash, numpy as np
         >>> lengths = np.array([4096, 100, 2048], np.int32)
-        >>> problem = dict(batch_size=3, max_seqlen_q=1, max_seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
-        >>> problem |= dict(headdim=128, page_size=16, causal=True)
+        >>> problem = dict(batch_size=3, max_seqlen_q=1, max_seqlen_k=4096, num_heads_q=32)
+        >>> problem |= dict(num_heads_kv=8, headdim=128, page_size=16, causal=True)
         >>> meta = cuflash.get_scheduler_metadata(**problem, cache_seqlens=lengths)
         >>> meta.balance > 0.9
         True
@@ -162,7 +162,7 @@ def compile(scheduler_metadata: SchedulerMetadata) -> int:
         scheduler_metadata: A plan, for whatever lengths.
 
     Returns:
-        How many kernels had not been loaded by this process: 0 if all were there, and always 0 with NumPy.
+        How many kernels had not been loaded by this process; 0 if all were there, and always 0 with NumPy.
 
     Raises:
         TypeError: If the argument is not a plan.

@@ -237,7 +237,7 @@ class DecodeStep:
             return_softmax_lse: Whether to return the LSE too.
 
         Returns:
-            (tokens, heads_q, headdim_v), with ``return_softmax_lse`` also the LSE: (heads_q, tokens) of a ragged step,
+            (tokens, heads_q, headdim_v), with ``return_softmax_lse`` also the LSE, (heads_q, tokens) of a ragged step,
             else (batch_size, heads_q, n).
         """
         arrays, cache = self._begun, self.cache

@@ -88,6 +88,19 @@ def test_version_and_help(capsys):
         assert text in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("command", ["", "demo", "info", "schedule", "bench", "cache", "replay"])
+def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    """With one line of usage that has all that must be given."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert not lines[1] and lines[0].endswith(" [options]")
+    assert ("FILE" in lines[0]) == (command == "replay") and ("--seqlens" in lines[0]) == (command == "schedule")
+
+
 # --------------------------------------------------------------------------------------------------------------- demo
 def test_demo(capsys):
     out = call(capsys, *DEMO, "--backend", "numpy")

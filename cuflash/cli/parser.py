@@ -16,7 +16,15 @@ def program() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is the message, one line of usage, and where the rest stands."""
+    """A parser whose error is the message, one line of usage, and where the rest stands.
+
+    The help begins with the same line: argparse's own repeats all options there, and is wider than a narrow terminal.
+    """
+
+    def format_help(self) -> str:
+        """Return the help."""
+        self.usage = f"{self.prog} {self._short_usage()}"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -29,6 +37,9 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 words.append(f"{action.metavar} ...")
-            elif action.required and action.option_strings:
+            elif not action.option_strings:
+                name = str(action.metavar or "|".join(action.choices or [action.dest]))
+                words.append(name if action.required else f"[{name}]")
+            elif action.required:
                 words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
         return " ".join([*words, "[options]"])

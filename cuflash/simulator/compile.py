@@ -62,7 +62,7 @@ def find_compiler() -> tuple[str, ...]:
     """The C++ compiler as a command.
 
     Returns:
-        The first that works of: CXX, CC, g++, clang++, and the `ziglang` wheel.
+        The first that works of CXX, CC, g++, clang++ and the `ziglang` wheel.
 
     Raises:
         CompilerNotFound: saying what to install.

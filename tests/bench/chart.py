@@ -40,12 +40,12 @@ def results() -> list[dict[str, str]]:
 
 def table(gpu: str) -> str:
     """Return the Markdown table of a GPU."""
-    names = ("shape", "read", "cuflash", "cuflash / read", *_PEERS, "planning in the call")
+    names = ("shape", "read", "cuflash (ratio)", *_PEERS, "planning in the call")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for line in results():
         if line["gpu"] == gpu:
-            ratio = f"{float(line['cuflash']) / float(line['read']):.2f}" if line["read"] else ""
-            cells = [line["shape"], line["read"], line["cuflash"], ratio]
+            ratio = f" ({float(line['cuflash']) / float(line['read']):.2f})" if line["read"] else ""
+            cells = [line["shape"], line["read"], line["cuflash"] + ratio]
             cells += [line[name] for name in (*_PEERS, "planning")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
