@@ -15,11 +15,11 @@
 #define USES_WGMMA 0
 #include "params.cuh"
 #include "ptx/copies.cuh"
-#include "queries.cuh"
 #include "rows_combine.cuh"
 #include "rows_loader.cuh"
 #include "rows_mma.cuh"
 #include "rows_partners.cuh"
+#include "rows_queries.cuh"
 #include "rows_reach.cuh"
 #include "rows_softmax.cuh"
 #include "rows_tiles.cuh"
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             block.segment = segment;
             start_part(p, block.share, segment);
         }
-        load_queries<QueryRows>(p, segment, shared_address(queries));
+        load_query_rows(p, segment, shared_address(queries));
         cp_async_commit();
         if (is_first) {  // after the queries, since tiles wait for the page table
             is_first = false;
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         __syncthreads();
         prepare_queries<Element, QueryRows, true>(p, segment, shared_address(queries), factors);
 #else
-        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        flip_query_rows(p, queries);
 #endif
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         Reach reach_of_all(p, segment, 0, kRows);

@@ -5,8 +5,8 @@
 // the softmax runs beside those; two warpgroups take turns, so that one multiplies while the other makes weights.
 #define USES_WGMMA 1
 #include "params.cuh"
-#include "queries.cuh"
 #include "rows_combine.cuh"
+#include "rows_queries.cuh"
 #include "rows_reach.cuh"
 #include "rows_ring.cuh"
 #include "rows_softmax.cuh"
@@ -117,14 +117,14 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             block.segment = segment;
             start_part(p, block.share, segment);
         }
-        load_queries<QueryRows>(p, segment, shared_address(queries));
+        load_query_rows(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
 #if KV_ELEMENT_BYTES == 1
         worker_barrier();
         prepare_queries<Element, QueryRows, true>(p, segment, shared_address(queries), factors);
 #else
-        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        flip_query_rows(p, queries);
 #endif
         fence_for_wgmma();
         worker_barrier();

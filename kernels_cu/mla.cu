@@ -17,10 +17,10 @@
 #include "latent_codes.cuh"
 #include "latent_fma.cuh"
 #include "latent_mma.cuh"
-#include "latent_queries.cuh"
 #include "rows_combine.cuh"
 #include "rows_loader.cuh"
 #include "rows_partners.cuh"
+#include "rows_queries.cuh"
 #include "rows_reach.cuh"
 #include "rows_softmax.cuh"
 #include "segment.cuh"
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         } else {
             cp_async_wait<0>();
         }
-        if (!kIsQuantised && p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        if constexpr (!kIsQuantised) flip_query_rows(p, queries);
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         __syncthreads();
 

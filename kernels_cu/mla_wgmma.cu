@@ -8,11 +8,11 @@
 #include "params.cuh"
 #include "ptx/barriers.cuh"
 #include "ptx/copies.cuh"
-#include "latent_queries.cuh"
 #include "latent_turns.cuh"
 #include "latent_wgmma.cuh"
 #include "rows_combine.cuh"
 #include "rows_loader.cuh"
+#include "rows_queries.cuh"
 #include "rows_reach.cuh"
 #include "rows_softmax.cuh"
 #include "rows_together.cuh"
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         load_latent_queries(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
-        if (p.query_flip) flip_queries<QueryRows>(p.query_keep, p.query_flip, queries);
+        flip_query_rows(p, queries);
         fence_for_wgmma();
         worker_barrier();
 

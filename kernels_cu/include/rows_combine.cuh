@@ -23,12 +23,15 @@ public:
     __device__ __forceinline__ RowStates& states() const { return states_; }
 
     __device__ __forceinline__ void store(int slot) const {
-        for_rows([&](int t, int half, int row) {
-            float* const to = outputs_of(slot, row);
-            for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
+        for_each<kRowTiles, 2>([&](int t, int half) {
+            const int row = row_of(t, half);
+            const bool exists = row < segment_.valid_rows;
+            if (USES_WGMMA ? row / 8 * 8 >= segment_.valid_rows : !exists) return;  // lanes exchange what they have of 8 rows
+            store_row(outputs_of(slot, row), t, half, exists);
             const RowState state = states_[t][half];
-            if (has_state_) store_global(partial_states(p_, slot) + row, make_float2(state.maximum, state.sum));
+            if (exists && has_state_) store_global(partial_states(p_, slot) + row, make_float2(state.maximum, state.sum));
         });
+        __syncwarp();  // what a lane has stored others may read, see store_row
     }
 
     // Takes the fold of the results in a slot that this block alone uses, of which `before` are the states, and these.
@@ -59,21 +62,45 @@ public:
     }
 
 private:
+    // Stores this lane's columns of a row. With wgmma, lanes side by side exchange halves of what they have of two column tiles,
+    // so that each has 16 bytes of one of them: half as many stores. mma.sync's kernels lack the registers for it.
+    __device__ __forceinline__ void store_row(float* to, int t, int half, bool exists) const {
+#if USES_WGMMA
+        static_assert(kColumnTiles % 2 == 0, "tiles have partners");
+        const int odd = column_ / 2 % 2;
+        to += odd * 6;  // to the next tile, and from its second column to its first
+        for_each<kColumnTiles / 2>([&](int pair) {
+            const float2 first = get(t, half, pair * 2), second = get(t, half, pair * 2 + 1), given = odd ? first : second;
+            const float x = __shfl_xor_sync(kFullWarp, given.x, 1), y = __shfl_xor_sync(kFullWarp, given.y, 1);
+            const float4 v = odd ? make_float4(x, y, second.x, second.y) : make_float4(first.x, first.y, x, y);
+            if (exists && has_column(pair * 2 + odd)) store_global(reinterpret_cast<float4*>(to + pair * 16), v);
+        });
+#else
+        for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
+#endif
+    }
+
     // For each of this lane's rows that exist: visit(row tile, half, row of the row block).
     template <typename Visit>
     __device__ __forceinline__ void for_rows(Visit visit) const {
         for_each<kRowTiles, 2>([&](int t, int half) {
-            const int row = first_row_ + t * 16 + half * 8;
+            const int row = row_of(t, half);
             if (row < segment_.valid_rows) visit(t, half, row);
         });
     }
+
+    __device__ __forceinline__ int row_of(int t, int half) const { return first_row_ + t * 16 + half * 8; }
 
     // For each column tile that exists: where warps divide the columns, the last one may have more than there are.
     template <typename Visit>
     __device__ __forceinline__ void for_columns(Visit visit) const {
         for_each<kColumnTiles>([&](int n) {
-            if (kColumnTiles * kColumnWarps * 8 == kHeadDimV || column_ + n * 8 < kHeadDimV) visit(n);
+            if (has_column(n)) visit(n);
         });
+    }
+
+    __device__ __forceinline__ bool has_column(int n) const {
+        return kColumnTiles * kColumnWarps * 8 == kHeadDimV || column_ + n * 8 < kHeadDimV;
     }
 
     // This lane's columns of a row in a slot.
@@ -161,37 +188,33 @@ __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment&
     }
 }
 
-// Writes the answer of an item that this block has read whole, or returns true: results over other keys are to be merged in, and
-// the item's only part lies in a slot for that.
-__device__ __forceinline__ bool leaves_whole(const DecodeParams& p, const RowResults& results, Parts& parts, MergeState& merge) {
-    if (!p.merge.merge_lse) {
-        results.answer();
-        return false;
-    }
-    const int slot = 2 * share_number() + 1;
-    parts = {slot, slot, 1};
-    results.store(slot);
-    if (threadIdx.x == 0) merge = {1, 0};
-    worker_barrier();
-    return true;
-}
-
-// Hands a segment's results on: to the output, or to the blocks of its item.
+// Hands a segment's results on: to the output, or to the blocks of its item. merge_cut(cut, whether this block may wait for
+// others) may take the merge of an item in several parts upon itself, once this one is stored, and then returns true.
+template <typename MergeCut>
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
-                                        const RowResults& results, MergeState& merge) {
-    Parts parts;
-    if (segment.starts && segment.ends) {
-        if (!leaves_whole(p, results, parts, merge)) return;
+                                        const RowResults& results, MergeState& merge, MergeCut merge_cut) {
+    const bool is_whole = segment.starts && segment.ends;
+    if (is_whole && !p.merge.merge_lse) return results.answer();
+    // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
+    // first one, slot 2 b.
+    const int slot = 2 * share_number() + segment.starts;
+    results.store(slot);
+    Parts parts = {slot, slot, 1};
+    if (is_whole) {  // other results are to be merged in
+        if (threadIdx.x == 0) merge = {1, 0};
+        worker_barrier();
     } else {
         const Cut cut = cut_item(share, segment);
+        const bool may_wait = !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
+        if (merge_cut(cut, may_wait)) return;
         parts = {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1};
-        // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only
-        // the first one, slot 2 b.
-        results.store(2 * share_number() + segment.starts);
-        const bool has_more = segment.ends && !(share.end.item == segment.item + 1 && share.end.key == 0);
-        if (!joins_merge(p, cut, !has_more, merge)) return;
+        if (!joins_merge(p, cut, may_wait, merge)) return;
     }
     merge_rows(p, segment, parts, merge);
+}
+__device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
+                                        const RowResults& results, MergeState& merge) {
+    hand_on(p, share, segment, results, merge, [](const Cut&, bool) { return false; });
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they
@@ -204,12 +227,14 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     if (segment.starts) {
         const int slot = 2 * share_number() + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
-        if (segment.last && segment.ends) {
-            Parts parts;
-            if (leaves_whole(p, results, parts, merge)) merge_rows(p, segment, parts, merge);
-            return;
-        }
+        const bool is_whole = segment.last && segment.ends;
+        if (is_whole && !p.merge.merge_lse) return results.answer();
         results.store(slot);
+        if (is_whole) {
+            if (threadIdx.x == 0) merge = {1, 0};
+            worker_barrier();
+            return merge_rows(p, segment, {slot, slot, 1}, merge);
+        }
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
         results.store(slots + segment.split);

@@ -88,12 +88,17 @@ private:
         const auto exists = [&](int number) {
             return part_of(number) < count && (number >> log_width_) < warp_cells_ && cell_of(number) < cells_;
         };
+        // Instructions that nobody needs take their time, too, since all of this is executed but once or twice.
+        const bool are_few = warp_cells_ << log_width_ <= kAtOnce / 2;
         float4 part[kAtOnce];
-        for_each<kAtOnce>([&](int i) {
+        const auto load = [&](int i) {
             const int cell = cell_of(i), vector = cell % kPieces * 32 + lane_;
             const float4* const from = partial_output(p_, slot_of(first_part + part_of(i))) + cell / kPieces * kVectors + vector;
             part[i] = load_cg_if(exists(i) && vector < kVectors, from);
-        });
+        };
+        for_each<kAtOnce / 2>([&](int i) { load(i); });
+        for_each<kAtOnce / 2>([&](int i) { part[kAtOnce / 2 + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
+        if (!are_few) for_each<kAtOnce / 2>([&](int i) { load(kAtOnce / 2 + i); });
         // Lane i weighs load i; lanes of one cell are neighbours.
         RowState state = {kLowest, 0.0f};
         if (exists(lane_)) {
@@ -115,13 +120,15 @@ private:
             weight *= finish(cell, merged, part_of(lane_) == 0);
         }
         float4 sum;
-        for_each<kAtOnce>([&](int i) {
+        const auto add = [&](int i) {
             if (part_of(i) == 0) sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             add_weighted(sum, __shfl_sync(kFullWarp, weight, i), part[i]);
             if (i % kFewest == kFewest - 1 && part_of(i) == width - 1 && cell_warps_ == 1 && exists(i - (width - 1))) {
                 store(cell_of(i), sum);
             }
-        });
+        };
+        for_each<kAtOnce / 2>([&](int i) { add(i); });
+        if (!are_few) for_each<kAtOnce / 2>([&](int i) { add(kAtOnce / 2 + i); });
         if (cell_warps_ == 1) return;
         state_.output[warp_][lane_] = sum;
         if (lane_ == 0) state_.state[warp_] = make_float2(merged.maximum, merged.sum);
@@ -173,13 +180,9 @@ private:
 // Hands a segment's results on as hand_on() does, but for cut items, which their blocks merge together.
 __device__ __forceinline__ void hand_on_together(const DecodeParams& p, const Share& share, const Segment& segment,
                                                  const RowResults& results, MergeState& merge, TogetherState& state) {
-    const Cut cut = cut_item(share, segment);
-    const bool is_whole = segment.starts && segment.ends;
-    if (is_whole || p.merge.merge_lse || cut.last_block - cut.first_block >= Together::kMostParts) {
-        return hand_on(p, share, segment, results, merge);
-    }
-    Together together(p, segment, cut, state);
-    results.store(together.slot_of(share_number() - cut.first_block));
-    const bool is_last_of_share = !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
-    together.merge(is_last_of_share);
+    hand_on(p, share, segment, results, merge, [&](const Cut& cut, bool may_wait) {
+        if (p.merge.merge_lse || cut.last_block - cut.first_block >= Together::kMostParts) return false;
+        Together(p, segment, cut, state).merge(may_wait);
+        return true;
+    });
 }
