@@ -223,16 +223,21 @@ def refuse_in_capture(name: str, rule: str) -> None:
 def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
     """Return a new, uninitialised array where ``like`` lives, aligned so that every framework can take it over."""
     if is_on_device(like):
-        cupy, number = sys.modules["cupy"], like.data.device_id
-        if number == cupy.cuda.runtime.getDevice():
-            return cupy.empty(shape, dtype)
-        with cupy.cuda.Device(number):
-            return cupy.empty(shape, dtype)
+        return empty_on(like.data.device_id, shape, dtype)
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
     return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def empty_on(gpu: int, shape: tuple[int, ...], dtype: Any) -> NativeArray:
+    """Return a new, uninitialised array on a GPU."""
+    cupy = sys.modules["cupy"]
+    if gpu == cupy.cuda.runtime.getDevice():
+        return cupy.empty(shape, dtype)
+    with cupy.cuda.Device(gpu):
+        return cupy.empty(shape, dtype)
 
 
 def is_writeable(native: NativeArray, given: Any) -> bool:
@@ -243,6 +248,11 @@ def is_writeable(native: NativeArray, given: Any) -> bool:
 def is_on_device(native: NativeArray) -> bool:
     """Whether a native array lives in GPU memory."""
     return not isinstance(native, np.ndarray)
+
+
+def gpu_of(native: NativeArray) -> int | None:
+    """Return the number of the GPU on which a native array lives, None for host memory."""
+    return native.data.device_id if is_on_device(native) else None
 
 
 def memory_of(native: NativeArray) -> str:

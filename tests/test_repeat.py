@@ -28,10 +28,17 @@ class SimulatedGpu(Machine):
     def __init__(self) -> None:
         super().__init__()
         self.launched: list[str] = []
+        self.prepared: list[str] = []
 
-    def launch(self, launch: Any, params: bytes, arrays: Any) -> None:
-        self.launched.append(launch.variant.kernel)
-        sim.SimulatedMachine().launch(launch, params, tuple(array.host for array in arrays))
+    def prepare(self, bound: Any, scratch: Any) -> Any:
+        self.prepared.append(bound.launch.variant.kernel)
+        run = sim.SimulatedMachine().prepare(bound, [array.host for array in scratch])
+
+        def launch(params: bytes, arrays: Any) -> None:
+            self.launched.append(bound.launch.variant.kernel)
+            run(params, [array.host for array in arrays])
+
+        return launch
 
 
 @pytest.fixture
@@ -325,6 +332,23 @@ def test_refilling_for_longer_keys_makes_room_for_their_splits(machine: Simulate
     wanted = call(on_device(long), plan(on_device(long), split_size=64))
     for found, expected in zip(call(on_device(long), metadata), wanted, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_launches_are_prepared_once_for_a_stream(machine: SimulatedGpu) -> None:
+    """Kernels and scratch: another stream has its own, which stays right when the first one's has been replaced."""
+    arguments = on_device(paged(1))
+    metadata = plan(arguments)
+    call(arguments, metadata)
+    wanted = call(arguments, metadata)
+    assert machine.prepared == ["plan", "decode", "decode"]
+    for key in (1, 0, 1):
+        machine.key = key
+        for found, expected in zip(call(arguments, metadata), wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert machine.prepared == ["plan", "decode", "decode", "decode"]
+    for machine.key in range(200):
+        call(arguments, metadata)
+    assert len(next(iter(metadata.calls.values()))._step.ready) <= 64
 
 
 # -------------------------------------------------------------------------------------------------- nothing unchecked

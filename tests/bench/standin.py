@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from cuflash import arrays, backends, memo
-from cuflash.backends.machine import KernelBackend
+from cuflash.backends.machine import KernelBackend, Launcher
 from cuflash.device import Device
-from cuflash.kernels.launch import Launch, Scratch
+from cuflash.kernels.launch import BoundLaunch, Scratch
 
 
 class DeviceArray:
@@ -122,6 +122,8 @@ def empty(shape: Any, dtype: Any) -> DeviceArray:
 class Machine:
     """A :class:`cuflash.backends.machine.Machine` that does not launch."""
 
+    key = 0
+
     def __init__(self) -> None:
         self._scratch: dict[str, DeviceArray] = {}
 
@@ -137,8 +139,9 @@ class Machine:
             array = self._scratch[name] = DeviceArray(np.zeros(memory.shape, memory.dtype))
         return array
 
-    def launch(self, launch: Launch, params: bytes, arrays: Any) -> None:
-        """Do nothing."""
+    def prepare(self, bound: BoundLaunch, scratch: list[DeviceArray]) -> Launcher:
+        """Return what does nothing."""
+        return lambda params, arrays: None
 
 
 class _Backend(KernelBackend):
@@ -150,7 +153,7 @@ class _Backend(KernelBackend):
     def device(self, array: Any) -> Device:
         return self._device
 
-    def machine(self, array: Any) -> contextlib.AbstractContextManager[Machine]:
+    def machine(self, gpu: int | None) -> contextlib.AbstractContextManager[Machine]:
         return contextlib.nullcontext(self._machine)
 
 
