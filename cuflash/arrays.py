@@ -20,9 +20,6 @@ from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, 
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
-device_types: set[type] = set()
-"""The types of CuPy's own arrays that have come in so far: such arrays come in as they are."""
-
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
 _INT32_MAX = 2**31 - 1
 _IMMUTABLE = (("jax", "Array"), ("tensorflow", "Tensor"))  # arrays that never change, which DLPack < 1.0 cannot say
@@ -277,7 +274,6 @@ def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
         return _import_numpy
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
-        device_types.add(type(x))
         return _import_itself
     if _is_traced(x):
         raise TypeError(

@@ -16,7 +16,7 @@ from cuflash.bench.report import Record
 from cuflash.device import Device
 from cuflash.dtypes import numpy_dtype
 
-from .standin import DeviceArray, ForeignArray, Machine, empty, gpu
+from .standin import DeviceArray, ForeignArray, Machine, Tensor, empty, gpu
 
 _BATCH, _KEYS, _HEADS_Q, _HEADS_KV, _HEADDIM, _PAGE = 32, 4096, 32, 8, 128, 16
 
@@ -35,7 +35,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
     unit = us(lambda: np.add(nothing, nothing))
     with gpu(Device(132, 90), Machine()) as backend:
         call, append, plan = _calls()
-        call_foreign, *_ = _calls(ForeignArray)
+        (call_tensors, *_), (call_foreign, *_) = _calls(Tensor), _calls(ForeignArray)
         metadata = plan(None)
 
         def again() -> Any:
@@ -68,6 +68,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             *parts,
             ("", "array checks, the rest", total_first - sum(part[2] for part in parts) + parts[2][2]),
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
+            ("attention on a plan", "torch's tensors", us(lambda: call_tensors(metadata))),
             ("attention on a plan", "another framework's arrays", us(lambda: call_foreign(metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU and CuPy: arrays that live "on a device" and a backend that launches what it is told to.
+"""A stand-in for a GPU, CuPy and torch: arrays that live "on a device" and a backend that launches what it is told to.
 
 With it the host code of calls on a GPU runs on any machine, where it can be timed and tested.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, backends, memo
+from cuflash import arrays, backends, layouts, memo
 from cuflash.backends.machine import KernelBackend, Launcher
 from cuflash.device import Device
 from cuflash.kernels.launch import BoundLaunch, Scratch
@@ -105,8 +106,50 @@ class ForeignArray:
         return SimpleNamespace(from_dlpack=ForeignArray)
 
 
+@dataclass(frozen=True)
+class _Device:
+    """What the library reads of a ``torch.device``."""
+
+    type: str
+    index: int
+
+
+class Tensor(ForeignArray):
+    """What the library reads of a ``torch.Tensor``, in about the time that torch takes."""
+
+    __slots__ = ("device", "requires_grad", "shape", "_address", "_stride")
+
+    def __init__(self, native: DeviceArray) -> None:
+        self.requires_grad = False
+        self.set_(native)
+
+    def set_(self, native: DeviceArray) -> None:
+        """Take other memory, as torch's does."""
+        super().__init__(native)
+        self.shape, self._address, self.device = native.shape, native.data.ptr, _Device("cuda", native.data.device_id)
+        self._stride = tuple(stride // native.itemsize for stride in native.strides)
+
+    def stride(self) -> tuple[int, ...]:
+        """As torch's: in elements."""
+        return self._stride
+
+    def data_ptr(self) -> int:
+        """As torch's."""
+        return self._address
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(from_dlpack=Tensor)
+
+
+def host(array: DeviceArray | ForeignArray) -> np.ndarray:
+    """Return the memory of an array of whatever kind."""
+    return array.native.host if isinstance(array, ForeignArray) else array.host
+
+
 def from_dlpack(x: ForeignArray) -> DeviceArray:
     """Return another object on the same memory."""
+    if getattr(x, "requires_grad", False):
+        raise BufferError("it requires a gradient")
     native = x.native
     array: DeviceArray = object.__new__(DeviceArray)
     array.host, array.data = native.host, native.data
@@ -169,12 +212,16 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
         Its backend.
     """
     backend = _Backend(device, machine)
-    cupy, select, unplanned = sys.modules.get("cupy"), backends.select, dict(memo.unplanned)
+    modules = {name: sys.modules.get(name) for name in ("cupy", "torch")}
+    select, unplanned = backends.select, dict(memo.unplanned)
     memo.unplanned.clear()
-    stream = SimpleNamespace(is_capturing=lambda: False)
+    stream = SimpleNamespace(is_capturing=lambda: False, ptr=0)
     cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
-    arrays.device_types.add(DeviceArray)
     sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack)  # type: ignore
+    streams = SimpleNamespace(current_stream=lambda gpu: SimpleNamespace(cuda_stream=0))
+    sys.modules["torch"] = SimpleNamespace(Tensor=Tensor, cuda=streams)  # type: ignore
+    readers = dict(layouts.readers)
+    layouts.readers.clear()
     backends.select = lambda array: backend
     try:
         yield backend
@@ -182,9 +229,11 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
         backends.select = select
         memo.unplanned.clear()
         memo.unplanned.update(unplanned)
-        arrays.device_types.discard(DeviceArray)
+        layouts.readers.clear()
+        layouts.readers.update(readers)
         arrays._importers.pop(DeviceArray, None)
-        if cupy is None:
-            del sys.modules["cupy"]
-        else:
-            sys.modules["cupy"] = cupy
+        for name, module in modules.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
