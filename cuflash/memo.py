@@ -95,11 +95,11 @@ Spelling = tuple[Key | None, Plan | None, list[Any], list[int], dict[int, Any]]
 _UNKNOWN: Spelling = None, None, [], [], {}
 
 
-def spell(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling:
+def spell(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling:
     """Return what a call was given, and what it is told apart by.
 
     Args:
-        function: The function.
+        function: The function's name.
         args: Its positional arguments.
         kwargs: Its others.
 
@@ -195,11 +195,11 @@ def repeatable(**pairs: tuple[str, str]) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        parameters = tuple(inspect.signature(function).parameters)
+        name, parameters = function.__name__, tuple(inspect.signature(function).parameters)
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            key, plan, arrays, addresses, foreign = spell(function, args, kwargs)
+            key, plan, arrays, addresses, foreign = spell(name, args, kwargs)
             if key is None:
                 return function(*args, **kwargs).result
             calls = unplanned if plan is None else plan.calls
@@ -220,6 +220,56 @@ def repeatable(**pairs: tuple[str, str]) -> Callable[[Function], Function]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+class Rest:
+    """Arguments that many calls of a function have in common, which are spelled once.
+
+    So is the view that the function wants of the others: a repeated call makes none, since it works on addresses.
+    """
+
+    def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        """Spell them.
+
+        Args:
+            function: A function that is :func:`repeatable`.
+            kwargs: The arguments, a plan among them. They are kept, and must stay as they are.
+        """
+        self._function, self._kwargs = function, kwargs
+        self._key, self._plan, self._arrays, self._addresses, foreign = spell("", (), kwargs)
+        if foreign:
+            self._key = None  # their streams must be looked at in every call
+
+    def __call__(self, given: dict[str, Any], view: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        """Call the function with other arguments, too.
+
+        Args:
+            given: The arguments.
+            view: Makes of them what the function takes: of arrays, views of the same memory that follow from shape and
+                strides.
+        """
+        key, _, arrays, addresses, foreign = spell("", (), given)
+        plan = self._plan
+        if key is None or self._key is None or plan is None:
+            return self.afresh(given, view)
+        key += self._key
+        arrays += self._arrays
+        addresses += self._addresses
+        last, again = plan.calls.last
+        if key != last:
+            again = plan.calls.find(key)
+        if again is not None and again.fits(addresses):
+            return again(arrays, addresses, plan, foreign)
+        result = self.afresh(given, view)
+        whole, _, _, viewed, _ = spell(self._function.__name__, (), view(given) | self._kwargs)
+        again = None if whole is None or viewed != addresses else plan.calls.find(whole)
+        if again is not None:
+            plan.calls.remember(key, again)
+        return result
+
+    def afresh(self, given: dict[str, Any], view: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        """Call the function, whatever is remembered here."""
+        return self._function(**view(given), **self._kwargs)
 
 
 def _names(given: dict[str, Any], pairs: dict[str, tuple[str, str]]) -> list[str]:

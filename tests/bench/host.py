@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -10,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import SchedulerMetadata, arguments, flash_attn_with_kvcache, get_scheduler_metadata, kernels, memo
+from cuflash import (
+    DecodeStep,
+    PagedKVCache,
+    SchedulerMetadata,
+    arguments,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+    kernels,
+    memo,
+)
 from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.device import Device
@@ -71,6 +81,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             ("attention on a plan", "torch's tensors", us(lambda: call_tensors(metadata))),
             ("attention on a plan", "another framework's arrays", us(lambda: call_foreign(metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
+            ("DecodeStep", "a layer's later calls, with new keys", us(_step_call())),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),
             ("", "signature, lookup", us(_captured(memo, "spell", lambda: plan(metadata)))),
             ("", "launch: parameters", us(_captured(backend, "repeat", lambda: plan(metadata)))),
@@ -131,6 +142,17 @@ def _calls(
         )  # fmt: skip
 
     return call, append, plan
+
+
+def _step_call() -> Callable[[], Any]:
+    """Return the call of a layer in a step of a token each."""
+    cache = PagedKVCache(
+        1, _BATCH * 2, _PAGE, _HEADS_KV, _HEADDIM, "bfloat16", max_sequences=_BATCH, xp=sys.modules["cupy"]
+    )
+    step = DecodeStep(cache, _HEADS_Q).begin([cache.add() for _ in range(_BATCH)])
+    heads = (_HEADS_Q, _HEADS_KV, _HEADS_KV, _HEADS_Q)
+    q, k, v, out = (empty((_BATCH, number, _HEADDIM), numpy_dtype("bfloat16")) for number in heads)
+    return lambda: step(0, q, k, v, out=out)
 
 
 def _captured(owner: ModuleType | Any, name: str, call: Callable[[], Any]) -> Callable[[], Any]:

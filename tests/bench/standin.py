@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,12 +62,12 @@ class DeviceArray:
         """Return a view of one dimension."""
         return DeviceArray(self.host.reshape(-1))
 
-    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+    def reshape(self, *shape: Any) -> DeviceArray:
         """Return a view."""
-        return DeviceArray(self.host.reshape(shape))
+        return DeviceArray(self.host.reshape(*shape))
 
     def __getitem__(self, where: Any) -> DeviceArray:
-        return DeviceArray(self.host[where])
+        return DeviceArray(self.host[_on_host(where)])
 
     def copy(self) -> DeviceArray:
         """Return a copy."""
@@ -84,7 +85,13 @@ class DeviceArray:
         return DeviceArray(self.host.swapaxes(first, second))
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        self.host[where] = value.host if isinstance(value, DeviceArray) else value
+        self.host[_on_host(where)] = _on_host(value)
+
+
+def _on_host(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_on_host, x))
+    return x.host if isinstance(x, DeviceArray) else x
 
 
 class ForeignArray:
@@ -137,6 +144,10 @@ class Tensor(ForeignArray):
         """As torch's."""
         return self._address
 
+    def reshape(self, *shape: Any) -> Tensor:
+        """Return a view."""
+        return Tensor(self.native.reshape(*shape))
+
     def __array_namespace__(self) -> Any:
         return SimpleNamespace(from_dlpack=Tensor)
 
@@ -160,6 +171,18 @@ def from_dlpack(x: ForeignArray) -> DeviceArray:
 def empty(shape: Any, dtype: Any) -> DeviceArray:
     """Return a new array on the device."""
     return DeviceArray(arrays.empty(shape, dtype, np.empty(0)))
+
+
+def filled(value: Any, shape: Any, dtype: Any) -> DeviceArray:
+    """Return a new array of equal elements on the device."""
+    array = empty(shape if isinstance(shape, tuple) else (shape,), dtype)
+    array[...] = value
+    return array
+
+
+def asarray(x: Any) -> DeviceArray:
+    """Return an array itself, or a copy on the device of one on the host."""
+    return x if isinstance(x, DeviceArray) else filled(x, np.shape(x), np.asarray(x).dtype)
 
 
 class Machine:
@@ -217,7 +240,10 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
     memo.unplanned.clear()
     stream = SimpleNamespace(is_capturing=lambda: False, ptr=0)
     cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
-    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack)  # type: ignore
+    sys.modules["cupy"] = SimpleNamespace(  # type: ignore
+        __name__="cupy", ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack,
+        zeros=partial(filled, 0), ones=partial(filled, 1), asarray=asarray,
+    )  # fmt: skip
     streams = SimpleNamespace(current_stream=lambda gpu: SimpleNamespace(cuda_stream=0))
     sys.modules["torch"] = SimpleNamespace(Tensor=Tensor, cuda=streams)  # type: ignore
     readers = dict(layouts.readers)
