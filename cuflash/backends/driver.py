@@ -66,6 +66,7 @@ def _check(status: int) -> None:
         driver.check_status(status)
 
 
+@lru_cache(maxsize=1024)
 def launcher(
     function: int, grid: int, threads: int, shared_bytes: int, stream: int, waits_for_its_turn: bool
 ) -> Callable[[bytes, Any], None]:
