@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, import_host
+from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, check_memory, float8_name, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
@@ -317,9 +317,11 @@ def _import_cuda(name: str, x: Any) -> NativeArray:
     try:
         # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet run on a
         # GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
-        return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+        array = cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error
+    check_memory(name, array.data.ptr, array.shape)
+    return array
 
 
 def _root(kind: type) -> str:

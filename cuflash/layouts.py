@@ -36,8 +36,9 @@ readers = _Readers()
 
 def _read_tensor(x: Any) -> tuple[Any, ...] | None:
     try:
+        address = x.data_ptr()
         # DLPack refuses tensors that ask for a gradient: a call with one is no repetition of a call without.
-        return x.data_ptr(), (x.device, x.shape, x.stride(), x.dtype, x.requires_grad)
+        return (address, (x.device, x.shape, x.stride(), x.dtype, x.requires_grad)) if address else None
     except RuntimeError:  # it has no strided memory
         return None
 

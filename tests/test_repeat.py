@@ -461,6 +461,19 @@ def test_a_tensor_without_memory_is_the_importers_matter(
     assert not metadata.calls
 
 
+def test_a_tensor_whose_memory_was_taken_away_is_refused_also_later(machine: SimulatedGpu) -> None:
+    device = on_device(paged(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    empty = device["v_cache"]
+    empty.data.ptr = 0
+    given["v_cache"].set_(empty)
+    for calls in (metadata, plan(device)):
+        with pytest.raises(ValueError, match="v_cache must have memory, got shape .* at address 0"):
+            cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=calls)
+
+
 def test_no_tensor_is_kept(machine: SimulatedGpu) -> None:
     device = on_device(with_everything_else(1))
     given, metadata = in_kind(Tensor, device), plan(device)
