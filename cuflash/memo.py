@@ -126,6 +126,17 @@ def spell(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spell
         kind = type(x)
         read = readers[kind]
         if read is not NATIVE:
+            if read is not None:
+                said = read(x)
+                if said is None:
+                    return _UNKNOWN
+                address, layout = said
+                key += kind, address & 15, layout
+                foreign[len(arrays)] = x
+                arrays.append(x)
+                addresses.append(address)
+                device = layout[0]
+                continue
             if kind in _PLAIN:
                 key += kind, x
                 continue
@@ -140,18 +151,8 @@ def spell(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spell
             if not _is_array(x):
                 key += kind, x
                 continue
-            foreign[len(arrays)] = x
-            if read is not None:
-                said = read(x)
-                if said is None:
-                    return _UNKNOWN
-                address, layout = said
-                key += kind, address & 15, layout
-                arrays.append(x)
-                addresses.append(address)
-                device = layout[0]
-                continue
             key += kind, getattr(x, "dtype", None)  # float8 comes as uint8
+            foreign[len(arrays)] = x
             x = _imported(x)
             if x is None:
                 return _UNKNOWN
