@@ -16,12 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, float8_name, import_host
+from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, check_memory, float8_name, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
-
-device_types: set[type] = set()
-"""The types of CuPy's own arrays that have come in so far: such arrays come in as they are."""
 
 _ALIGNMENT = 64  # what XLA wants of memory that it takes over without a copy; also a cache line
 _INT32_MAX = 2**31 - 1
@@ -223,16 +220,21 @@ def refuse_in_capture(name: str, rule: str) -> None:
 def empty(shape: tuple[int, ...], dtype: Any, like: NativeArray) -> NativeArray:
     """Return a new, uninitialised array where ``like`` lives, aligned so that every framework can take it over."""
     if is_on_device(like):
-        cupy, number = sys.modules["cupy"], like.data.device_id
-        if number == cupy.cuda.runtime.getDevice():
-            return cupy.empty(shape, dtype)
-        with cupy.cuda.Device(number):
-            return cupy.empty(shape, dtype)
+        return empty_on(like.data.device_id, shape, dtype)
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
     return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def empty_on(gpu: int, shape: tuple[int, ...], dtype: Any) -> NativeArray:
+    """Return a new, uninitialised array on a GPU."""
+    cupy = sys.modules["cupy"]
+    if gpu == cupy.cuda.runtime.getDevice():
+        return cupy.empty(shape, dtype)
+    with cupy.cuda.Device(gpu):
+        return cupy.empty(shape, dtype)
 
 
 def is_writeable(native: NativeArray, given: Any) -> bool:
@@ -243,6 +245,11 @@ def is_writeable(native: NativeArray, given: Any) -> bool:
 def is_on_device(native: NativeArray) -> bool:
     """Whether a native array lives in GPU memory."""
     return not isinstance(native, np.ndarray)
+
+
+def gpu_of(native: NativeArray) -> int | None:
+    """Return the number of the GPU on which a native array lives, None for host memory."""
+    return native.data.device_id if is_on_device(native) else None
 
 
 def memory_of(native: NativeArray) -> str:
@@ -267,7 +274,6 @@ def _importer(name: str, x: Any) -> Callable[[str, Any], NativeArray]:
         return _import_numpy
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
-        device_types.add(type(x))
         return _import_itself
     if _is_traced(x):
         raise TypeError(
@@ -311,9 +317,11 @@ def _import_cuda(name: str, x: Any) -> NativeArray:
     try:
         # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet run on a
         # GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
-        return cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
+        array = cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error
+    check_memory(name, array.data.ptr, array.shape)
+    return array
 
 
 def _root(kind: type) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -13,7 +14,7 @@ from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
-    empty,
+    empty_on,
     exporter,
     is_on_device,
     is_same,
@@ -322,10 +323,13 @@ class _Call:
         # What was given and has no partner is ignored.
         ignored = dict.fromkeys(operands.arrays.keys() - used.keys())
         self._backend, self._step = backend, backend.bind(step, places | ignored, len(names))
-        self._words, self._new = words, [(array.shape, array.dtype) for array in new.values()]
+        self._plans, self._new = words is not None, [(array.shape, array.dtype) for array in new.values()]
+        if words is not None:
+            self._new.append((words, np.dtype(np.int32)))
         self._made, self._made_addresses = list(made.values()), [address_of(array) for array in made.values()]
-        self._results = tuple(places[name] for name in _RESULTS[: 1 + returns_lse])
-        self._num_given, self._q = len(arrays), places["q"]
+        self._returned = [places[name] for name in _RESULTS[: 1 + returns_lse]]
+        self._results = itemgetter(*self._returned)
+        self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
         self._caches = k_cache, v_cache = places["k_cache"], places["v_cache"]
         self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
         written = ("q", "k", "v") if operands.k is not None else ()
@@ -347,27 +351,27 @@ class _Call:
         return True
 
     def __call__(
-        self, arrays: list[NativeArray], addresses: list[int], plan: SchedulerMetadata, foreign: dict[int, Any]
+        self, arrays: list[Any], addresses: list[int], plan: SchedulerMetadata | None, foreign: dict[int, Any]
     ) -> Any:
         """Attend, on a new plan without one."""
-        q = arrays[self._q]
-        new = [empty(shape, dtype, q) for shape, dtype in self._new]
-        if self._words is None:
-            new.append(plan.array)
-        else:
-            _refuse_planning_in_capture(q)
-            new.append(empty(self._words, np.int32, q))
-        arrays = [*arrays, *self._made, *new]
-        addresses = [*addresses, *self._made_addresses, *[array.data.ptr for array in new]]
-        self._backend.repeat(self._step, arrays, addresses)
-        results = [arrays[place] for place in self._results]
+        if self._plans:
+            refuse_in_capture(*_PLANNED)
+        arrays += self._made
+        addresses += self._made_addresses
+        for shape, dtype in self._new:
+            array = empty_on(self._gpu, shape, dtype)
+            arrays.append(array)
+            addresses.append(array.data.ptr)
+        if plan is not None:
+            arrays.append(plan.array)
+            addresses.append(plan.array.data.ptr)
+        self._backend.repeat(self._step, self._gpu, arrays, addresses)
         if foreign:
-            q = foreign.get(self._q, q)
-            results = [
-                _in_kind(native, foreign.get(place, native) if place < self._num_given else None, q)
-                for place, native in zip(self._results, results)
-            ]
-        return results[0] if len(results) == 1 else tuple(results)
+            q = foreign.get(self._q, arrays[self._q])
+            for place in self._returned:
+                native = arrays[place]
+                arrays[place] = _in_kind(native, foreign.get(place, native) if place < self._num_given else None, q)
+        return self._results(arrays)
 
 
 def _distances(array: NativeArray, other: NativeArray) -> tuple[int, int]:
@@ -394,7 +398,10 @@ def _in_kind(native: NativeArray, mine: Any, q: Any) -> Any:
 
 def _refuse_planning_in_capture(array: NativeArray) -> None:
     if is_on_device(array):
-        refuse_in_capture("scheduler_metadata", "be given")
+        refuse_in_capture(*_PLANNED)
+
+
+_PLANNED = "scheduler_metadata", "be given"
 
 
 def _longest(lengths: Lengths, capacity: int, problem: Problem) -> int:

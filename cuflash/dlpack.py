@@ -107,7 +107,7 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
         is_immutable: Whether it must not be written, if DLPack cannot say so.
 
     Raises:
-        ValueError: If its element type has no name in NumPy.
+        ValueError: If its element type has no name in NumPy, or if it has no memory.
     """
     try:
         capsule = x.__dlpack__(max_version=(1, 1))
@@ -125,6 +125,7 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
     else:
         read_only = is_immutable
     address = (tensor.data or 0) + tensor.byte_offset
+    check_memory(name, address, shape)
     # ml_dtypes have no code in the array interface: the bits come as unsigned integers.
     interface = {
         "version": 3,
@@ -136,6 +137,16 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
     _capsule_set_name(capsule, _USED[capsule_name])  # from here on the memory is ours to release
     array = np.asarray(_Foreign(managed, interface))
     return array if array.dtype == dtype else array.view(dtype)
+
+
+def check_memory(name: str, address: int, shape: tuple[int, ...]) -> None:
+    """Raise if an array has elements and no memory: frameworks can take a tensor's memory away and leave its shape.
+
+    Raises:
+        ValueError: Naming the array.
+    """
+    if not address and 0 not in shape:
+        raise ValueError(f"{name} must have memory, got shape {shape} at address 0")
 
 
 def float8_name(x: Any) -> str | None:

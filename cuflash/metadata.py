@@ -65,14 +65,14 @@ class SchedulerMetadata(Plan):
     array: NativeArray
     pack_gqa: bool | None = None
     appends: bool = False
-    calls: Calls = field(default_factory=dict, init=False)
+    calls: Calls = field(default_factory=Calls, init=False)
     kept: dict[tuple[int, int], NativeArray] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._first_max_seqlen_k = self.max_seqlen_k
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "calls": {}, "kept": {}}  # a copy remembers no calls: they hold functions
+        return {**self.__dict__, "calls": Calls(), "kept": {}}  # a copy remembers no calls: they hold functions
 
     @property
     def num_blocks(self) -> int:

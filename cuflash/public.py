@@ -18,6 +18,11 @@ _environment: Any = os.environ._data  # type: ignore[attr-defined]
 _LOG = os.environ.encodekey(journal.VARIABLE)
 
 
+def is_written_down() -> bool:
+    """Whether ``CUFLASH_LOG`` asks for calls to be written down."""
+    return _LOG in _environment
+
+
 def public(function: Function) -> Function:
     """Name our argument in the TypeError about an unknown one, and write calls down if ``CUFLASH_LOG`` asks.
 
@@ -35,7 +40,7 @@ def public(function: Function) -> Function:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            if _LOG in _environment:
+            if is_written_down():
                 bound = signature.bind(*args, **kwargs)
                 return journal.write(function, bound.arguments)
             return function(*args, **kwargs)

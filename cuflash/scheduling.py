@@ -196,7 +196,7 @@ class _Refill:
     ) -> SchedulerMetadata:
         """Return the plan, filled."""
         array = plan.array
-        self._backend.repeat(self._step, [*arrays, array], [*addresses, array.data.ptr])
+        self._backend.repeat(self._step, array.data.device_id, [*arrays, array], [*addresses, array.data.ptr])
         plan.lengthen(self._max_seqlen_k)
         return plan
 

@@ -10,9 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 import cuflash  # the public functions, by their public names
 
 from .array_types import Array, ArrayT
+from .memo import Rest
 from .paged import PagedKVCache
 from .pages import integers
 from .problem import integer, real
+from .public import is_written_down
 from .step_shape import NativeArray, StepArrays, StepShape
 
 # Steps of equally many tokens have a plan for each number up to this. Prompts may have any length: steps with more are
@@ -240,36 +242,42 @@ class DecodeStep:
             (tokens, heads_q, headdim_v), with ``return_softmax_lse`` also the LSE, (heads_q, tokens) of a ragged step,
             else (batch_size, heads_q, n).
         """
-        arrays, cache = self._begun, self.cache
-        shape = arrays.shape
-        given: dict[str, Any] = {"q": q, "out": out, "k": k, "v": v}
-        if not shape.ragged:
-            split = ("q", "out") if shape.padded else ("q", "out", "k", "v")
-            given |= {name: shape.split(name, given[name]) for name in split if given[name] is not None}
-        result: Any = cuflash.flash_attn_with_kvcache(
-            k_cache=cache.k[layer],
-            v_cache=cache.v[layer],
-            cache_seqlens=arrays.cache_seqlens,
-            cache_batch_idx=arrays.cache_batch_idx,
-            page_table=cache.page_table,
-            cu_seqlens_q=arrays.cu_seqlens_q,
-            cu_seqlens_k_new=arrays.cu_seqlens_k_new,
-            max_seqlen_q=shape.max_seqlen_q if shape.ragged else None,
-            k_descale=None if cache.k_scale is None else cache.k_scale[layer],
-            v_descale=None if cache.v_scale is None else cache.v_scale[layer],
-            scheduler_metadata=arrays.meta,
-            return_softmax_lse=return_softmax_lse,
-            sinks=sinks,
-            softmax_lse=softmax_lse,
-            **given,
-            **self._called,
-        )
+        shape = self._begun.shape
+        given = {
+            "q": q, "k": k, "v": v, "sinks": sinks, "out": out, "softmax_lse": softmax_lse,
+            "return_softmax_lse": return_softmax_lse,
+        }  # fmt: skip
+        rest = self._rest(layer)
+        result = rest.afresh(given, shape.view) if is_written_down() else rest(given, shape.view)
         attended, lse = result if return_softmax_lse else (result, None)
         if out is not None:
             attended = out
         elif not shape.ragged:
             attended = attended.reshape(-1, *attended.shape[2:])
         return (attended, lse) if return_softmax_lse else attended
+
+    def _rest(self, layer: int) -> Rest:
+        """Return the arguments that all calls of a layer have in common, for steps of this shape."""
+        arrays, cache = self._begun, self.cache
+        rest = arrays.rests.get(layer) if type(layer) is int else None
+        if rest is None:
+            called = self._called | {
+                "k_cache": cache.k[layer],
+                "v_cache": cache.v[layer],
+                "cache_seqlens": arrays.cache_seqlens,
+                "cache_batch_idx": arrays.cache_batch_idx,
+                "page_table": cache.page_table,
+                "cu_seqlens_q": arrays.cu_seqlens_q,
+                "cu_seqlens_k_new": arrays.cu_seqlens_k_new,
+                "max_seqlen_q": arrays.shape.max_seqlen_q if arrays.shape.ragged else None,
+                "k_descale": None if cache.k_scale is None else cache.k_scale[layer],
+                "v_descale": None if cache.v_scale is None else cache.v_scale[layer],
+                "scheduler_metadata": arrays.meta,
+            }
+            rest = Rest(cuflash.flash_attn_with_kvcache, called)
+            if type(layer) is int:
+                arrays.rests[layer] = rest
+        return rest
 
     def commit(self) -> None:
         """End the step: its tokens belong to the sequences.

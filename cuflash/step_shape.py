@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .memo import Rest
+
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
 
@@ -24,6 +26,13 @@ class StepShape(NamedTuple):
     max_seqlen_q: int
     ragged: bool
     padded: bool
+
+    def view(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of a step's call as ``flash_attn_with_kvcache`` takes them."""
+        if self.ragged:
+            return given
+        names = ("q", "out") if self.padded else ("q", "out", "k", "v")
+        return given | {name: self.split(name, given[name]) for name in names if given[name] is not None}
 
     def split(self, name: str, x: Any) -> Any:
         """View (tokens, heads, dim) as (batch_size, max_seqlen_q, heads, dim)."""
@@ -47,11 +56,13 @@ class StepArrays:
         cu_seqlens_q: (batch + 1,) int32 first new token of each sequence if ragged, else None.
         cu_seqlens_k_new: The same if ragged or padded: who takes no part appends nothing.
         meta: The plan, None before the first.
+        rests: What the calls of a layer have in common, by the layer.
     """
 
     def __init__(self, shape: StepShape, xp: Any) -> None:
         self.shape, self._xp = shape, xp
         self.meta: Any = None
+        self.rests: dict[int, Rest] = {}
         self._memory = xp.zeros(3 * shape.batch_size + 1, np.int32)  # one, so that one copy fills all
         self.cache_seqlens, self.cache_batch_idx, starts = _cut(self._memory, shape.batch_size)
         self.cu_seqlens_q = starts if shape.ragged else None

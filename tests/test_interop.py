@@ -117,6 +117,15 @@ def test_float8(name: str) -> None:
     assert back.data_ptr() == theirs.data_ptr()
 
 
+def test_a_tensor_whose_memory_was_taken_away() -> None:
+    torch = pytest.importorskip("torch")
+    theirs = torch.zeros(4, 3)
+    theirs.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"x must have memory, got shape \(4, 3\) at address 0"):
+        import_array("x", theirs)
+    assert import_array("x", torch.zeros(0, 3)).shape == (0, 3)
+
+
 def test_numpy_passes_untouched() -> None:
     array = np.zeros((2, 3))
     assert import_array("x", array) is array

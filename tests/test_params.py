@@ -14,7 +14,7 @@ from cuflash.device import Device
 from cuflash.kernels import launch as launches
 from cuflash.kernels import source as sources
 from cuflash.kernels.exchange import exchange_variant
-from cuflash.kernels.launch import Step, bind, make_launch
+from cuflash.kernels.launch import Scratch, Step, bind, make_launch
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, field_paths
 from cuflash.problem import make_problem
@@ -102,7 +102,9 @@ def test_no_field_is_overlooked(kernel: str) -> None:
     check(f"{kernel.capitalize()}Params", sources.struct_dtype(f"{kernel}.cu", f"{kernel.capitalize()}Params"))
 
 
-def test_nested_structs_and_pointers_anywhere(folder: Path) -> None:
+@pytest.mark.parametrize("scratch", [(), ("first",), ("table",), ("last", "first")], ids="-".join)
+def test_nested_structs_and_pointers_anywhere(scratch: tuple[str, ...], folder: Path) -> None:
+    """Also to scratch, whose addresses never change."""
     (folder / "nested.cu").write_text(NESTED)
     paths = [path for path, _, _ in field_paths(sources.struct_dtype("nested.cu", "NestedParams"))]
     assert paths == ["first", "number", "divisor.magic", "divisor.shift", "rows.count", "rows.table", "last"]
@@ -112,10 +114,12 @@ def test_nested_structs_and_pointers_anywhere(folder: Path) -> None:
     values = {"number": 2, "divisor.magic": 3, "divisor.shift": 4, "rows.count": 6}
     launch = make_launch(Variant("nested"), "NestedParams", 1, 1, 0, values)
     arrays = {"last": last, "table": table, "first": first}
-    bound = bind(Step((launch,)), {name: place for place, name in enumerate(arrays)}, len(arrays))
-    (bound_launch,) = bound.launches
-    words = [*(array.ctypes.data for array in arrays.values()), *bound.constants]
-    params = np.frombuffer(bound_launch.pack(*bound_launch.words(words)), launch.struct)
+    addresses = {name: array.ctypes.data for name, array in arrays.items()}
+    own = tuple((name, Scratch(arrays[name].shape, arrays[name].dtype)) for name in scratch)
+    places = {name: place for place, name in enumerate(name for name in arrays if name not in scratch)}
+    (bound,) = bind(Step((launch,), own), places, len(places)).launches
+    words, pack, constants = bound.packing(len(places), [addresses[name] for name in scratch])
+    params = np.frombuffer(pack(*words([*(addresses[name] for name in places), *constants])), launch.struct)
     module = SimModule(sources.source("nested.cu"), launch.variant.options)
     module.get_function("nested")(1, 1, (params, out), arrays=arrays)
     assert out.tolist() == [4325, 46]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.standin import DeviceArray, ForeignArray, Machine, gpu
+from bench.standin import DeviceArray, ForeignArray, Machine, Tensor, from_dlpack, gpu, host
 
 import cuflash
-from cuflash import arguments, memo, scheduling
+from cuflash import arguments, arrays, layouts, memo, scheduling
 from cuflash.backends import sim
 from cuflash.device import Device
 
@@ -28,10 +28,17 @@ class SimulatedGpu(Machine):
     def __init__(self) -> None:
         super().__init__()
         self.launched: list[str] = []
+        self.prepared: list[str] = []
 
-    def launch(self, launch: Any, params: bytes, arrays: Any) -> None:
-        self.launched.append(launch.variant.kernel)
-        sim.SimulatedMachine().launch(launch, params, tuple(array.host for array in arrays))
+    def prepare(self, bound: Any, scratch: Any) -> Any:
+        self.prepared.append(bound.launch.variant.kernel)
+        run = sim.SimulatedMachine().prepare(bound, [array.host for array in scratch])
+
+        def launch(params: bytes, arrays: Any) -> None:
+            self.launched.append(bound.launch.variant.kernel)
+            run(params, [host(array) for array in arrays])
+
+        return launch
 
 
 @pytest.fixture
@@ -116,6 +123,11 @@ def on_device(arguments: Arguments) -> Arguments:
     return {name: DeviceArray(x.copy()) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
 
 
+def in_kind(framework: type, arguments: Arguments) -> Arguments:
+    """Make a framework's arrays of those on the device."""
+    return {name: framework(x) if isinstance(x, DeviceArray) else x for name, x in arguments.items()}
+
+
 def plan(arguments: Arguments, out: Any = None, **changes: Any) -> cuflash.SchedulerMetadata:
     options = {
         "page_size": PAGE if "page_table" in arguments else None,
@@ -156,6 +168,13 @@ def forbid_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "make_problem", forbidden)
 
 
+def key(function: str, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, ...]:
+    """What a call is told apart by."""
+    found = memo.spell(function, args, kwargs)[0]
+    assert found is not None
+    return tuple(found)
+
+
 # -------------------------------------------------------------------------------------------------- the same results
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_repeated_call_does_what_a_first_one_does(
@@ -190,8 +209,9 @@ def test_a_repeated_call_without_a_plan_plans_again(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_planned", [True, False])
+@pytest.mark.parametrize("framework", [ForeignArray, Tensor])
 def test_a_repeated_call_on_another_frameworks_arrays(
-    kind: Any, is_planned: bool, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+    framework: Any, kind: Any, is_planned: bool, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Is remembered as one on CuPy's own is, and gives the framework's arrays back."""
     wanted = first_call(kind, 1)
@@ -199,10 +219,10 @@ def test_a_repeated_call_on_another_frameworks_arrays(
     for _ in range(2):
         given = on_device(kind(1))
         caches = given["k_cache"], given["v_cache"]
-        given = {name: ForeignArray(x) if isinstance(x, DeviceArray) else x for name, x in given.items()}
+        given = in_kind(framework, given)
         results = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
         for name, result in zip(OUTPUTS, results, strict=True):
-            assert isinstance(result, ForeignArray)
+            assert type(result) is framework
             assert name not in given or result is given[name]
         for found, expected in zip((*(result.native for result in results), *caches), wanted, strict=True):
             np.testing.assert_array_equal(found.get(), expected)
@@ -226,20 +246,22 @@ def test_a_layout_is_part_of_a_call(machine: SimulatedGpu) -> None:
     arrays = [DeviceArray(host) for host in hosts]
     arrays.append(DeviceArray(hosts[0]))
     arrays[-1].data.device_id = 1
-    arrays += [ForeignArray(array) for array in arrays]
-    keys = [memo.spell(print, (), {"x": array}).key for array in arrays]
-    assert None not in keys and len(set(keys)) == len(arrays)
-    assert memo.spell(print, (), {"x": DeviceArray(memory[4:12])}).key == keys[0]
+    arrays += [kind(array) for kind in (ForeignArray, Tensor) for array in arrays]
+    arrays.append(Tensor(arrays[0]))
+    arrays[-1].requires_grad = True
+    keys = [key("print", (), {"x": array}) for array in arrays]
+    assert len(set(keys)) == len(arrays)
+    assert key("print", (), {"x": DeviceArray(memory[4:12])}) == keys[0]
 
 
 def test_what_else_is_part_of_a_call(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = plan(on_device(paged(1)))
-    keys = [memo.spell(print, (), {"x": metadata}).key]
+    keys = [key("print", (), {"x": metadata})]
     metadata.max_seqlen_k += 1
-    keys.append(memo.spell(print, (), {"x": metadata}).key)
+    keys.append(key("print", (), {"x": metadata}))
     monkeypatch.setenv("CUFLASH_BACKEND", "cuda")
-    keys.append(memo.spell(print, (), {"x": metadata}).key)
-    assert None not in keys and len(set(keys)) == len(keys)
+    keys.append(key("print", (), {"x": metadata}))
+    assert len(set(keys)) == len(keys)
 
 
 def test_a_repeated_call_without_a_plan_keeps_no_array(machine: SimulatedGpu) -> None:
@@ -325,6 +347,156 @@ def test_refilling_for_longer_keys_makes_room_for_their_splits(machine: Simulate
     wanted = call(on_device(long), plan(on_device(long), split_size=64))
     for found, expected in zip(call(on_device(long), metadata), wanted, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_launches_are_prepared_once_for_a_stream(machine: SimulatedGpu) -> None:
+    """Kernels and scratch: another stream has its own, which stays right when the first one's has been replaced."""
+    arguments = on_device(paged(1))
+    metadata = plan(arguments)
+    call(arguments, metadata)
+    wanted = call(arguments, metadata)
+    assert machine.prepared == ["plan", "decode", "decode"]
+    for key in (1, 0, 1):
+        machine.key = key
+        for found, expected in zip(call(arguments, metadata), wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert machine.prepared == ["plan", "decode", "decode", "decode"]
+    for machine.key in range(200):
+        call(arguments, metadata)
+    assert len(next(iter(metadata.calls.values()))._step.ready) <= 64
+
+
+# -------------------------------------------------------------------------------------------------- torch's tensors
+class Imports:
+    """Counts what is imported by DLPack."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number = 0
+        monkeypatch.setattr(sys.modules["cupy"], "from_dlpack", self.count)
+
+    def count(self, x: Any) -> DeviceArray:
+        self.number += 1
+        return from_dlpack(x)
+
+
+def test_tensors_are_not_imported_again(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = on_device(with_everything_else(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    wanted = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata).native.get().copy()
+    imports = Imports(monkeypatch)
+    given["out"].native.host[...] = 0
+    assert cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata) is given["out"]
+    np.testing.assert_array_equal(given["out"].native.get(), wanted)
+    assert not imports.number
+    assert plan(in_kind(Tensor, device), out=metadata) is metadata
+    plan(in_kind(Tensor, device), out=metadata)
+    assert plan(in_kind(Tensor, device), out=metadata) is metadata
+
+
+@pytest.mark.parametrize("stream, gpu", [(7, 0), (0, 1)])
+def test_tensors_on_another_stream_wait_and_are_waited_for(
+    stream: int, gpu: int, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import makes CuPy's stream wait, the export torch's: also of an output that was given."""
+    device = on_device(with_everything_else(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    wanted = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata).native.get().copy()
+    imports, exports = Imports(monkeypatch), []
+    busy = SimpleNamespace(cuda_stream=stream)
+    monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda gpu: busy)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "getDevice", lambda: gpu)
+    namespace = SimpleNamespace(from_dlpack=exports.append)
+    monkeypatch.setattr(Tensor, "__array_namespace__", lambda self: namespace)
+    monkeypatch.delitem(arrays._exporters, Tensor, raising=False)
+    forbid_checks(monkeypatch)
+    given["out"].native.host[...] = 0
+    assert cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata) is given["out"]
+    monkeypatch.delitem(arrays._exporters, Tensor)
+    np.testing.assert_array_equal(given["out"].native.get(), wanted)
+    assert imports.number == sum(isinstance(x, Tensor) for x in given.values())
+    assert [array.data.ptr for array in exports] == [given["out"].data_ptr()]
+
+
+def test_tensors_that_change_in_place_are_read_anew(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, other = on_device(paged(1)), on_device(paged(2))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    call(device, metadata)
+    wanted = call(other | {"cache_seqlens": device["cache_seqlens"]}, metadata)[0]
+    cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    for name in ("q", "k_cache", "v_cache", "page_table"):
+        given[name].set_(other[name])
+    with monkeypatch.context() as checked:
+        forbid_checks(checked)
+        found = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    np.testing.assert_array_equal(found.native.get(), wanted)
+    given["page_table"].set_(DeviceArray(np.zeros((BATCH - 1, PAGES), np.int32)))
+    with pytest.raises(ValueError, match="page_table must have a row per sequence"):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    given["page_table"] = Tensor(DeviceArray(other["page_table"].host.view(np.float32)))
+    with pytest.raises(TypeError, match="page_table must be int32"):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+
+
+def test_a_tensor_that_requires_a_gradient_is_refused_also_later(machine: SimulatedGpu) -> None:
+    device = on_device(paged(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    given["q"].requires_grad = True
+    with pytest.raises(ValueError, match="q cannot be shared: it requires a gradient"):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+
+
+def test_a_tensor_without_memory_is_the_importers_matter(
+    machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Any) -> int:
+        raise RuntimeError("no storage")
+
+    device = on_device(paged(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    monkeypatch.setattr(Tensor, "data_ptr", unreadable)
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    assert not metadata.calls
+
+
+def test_a_tensor_whose_memory_was_taken_away_is_refused_also_later(machine: SimulatedGpu) -> None:
+    device = on_device(paged(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    empty = device["v_cache"]
+    empty.data.ptr = 0
+    given["v_cache"].set_(empty)
+    for calls in (metadata, plan(device)):
+        with pytest.raises(ValueError, match="v_cache must have memory, got shape .* at address 0"):
+            cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=calls)
+
+
+def test_no_tensor_is_kept(machine: SimulatedGpu) -> None:
+    device = on_device(with_everything_else(1))
+    given, metadata = in_kind(Tensor, device), plan(device)
+    tensors = [x for x in given.values() if isinstance(x, Tensor)]
+    references = [(sys.getrefcount(x), sys.getrefcount(x.native), sys.getrefcount(x.native.host)) for x in tensors]
+    for _ in range(2):
+        cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    assert metadata.calls
+    assert references == [
+        (sys.getrefcount(x), sys.getrefcount(x.native), sys.getrefcount(x.native.host)) for x in tensors
+    ]
+
+
+def test_what_is_read_of_torchs_own_tensors() -> None:
+    """There are none on a GPU here: what they say is the same on the host."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.zeros((4, 6, 8), dtype=torch.bfloat16)[1:, ::2]
+    read = layouts.readers[torch.Tensor]
+    layout = tensor.device, (3, 3, 8), (48, 16, 1), torch.bfloat16, False
+    assert read(tensor) == (tensor.data_ptr(), layout)
+    assert read(torch.zeros(3).to_sparse()) is None
+    assert layouts.readers[torch.nn.Parameter] is None  # a subclass may mean anything
+    assert memo.spell("name", (tensor,), {})[0] is None  # host memory
 
 
 # -------------------------------------------------------------------------------------------------- nothing unchecked

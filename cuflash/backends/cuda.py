@@ -14,11 +14,11 @@ from cupy.cuda import nvrtc
 
 from ..arrays import NativeArray
 from ..device import Device
-from ..kernels.launch import Launch, Scratch
+from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
 from .cubin import cubin
-from .driver import launch, relaxed_capture
-from .machine import KernelBackend, Machine
+from .driver import launcher, relaxed_capture
+from .machine import KernelBackend, Launcher, Machine
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
 
@@ -34,10 +34,10 @@ class Cuda(KernelBackend):
         """Return the GPU on which an array lives."""
         return _device(array.device.id)
 
-    def machine(self, array: NativeArray) -> AbstractContextManager[Machine]:
+    def machine(self, gpu: int | None) -> AbstractContextManager[Machine]:
         """Return that GPU and CuPy's current stream on it."""
-        number = array.data.device_id
-        return _Gpu(number) if number == cupy.cuda.runtime.getDevice() else _other(number)
+        assert gpu is not None
+        return _Gpu(gpu) if gpu == cupy.cuda.runtime.getDevice() else _other(gpu)
 
     def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
         """Compile and load kernels on that GPU; return how many of them were not there yet."""
@@ -126,9 +126,7 @@ class _Gpu:
     """A :class:`Machine`: the current device, ``number``, and the current stream of CuPy, for one call."""
 
     def __init__(self, number: int) -> None:
-        self._number, self._stream = number, cupy.cuda.get_current_stream().ptr
-        thread = threading.get_ident() if self._stream == _PER_THREAD_STREAM else 0
-        self._key = self._number, self._stream, thread
+        self.key = number, cupy.cuda.get_current_stream().ptr, threading.get_ident()
 
     def __enter__(self) -> _Gpu:
         return self  # nothing to do, and nothing that takes time: calls come through here
@@ -141,13 +139,15 @@ class _Gpu:
 
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         # Not from CuPy's pool: a captured graph uses it after this call, too.
-        thread = threading.get_ident() if memory.passed_on else 0
-        return _workspaces.get((self._key, name, thread), max(memory.nbytes, 1), memory.zeroed)
+        number, stream, thread = self.key
+        key = number, stream, name, thread if memory.passed_on or stream == _PER_THREAD_STREAM else None
+        return _workspaces.get(key, max(memory.nbytes, 1), memory.zeroed)
 
-    def launch(self, launch_: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
-        function = _function(launch_.variant, self._number)
-        can_wait = _device(self._number).arch >= 90
-        launch(function.ptr, launch_.grid, launch_.threads, launch_.shared_bytes, self._stream, params, can_wait)
+    def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
+        number, stream, _ = self.key
+        launch, function = bound.launch, _function(bound.launch.variant, number)
+        can_wait = _device(number).arch >= 90
+        return launcher(function.ptr, launch.grid, launch.threads, launch.shared_bytes, stream, can_wait)
 
 
 BACKEND = Cuda()

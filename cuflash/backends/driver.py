@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -66,22 +66,14 @@ def _check(status: int) -> None:
         driver.check_status(status)
 
 
-@lru_cache(maxsize=None)
-def _driver() -> Any:
-    function = _library().cuLaunchKernelEx
-    function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_void_p)
-    return function
-
-
 @lru_cache(maxsize=1024)
-def _config(grid: int, threads: int, shared_bytes: int, stream: int, early: bool) -> Any:
-    return ctypes.byref(_Config((grid, 1, 1), (threads, 1, 1), shared_bytes, stream, _EARLY, early))
+def launcher(
+    function: int, grid: int, threads: int, shared_bytes: int, stream: int, waits_for_its_turn: bool
+) -> Callable[[bytes, Any], None]:
+    """Return what launches a kernel of one parameter on the current device.
 
-
-def launch(
-    function: int, grid: int, threads: int, shared_bytes: int, stream: int, params: bytes, waits_for_its_turn: bool
-) -> None:
-    """Launch a kernel of one parameter on the current device.
+    All but the parameter, which the driver copies, is converted here, once: a launch is one call of the driver. No
+    types are declared for its arguments, which would convert them again every time.
 
     Args:
         function: The kernel's CUfunction.
@@ -89,14 +81,20 @@ def launch(
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
         stream: The stream's handle.
-        params: The parameter, which the driver copies.
         waits_for_its_turn: Whether the kernel itself waits for the one ahead of it (sm_90 and later), and so may be
             launched early.
 
-    Raises:
-        cupy.cuda.driver.CUDADriverError: If the driver refuses.
+    Returns:
+        A function of the parameter's bytes, and of the arrays in it, at which it does not look. It raises
+        ``cupy.cuda.driver.CUDADriverError`` if the driver refuses.
     """
-    config = _config(grid, threads, shared_bytes, stream, waits_for_its_turn)
-    status = _driver()(config, function, ctypes.byref(ctypes.c_char_p(params)), None)
-    if status:
-        driver.check_status(status)
+    config = ctypes.byref(_Config((grid, 1, 1), (threads, 1, 1), shared_bytes, stream, _EARLY, waits_for_its_turn))
+    handle, call = ctypes.c_void_p(function), _library().cuLaunchKernelEx
+    byref, c_char_p = ctypes.byref, ctypes.c_char_p
+
+    def launch(params: bytes, arrays: Any) -> None:
+        status = call(config, handle, byref(c_char_p(params)), None)
+        if status:
+            driver.check_status(status)
+
+    return launch

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from .. import journal
-from ..arrays import NativeArray, address_of, copy_into, strides_of
+from ..arrays import NativeArray, address_of, copy_into, gpu_of, strides_of
 from ..device import Device
 from ..kernels import attention_step, plan_launch
-from ..kernels.launch import BoundStep, Launch, Scratch, Step, bind
+from ..kernels.launch import BoundLaunch, BoundStep, Launch, Scratch, Step, bind
 from ..kernels.merge import merge_launch
 from ..kernels.source import Variant
 from ..metadata import SchedulerMetadata
@@ -20,9 +20,17 @@ from ..operands import Lengths, Operands
 from ..partition import Partition
 from ..problem import Problem
 
+_MOST = 64  # machines that a step is ready for: streams and threads come and go
+
+Launcher = Callable[[bytes, list[NativeArray]], None]
+
 
 class Machine(Protocol):
     """What a GPU and the simulator do differently."""
+
+    @property
+    def key(self) -> Hashable | None:
+        """What machines have in common for which the same is prepared: kernels and scratch; None if nothing is kept."""
 
     def address(self, array: NativeArray) -> int:
         """Return the address of an array's first element."""
@@ -30,8 +38,13 @@ class Machine(Protocol):
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         """Return memory of at least this size, of whatever dtype; it lives as long as a captured graph may use it."""
 
-    def launch(self, launch: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
-        """Launch a kernel; ``arrays`` is all memory that it may touch, in the order of ``launch.pointers``."""
+    def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
+        """Return what launches a kernel, given its parameter and the arrays of the call.
+
+        Args:
+            bound: The launch. The memory that it may touch has places among the arrays, and the scratch behind them.
+            scratch: The scratch of its step.
+        """
 
 
 class KernelBackend:
@@ -43,8 +56,8 @@ class KernelBackend:
         """Return the GPU that plans of an array's memory are made for."""
         raise NotImplementedError
 
-    def machine(self, array: NativeArray) -> AbstractContextManager[Machine]:
-        """Return the machine that has an array's memory, current as long as it is in use."""
+    def machine(self, gpu: int | None) -> AbstractContextManager[Machine]:
+        """Return the machine that is a GPU, or has host memory (None); it is current as long as it is in use."""
         raise NotImplementedError
 
     def prepare(self, variants: tuple[Variant, ...], array: NativeArray) -> int:
@@ -54,7 +67,7 @@ class KernelBackend:
     def plan(self, problem: Problem, partition: Partition, lengths: Lengths, array: NativeArray) -> Step:
         """Fill a plan; see :func:`cuflash.get_scheduler_metadata`. Returns what fills it again."""
         step = Step((plan_launch(problem, partition, lengths, array.size),))
-        with self.machine(array) as machine:
+        with self.machine(gpu_of(array)) as machine:
             run(machine, step, {"plan": array, **lengths.arrays})
         return step
 
@@ -64,7 +77,7 @@ class KernelBackend:
         Returns:
             What does it again for arrays of the same layout; None if an array had to be copied first.
         """
-        with self.machine(operands.q) as machine:
+        with self.machine(gpu_of(operands.q)) as machine:
             readable = _readable(machine, operands)
             step = attention_step(problem, readable, metadata)
             run(machine, step, {"plan": metadata.array, **readable.arrays})
@@ -74,9 +87,16 @@ class KernelBackend:
         """Return a step that can be repeated, on arrays that have places; see :func:`cuflash.kernels.launch.bind`."""
         return bind(step, given, count)
 
-    def repeat(self, step: BoundStep, arrays: list[NativeArray], addresses: list[int]) -> None:
-        """Run a step once more, on arrays in their places, which begin at these addresses."""
-        with self.machine(arrays[0]) as machine:
+    def repeat(self, step: BoundStep, gpu: int, arrays: list[Any], addresses: list[int]) -> None:
+        """Run a step once more, on arrays in their places, which begin at these addresses.
+
+        Args:
+            step: The step.
+            gpu: The number of the GPU on which they lie.
+            arrays: The arrays, of whatever kind: only a machine that checks what kernels touch looks at them.
+            addresses: Where they begin.
+        """
+        with self.machine(gpu) as machine:
             run_bound(machine, step, arrays, addresses)
 
     def merge(
@@ -91,12 +111,12 @@ class KernelBackend:
         """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
         if out.size:
             arrays = {"outs": outs, "lses": lses, "mask": mask, "out": out, "lse": lse}
-            with self.machine(outs) as machine:
+            with self.machine(gpu_of(outs)) as machine:
                 run(machine, Step((merge_launch(outs, lses, mask, base2),)), arrays)
 
     def exchange(self, launch: Launch, arrays: dict[str, NativeArray | None]) -> None:
         """Write ``out`` and ``softmax_lse``, merged with what other ranks do at once; see ``kernels/exchange.py``."""
-        with self.machine(arrays["partial"]) as machine:
+        with self.machine(gpu_of(arrays["partial"])) as machine:
             run(machine, Step((launch,)), arrays)
 
 
@@ -114,22 +134,34 @@ def run(machine: Machine, step: Step, arrays: dict[str, NativeArray | None]) -> 
     run_bound(machine, bind(step, places, len(given)), native, [machine.address(array) for array in native])
 
 
-def run_bound(machine: Machine, step: BoundStep, arrays: list[NativeArray], addresses: list[int]) -> None:
+def run_bound(machine: Machine, step: BoundStep, arrays: list[Any], addresses: list[int]) -> None:
     """Run the launches of a step on arrays in their places.
 
     Args:
         machine: Where.
         step: What.
-        arrays: The arrays.
+        arrays: The arrays; see :meth:`KernelBackend.repeat`.
         addresses: Where they begin.
     """
-    scratch = [machine.scratch(name, memory) for name, memory in step.scratch]
-    arrays = [*arrays, *scratch]
-    words = [*addresses, *[machine.address(array) for array in scratch], *step.constants]
+    ready = step.ready.get(machine.key)
+    if ready is None:
+        ready = _prepare(machine, step)
     if journal.launches:
         journal.launches.get(threading.get_ident(), []).extend(bound.launch for bound in step.launches)
-    for bound in step.launches:
-        machine.launch(bound.launch, bound.pack(*bound.words(words)), bound.arrays(arrays))
+    for words, pack, constants, launch in ready:
+        launch(pack(*words([*addresses, *constants])), arrays)
+
+
+def _prepare(machine: Machine, step: BoundStep) -> list[tuple[Any, ...]]:
+    """Return the launches of a step with all that does not change from call to call: kernels, and scratch."""
+    scratch = [machine.scratch(name, memory) for name, memory in step.scratch]
+    addresses = [machine.address(array) for array in scratch]
+    ready = [(*bound.packing(step.count, addresses), machine.prepare(bound, scratch)) for bound in step.launches]
+    if machine.key is not None:
+        if len(step.ready) >= _MOST:
+            step.ready.clear()
+        step.ready[machine.key] = ready
+    return ready
 
 
 def _readable(machine: Machine, operands: Operands) -> Operands:

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..arrays import NativeArray
 from ..device import Device, host_device
-from ..kernels.launch import Launch, Scratch
+from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
-from .machine import KernelBackend, Machine
+from .machine import KernelBackend, Launcher, Machine
 
 
 class Simulator(KernelBackend):
@@ -24,7 +24,7 @@ class Simulator(KernelBackend):
         return host_device()
 
     @contextmanager
-    def machine(self, array: NativeArray) -> Iterator[Machine]:
+    def machine(self, gpu: int | None) -> Iterator[Machine]:
         """Return a new machine."""
         yield SimulatedMachine()
 
@@ -39,6 +39,8 @@ class Simulator(KernelBackend):
 class SimulatedMachine:
     """A :class:`Machine` on which every launch has memory of its own."""
 
+    key = None
+
     def address(self, array: NativeArray) -> int:
         """Return the address of an array's first element."""
         return array.ctypes.data
@@ -49,12 +51,18 @@ class SimulatedMachine:
             return np.zeros(memory.shape, memory.dtype)
         return np.full(memory.shape, np.nan, memory.dtype)
 
-    def launch(self, launch: Launch, params: bytes, arrays: tuple[NativeArray, ...]) -> None:
-        """Run a kernel to its end."""
+    def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
+        """Return what runs a kernel to its end."""
+        launch = bound.launch
         function = _function(launch.variant, f"sm_{host_device().arch}")
-        struct = np.frombuffer(params, launch.struct)
-        named = dict(zip(launch.pointers, arrays))
-        function((launch.grid,), (launch.threads,), (struct,), shared_mem=launch.shared_bytes, arrays=named)
+
+        def run(params: bytes, arrays: list[NativeArray]) -> None:
+            struct = np.frombuffer(params, launch.struct)
+            memory = [*arrays, *scratch]
+            named = {name: memory[place] for name, place in zip(launch.pointers, bound.places)}
+            function((launch.grid,), (launch.threads,), (struct,), shared_mem=launch.shared_bytes, arrays=named)
+
+        return run
 
 
 @lru_cache(maxsize=None)

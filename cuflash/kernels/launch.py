@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,33 +87,67 @@ class BoundLaunch:
 
     Attributes:
         launch: The launch; of its pointers those that are not null.
-        arrays: Takes its arrays out of the list of arrays.
-        words: Takes what its parameter is made of out of the list of addresses and constants.
-        pack: Makes the parameter of that.
+        places: The place of the array of each of its pointers.
     """
 
     launch: Launch
-    arrays: Callable[[Sequence[Any]], tuple[Any, ...]]
+    places: tuple[int, ...]
+
+    def packing(self, count: int, scratch: Sequence[int]) -> Packing:
+        """Return how its parameter is made of the addresses of the call's arrays.
+
+        Args:
+            count: How many arrays the call has.
+            scratch: The addresses of the scratch, whose places are behind these: they stay.
+        """
+        template = bytearray(self.launch.template)
+        layout, begin = "=", 0
+        words: list[int] = []
+        constants: list[bytes] = []
+        for offset, place in zip((*self.launch.offsets, len(template)), (*self.places, None)):
+            if place is not None and place >= count:
+                template[offset : offset + _POINTER] = scratch[place - count].to_bytes(_POINTER, sys.byteorder)
+                continue
+            if offset > begin:
+                layout += f"{offset - begin}s"
+                words.append(count + len(constants))
+                constants.append(bytes(template[begin:offset]))
+            if place is not None:
+                layout += "Q"
+                words.append(place)
+            begin = offset + _POINTER
+        return Packing(itemgetter(*words), Struct(layout).pack, tuple(constants))
+
+
+class Packing(NamedTuple):
+    """How a parameter is made: of addresses, and of the bytes between them, which never change.
+
+    Attributes:
+        words: Takes its parts out of the list of the addresses of the call's arrays, with the constants behind them.
+        pack: Makes the parameter of the parts.
+        constants: The bytes between the addresses.
+    """
+
     words: Callable[[Sequence[Any]], tuple[Any, ...]]
     pack: Callable[..., bytes]
+    constants: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
 class BoundStep:
     """A step whose arrays have places in a list: of those of the call, and behind them the scratch.
 
-    A parameter is packed of addresses and of the bytes between them, which never change. These stand behind the
-    addresses, so that one function takes both.
-
     Attributes:
         launches: In their order.
         scratch: By name.
-        constants: The bytes between the pointers of all parameters.
+        count: How many arrays the call has.
+        ready: What a machine has prepared, by its key: see ``backends/machine.py``.
     """
 
     launches: tuple[BoundLaunch, ...]
     scratch: tuple[tuple[str, Scratch], ...]
-    constants: tuple[bytes, ...]
+    count: int
+    ready: dict[Hashable, Any]
 
 
 def bind(step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
@@ -124,25 +159,12 @@ def bind(step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
         count: How many places there are.
     """
     places = {**given, ABSENT: None, **{name: count + i for i, (name, _) in enumerate(step.scratch)}}
-    count += len(step.scratch)
-    constants: list[bytes] = []
     launches = []
     for launch in step.launches:
         pointers = zip(launch.pointers, launch.offsets, (places[name] for name in launch.pointers))
         names, offsets, arrays = zip(*(pointer for pointer in pointers if pointer[2] is not None))
-        layout, words, begin = "=", [], 0
-        for offset, place in zip((*offsets, len(launch.template)), (*arrays, None)):
-            if offset > begin:
-                layout += f"{offset - begin}s"
-                words.append(count + len(constants))
-                constants.append(launch.template[begin:offset])
-            if place is not None:
-                layout += "Q"
-                words.append(place)
-            begin = offset + _POINTER
-        bound = replace(launch, pointers=names, offsets=offsets)
-        launches.append(BoundLaunch(bound, itemgetter(*arrays), itemgetter(*words), Struct(layout).pack))
-    return BoundStep(tuple(launches), step.scratch, tuple(constants))
+        launches.append(BoundLaunch(replace(launch, pointers=names, offsets=offsets), arrays))
+    return BoundStep(tuple(launches), step.scratch, count, {})
 
 
 def make_launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -10,13 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import SchedulerMetadata, arguments, flash_attn_with_kvcache, get_scheduler_metadata, kernels, memo
+from cuflash import (
+    DecodeStep,
+    PagedKVCache,
+    SchedulerMetadata,
+    arguments,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+    kernels,
+    memo,
+)
 from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.device import Device
 from cuflash.dtypes import numpy_dtype
 
-from .standin import DeviceArray, ForeignArray, Machine, empty, gpu
+from .standin import DeviceArray, ForeignArray, Machine, Tensor, empty, gpu
 
 _BATCH, _KEYS, _HEADS_Q, _HEADS_KV, _HEADDIM, _PAGE = 32, 4096, 32, 8, 128, 16
 
@@ -35,7 +45,7 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
     unit = us(lambda: np.add(nothing, nothing))
     with gpu(Device(132, 90), Machine()) as backend:
         call, append, plan = _calls()
-        call_foreign, *_ = _calls(ForeignArray)
+        (call_tensors, *_), (call_foreign, *_) = _calls(Tensor), _calls(ForeignArray)
         metadata = plan(None)
 
         def again() -> Any:
@@ -68,8 +78,10 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             *parts,
             ("", "array checks, the rest", total_first - sum(part[2] for part in parts) + parts[2][2]),
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
+            ("attention on a plan", "torch's tensors", us(lambda: call_tensors(metadata))),
             ("attention on a plan", "another framework's arrays", us(lambda: call_foreign(metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
+            ("DecodeStep", "a layer's later calls, with new keys", us(_step_call())),
             ("get_scheduler_metadata", "out=, every later call", us(lambda: plan(metadata))),
             ("", "signature, lookup", us(_captured(memo, "spell", lambda: plan(metadata)))),
             ("", "launch: parameters", us(_captured(backend, "repeat", lambda: plan(metadata)))),
@@ -130,6 +142,17 @@ def _calls(
         )  # fmt: skip
 
     return call, append, plan
+
+
+def _step_call() -> Callable[[], Any]:
+    """Return the call of a layer in a step of a token each."""
+    cache = PagedKVCache(
+        1, _BATCH * 2, _PAGE, _HEADS_KV, _HEADDIM, "bfloat16", max_sequences=_BATCH, xp=sys.modules["cupy"]
+    )
+    step = DecodeStep(cache, _HEADS_Q).begin([cache.add() for _ in range(_BATCH)])
+    heads = (_HEADS_Q, _HEADS_KV, _HEADS_KV, _HEADS_Q)
+    q, k, v, out = (empty((_BATCH, number, _HEADDIM), numpy_dtype("bfloat16")) for number in heads)
+    return lambda: step(0, q, k, v, out=out)
 
 
 def _captured(owner: ModuleType | Any, name: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU and CuPy: arrays that live "on a device" and a backend that launches what it is told to.
+"""A stand-in for a GPU, CuPy and torch: arrays that live "on a device" and a backend that launches what it is told to.
 
 With it the host code of calls on a GPU runs on any machine, where it can be timed and tested.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, backends, memo
-from cuflash.backends.machine import KernelBackend
+from cuflash import arrays, backends, layouts, memo
+from cuflash.backends.machine import KernelBackend, Launcher
 from cuflash.device import Device
-from cuflash.kernels.launch import Launch, Scratch
+from cuflash.kernels.launch import BoundLaunch, Scratch
 
 
 class DeviceArray:
@@ -60,12 +62,12 @@ class DeviceArray:
         """Return a view of one dimension."""
         return DeviceArray(self.host.reshape(-1))
 
-    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+    def reshape(self, *shape: Any) -> DeviceArray:
         """Return a view."""
-        return DeviceArray(self.host.reshape(shape))
+        return DeviceArray(self.host.reshape(*shape))
 
     def __getitem__(self, where: Any) -> DeviceArray:
-        return DeviceArray(self.host[where])
+        return DeviceArray(self.host[_on_host(where)])
 
     def copy(self) -> DeviceArray:
         """Return a copy."""
@@ -83,7 +85,13 @@ class DeviceArray:
         return DeviceArray(self.host.swapaxes(first, second))
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        self.host[where] = value.host if isinstance(value, DeviceArray) else value
+        self.host[_on_host(where)] = _on_host(value)
+
+
+def _on_host(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_on_host, x))
+    return x.host if isinstance(x, DeviceArray) else x
 
 
 class ForeignArray:
@@ -105,8 +113,54 @@ class ForeignArray:
         return SimpleNamespace(from_dlpack=ForeignArray)
 
 
+@dataclass(frozen=True)
+class _Device:
+    """What the library reads of a ``torch.device``."""
+
+    type: str
+    index: int
+
+
+class Tensor(ForeignArray):
+    """What the library reads of a ``torch.Tensor``, in about the time that torch takes."""
+
+    __slots__ = ("device", "requires_grad", "shape", "_address", "_stride")
+
+    def __init__(self, native: DeviceArray) -> None:
+        self.requires_grad = False
+        self.set_(native)
+
+    def set_(self, native: DeviceArray) -> None:
+        """Take other memory, as torch's does."""
+        super().__init__(native)
+        self.shape, self._address, self.device = native.shape, native.data.ptr, _Device("cuda", native.data.device_id)
+        self._stride = tuple(stride // native.itemsize for stride in native.strides)
+
+    def stride(self) -> tuple[int, ...]:
+        """As torch's: in elements."""
+        return self._stride
+
+    def data_ptr(self) -> int:
+        """As torch's."""
+        return self._address
+
+    def reshape(self, *shape: Any) -> Tensor:
+        """Return a view."""
+        return Tensor(self.native.reshape(*shape))
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(from_dlpack=Tensor)
+
+
+def host(array: DeviceArray | ForeignArray) -> np.ndarray:
+    """Return the memory of an array of whatever kind."""
+    return array.native.host if isinstance(array, ForeignArray) else array.host
+
+
 def from_dlpack(x: ForeignArray) -> DeviceArray:
     """Return another object on the same memory."""
+    if getattr(x, "requires_grad", False):
+        raise BufferError("it requires a gradient")
     native = x.native
     array: DeviceArray = object.__new__(DeviceArray)
     array.host, array.data = native.host, native.data
@@ -119,8 +173,22 @@ def empty(shape: Any, dtype: Any) -> DeviceArray:
     return DeviceArray(arrays.empty(shape, dtype, np.empty(0)))
 
 
+def filled(value: Any, shape: Any, dtype: Any) -> DeviceArray:
+    """Return a new array of equal elements on the device."""
+    array = empty(shape if isinstance(shape, tuple) else (shape,), dtype)
+    array[...] = value
+    return array
+
+
+def asarray(x: Any) -> DeviceArray:
+    """Return an array itself, or a copy on the device of one on the host."""
+    return x if isinstance(x, DeviceArray) else filled(x, np.shape(x), np.asarray(x).dtype)
+
+
 class Machine:
     """A :class:`cuflash.backends.machine.Machine` that does not launch."""
+
+    key = 0
 
     def __init__(self) -> None:
         self._scratch: dict[str, DeviceArray] = {}
@@ -137,8 +205,9 @@ class Machine:
             array = self._scratch[name] = DeviceArray(np.zeros(memory.shape, memory.dtype))
         return array
 
-    def launch(self, launch: Launch, params: bytes, arrays: Any) -> None:
-        """Do nothing."""
+    def prepare(self, bound: BoundLaunch, scratch: list[DeviceArray]) -> Launcher:
+        """Return what does nothing."""
+        return lambda params, arrays: None
 
 
 class _Backend(KernelBackend):
@@ -150,7 +219,7 @@ class _Backend(KernelBackend):
     def device(self, array: Any) -> Device:
         return self._device
 
-    def machine(self, array: Any) -> contextlib.AbstractContextManager[Machine]:
+    def machine(self, gpu: int | None) -> contextlib.AbstractContextManager[Machine]:
         return contextlib.nullcontext(self._machine)
 
 
@@ -166,12 +235,19 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
         Its backend.
     """
     backend = _Backend(device, machine)
-    cupy, select, unplanned = sys.modules.get("cupy"), backends.select, dict(memo.unplanned)
+    modules = {name: sys.modules.get(name) for name in ("cupy", "torch")}
+    select, unplanned = backends.select, dict(memo.unplanned)
     memo.unplanned.clear()
-    stream = SimpleNamespace(is_capturing=lambda: False)
+    stream = SimpleNamespace(is_capturing=lambda: False, ptr=0)
     cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
-    arrays.device_types.add(DeviceArray)
-    sys.modules["cupy"] = SimpleNamespace(ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack)  # type: ignore
+    sys.modules["cupy"] = SimpleNamespace(  # type: ignore
+        __name__="cupy", ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack,
+        zeros=partial(filled, 0), ones=partial(filled, 1), asarray=asarray,
+    )  # fmt: skip
+    streams = SimpleNamespace(current_stream=lambda gpu: SimpleNamespace(cuda_stream=0))
+    sys.modules["torch"] = SimpleNamespace(Tensor=Tensor, cuda=streams)  # type: ignore
+    readers = dict(layouts.readers)
+    layouts.readers.clear()
     backends.select = lambda array: backend
     try:
         yield backend
@@ -179,9 +255,11 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
         backends.select = select
         memo.unplanned.clear()
         memo.unplanned.update(unplanned)
-        arrays.device_types.discard(DeviceArray)
+        layouts.readers.clear()
+        layouts.readers.update(readers)
         arrays._importers.pop(DeviceArray, None)
-        if cupy is None:
-            del sys.modules["cupy"]
-        else:
-            sys.modules["cupy"] = cupy
+        for name, module in modules.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module

@@ -98,7 +98,37 @@ def test_attention(framework: Any) -> None:
         assert_close(framework.host(out), wanted)
 
 
-def test_a_producer_that_is_busy_on_another_stream() -> None:
+def with_plan(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Add a plan that remembers the call, with an output or without."""
+    plan = cuflash.get_scheduler_metadata(2, 1, 700, 8, 2, 64, theirs["cache_seqlens"])
+    theirs = theirs | {"scheduler_metadata": plan}
+    for out in ({}, {"out": cuflash.flash_attn_with_kvcache(**theirs)}):
+        for _ in range(2):
+            cuflash.flash_attn_with_kvcache(**theirs, **out)
+    assert plan.calls
+    return theirs
+
+
+def test_remembered_tensors_are_read_anew() -> None:
+    """Where they lie, and what they hold: without an import, since torch's current stream is CuPy's."""
+    framework = Torch()
+    torch = framework.torch
+    arguments, wanted = problem()
+    theirs = with_plan({name: framework.array(x) for name, x in arguments.items()})
+    given = torch.full_like(theirs["q"], float("nan"))
+    assert cuflash.flash_attn_with_kvcache(**theirs, out=given) is given
+    assert_close(framework.host(given), wanted)
+    elsewhere, q = framework.array(arguments["q"]), theirs["q"]
+    q.zero_()
+    q.set_(elsewhere)
+    assert_close(framework.host(cuflash.flash_attn_with_kvcache(**theirs)), wanted)
+    assert_close(framework.host(cuflash.flash_attn_with_kvcache(**theirs, out=given)), wanted)
+    with pytest.raises(ValueError, match="q cannot be shared"):
+        cuflash.flash_attn_with_kvcache(**{**theirs, "q": q.clone().requires_grad_()}, out=given)
+
+
+@pytest.mark.parametrize("is_remembered", [False, True])
+def test_a_producer_that_is_busy_on_another_stream(is_remembered: bool) -> None:
     """Torch's current stream writes the queries late; CuPy's current stream is another one."""
     import cupy
 
@@ -106,6 +136,7 @@ def test_a_producer_that_is_busy_on_another_stream() -> None:
     torch = framework.torch
     arguments, wanted = problem()
     theirs = {name: framework.array(x) for name, x in arguments.items()}
+    theirs = with_plan(theirs) if is_remembered else theirs
     late = torch.full_like(theirs["q"], float("nan"))
     producer, consumer = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
     torch.cuda.synchronize()
@@ -118,7 +149,8 @@ def test_a_producer_that_is_busy_on_another_stream() -> None:
     assert_close(framework.host(answer), wanted)
 
 
-def test_a_result_that_takes_long() -> None:
+@pytest.mark.parametrize("is_remembered", [False, True])
+def test_a_result_that_takes_long(is_remembered: bool) -> None:
     """CuPy's stream is busy when the call is made: torch's stream waits for the result, also where it was given."""
     import cupy
 
@@ -129,6 +161,7 @@ def test_a_result_that_takes_long() -> None:
     busy = cupy.RawKernel(
         'extern "C" __global__ void busy(long long n) { for (long long t = clock64(); clock64() - t < n;); }', "busy"
     )
+    theirs = with_plan(theirs) if is_remembered else theirs
     reader, worker = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
     given = torch.full_like(theirs["q"], float("nan"))
     busy((1,), (1,), (np.int64(1),))
