@@ -501,9 +501,25 @@ EQUIVALENT = (
     Equivalent(
         "the host refuses a merge of no parts",
         file=r"merge\.cu",
-        source=r"i < p\.states",
+        source=r"i < p\.states|return lse == infinity",
         kind="gt -> ge",
-        instruction=", 0$",
+        instruction=r"s32 .*, 0$",
+    ),
+    Equivalent(
+        "a mask of parts has no heads: their step is 0",
+        file=r"merge\.cu",
+        source=r"return batch \* s\.batch",
+        call=r"p\.mask \?",
+        kind="add -> sub",
+        context=r"mul\.lo\.s64 (%rd\d+), .*\nadd\.s64 %rd\d+, %rd\d+, \1$",
+    ),
+    Equivalent(
+        "an address of the mask that is only compared with null; no row lies as many bytes behind the mask's first one "
+        "as that lies behind null",
+        file=r"merge\.cu",
+        source=r"p\.mask \?",
+        kind="add -> sub",
+        context=r"add\.s64 %rd\d+, %rd\d+, (%rd\d+)\nadd\.s64 %rd\d+, %rd\d+, \1$",
     ),
     Equivalent(
         "the logarithm of infinity or of tiny numbers: a sum of exp(lse - maximum) is 1 to the number of parts",
@@ -941,23 +957,30 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"plan of nonsense {seed}", _nonsense_plan(seed, clusters=seed > 3)
 
 
-def _merge(n: int, dim: int, shape: tuple[int, int, int], spread: float) -> Callable[[], Arrays]:
+def _merge(
+    n: int, dim: int, shape: tuple[int, int, int], spread: float, mask: str = "", in_place: bool = False, **options: Any
+) -> Callable[[], Arrays]:
+    """A merge of n parts, of which a mask of parts or of each query leaves some out; maybe to where the last one is."""
     rng = np.random.default_rng(n)
     batch, queries, heads = shape
-    outs = [rng.standard_normal((batch, queries, heads, dim), np.float32).astype(np.float16) for _ in range(n)]
-    lses = [(spread * rng.standard_normal((batch, heads, queries))).astype(np.float32) for _ in range(n)]
+    outs = rng.standard_normal((n, batch, queries, heads, dim), np.float32).astype(np.float16)
+    lses = (spread * rng.standard_normal((n, batch, heads, queries))).astype(np.float32)
     for k, (part, lse) in enumerate(zip(outs, lses, strict=True)):
-        lse[:, k % heads] = -np.inf  # a part without keys
+        lse[:, k % heads] = -np.inf if k % 3 or not mask else np.inf  # a part without keys
         part[:, :, k % heads] = np.nan
     lses[-1][0] = outs[-1][0] = 0
     for lse in lses:
         lse[-1, -1, -1] = -np.inf  # a row without any
+    if mask:
+        options["mask"] = rng.random((n,) if mask == "parts" else (n, batch, queries)) < 0.7
     os.environ["CUFLASH_BACKEND"] = "numpy"
-    expected_out, expected_lse = cuflash.merge_attn_states(outs, lses)
+    expected_out, expected_lse = cuflash.merge_attn_states(outs, lses, **options)
 
     def problem() -> Arrays:
         os.environ["CUFLASH_BACKEND"] = "sim"
-        out, lse = cuflash.merge_attn_states(outs, lses)
+        parts, part_lses = outs.copy(), lses.copy()
+        target = {"out": parts[-1], "lse": part_lses[-1]} if in_place else {}
+        out, lse = cuflash.merge_attn_states(parts, part_lses, **options, **target)
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected_out, np.float32), 1.1e-3, 1e-5)
         return np.asarray(out), np.asarray(lse)
@@ -1117,4 +1140,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         for k in range(2):
             shape, spread = shapes[(n + 2 * k) % 5], (3.0, 60.0)[k]
             out.append((f"merge {n} of {shape} {dim} {spread}", _merge(n, dim, shape, spread)))
+            for mask, options in ("parts", {"in_place": True}), ("queries", {"base2": True}):
+                name = f"merge {n} of {shape} {dim} {spread}, mask of {mask}, {options}"
+                out.append((name, _merge(n, dim, shape, spread, mask, **options)))
     return out
