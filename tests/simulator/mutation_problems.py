@@ -151,7 +151,8 @@ EQUIVALENT = (
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
         context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
-        file=r"(decode|plan|merge)\.cu|(ptx/\w+|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh",
+        file=r"(decode|plan|merge)\.cu"
+        r"|(ptx/\w+|scan|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh",
     ),
     Equivalent(
         "the difference of equal numbers is the 0 of the other choice",
@@ -501,9 +502,25 @@ EQUIVALENT = (
     Equivalent(
         "the host refuses a merge of no parts",
         file=r"merge\.cu",
-        source=r"i < p\.states",
+        source=r"i < p\.states|return lse == infinity",
         kind="gt -> ge",
-        instruction=", 0$",
+        instruction=r"s32 .*, 0$",
+    ),
+    Equivalent(
+        "a mask of parts has no heads: their step is 0",
+        file=r"merge\.cu",
+        source=r"return batch \* s\.batch",
+        call=r"p\.mask \?",
+        kind="add -> sub",
+        context=r"mul\.lo\.s64 (%rd\d+), .*\nadd\.s64 %rd\d+, %rd\d+, \1$",
+    ),
+    Equivalent(
+        "an address of the mask that is only compared with null; no row lies as many bytes behind the mask's first one "
+        "as that lies behind null",
+        file=r"merge\.cu",
+        source=r"p\.mask \?",
+        kind="add -> sub",
+        context=r"add\.s64 %rd\d+, %rd\d+, (%rd\d+)\nadd\.s64 %rd\d+, %rd\d+, \1$",
     ),
     Equivalent(
         "the logarithm of infinity or of tiny numbers: a sum of exp(lse - maximum) is 1 to the number of parts",
@@ -514,23 +531,52 @@ EQUIVALENT = (
     ),
     Equivalent(
         "all lanes of the warp hold the same value for the same word",
-        file=r"plan\.cu",
+        file=r"plan\.cu|scan\.cuh",
         source=r"lane == 0\) (warp_cuts|starts)|value \+= other",
         kind="ne -> eq|invert a branch",
         instruction=r"setp\.ne\.s32 %p\d+, %r\d+, 0|@%p",
     ),
     Equivalent(
-        "where both are equal, the assignment changes nothing",
-        file=r"plan\.cu",
-        source=r"aligned <= blocks &&",
-        kind="le -> lt|gt -> ge",
-        instruction=r"s32",
+        "the place of a row block is not negative: the term that rounds its half towards zero is 0",
+        file="schedule.cuh",
+        source=r"return place % 2",
+        kind="add -> sub",
+        context=r"shr\.u32 (%r\d+), %r\d+, 31\nadd\.s32 %r\d+, %r\d+, \1$",
+        kernel="plan",
     ),
     Equivalent(
-        "as many blocks as items: the divisor is their number too, or 0, which leaves the blocks as they are",
+        "without a mask, what a row block sees is all keys also where the mask is asked",
         file=r"plan\.cu",
-        source=r"aligned = items <= blocks",
+        source=r"mask = p\.mask|cuts \+ p\.num_blocks",
         kind="gt -> ge",
+        instruction=", -1$",
+        operands=r"^and\.b32 ",
+    ),
+    Equivalent(
+        "pairs of an odd number of row blocks: their longest one is not read",
+        file=r"plan\.cu",
+        source=r"p\.row_blocks % 2 == 0 && place % 2 == 0",
+        kind="and -> or",
+        operands=r"^ld\.param",
+    ),
+    Equivalent(
+        "as many items as blocks: a share is one item, by either formula",
+        file=r"plan\.cu",
+        source=r"items <= blocks \|\|",
+        kind="le -> lt",
+    ),
+    Equivalent(
+        "slices behind the last sequence: the cost before them is the total or more, and no cut lies there",
+        file=r"plan\.cu",
+        source=r"place = s < p\.batch_size \?",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "without blocks there are no cuts that could depend on what an item costs",
+        file=r"plan\.cu",
+        source=r"even = shortest >= longest|if \(!even\)",
+        kind="ge -> gt|invert a branch",
+        variants=lambda mutant: mutant.copy == 0,
     ),
     Equivalent(
         "a search among the slices of at least 32 threads",
@@ -924,13 +970,50 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"plan for clusters with leftpad {k}", _twins(400, _step(seqlens, 1, **options))
     # Row blocks before the first key, also of ragged queries, under every mask, with and without leftpad and clusters.
     masks = ({}, {"causal": True}, {"window_size": (90, 3)}, {"attention_chunk": 1}, {"attention_chunk": 13})
+    shards = [
+        dict(zip(("cp_world_size", "cp_rank", "cp_interleave"), shard, strict=True))
+        for shard in ((3, 1, 1), (2, 0, 16), (2, 1, 100), (4, 2, 16), (4, 2, 1), (2, 1, 2), (3, 1, 100), (2, 0, 2000))
+    ]
     for k, options in enumerate(masks):
+        for n, shard in enumerate(shards[:3]):  # of each sequence a part of the keys
+            for max_seqlen_q, max_seqlen_k in (40, 8192), (20, 1000):
+                step = {**options, **shard, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+                step = _step(np.array((700, 5, 333, 0)), 1, **step)
+                yield f"plan of a shard {k} {n} up to {max_seqlen_k}", _twins(400, step)
         for n, max_seqlen_k in enumerate((8192, 8192, 1000, 1000)):
             options |= {"max_seqlen_q": 40, "max_seqlen_k": max_seqlen_k}
             if n % 2:
                 options |= {"cache_leftpad": np.array((3, 0, 70, 0)), "cu_seqlens_q": np.array((0, 8, 48, 72, 76))}
                 options |= {"cu_seqlens_k_new": np.array((0, 0, 3, 100, 107))}
             yield f"plan of row blocks {k} {n}", _twins(400, _step(np.array((700, 5, 333, 0)), 1, **options))
+    # Pairs of row blocks that just keep whole items in a share, or just do not.
+    pairs: tuple[tuple[int, int, int, tuple[int, ...], dict[str, Any]], ...] = (
+        (4, 2, 64, (880, 855), {"attention_chunk": 3}),
+        (1, 1, 64, (53,), {"window_size": (61, 40)}),
+        (2, 2, 64, (60, 61, 61), {"attention_chunk": 1}),
+        (2, 3, 32, (563,), {"window_size": (51, 40)}),
+        (3, 1, 48, (482, 524), shards[3]),
+        (3, 2, 48, (617,), {"window_size": (105, 40), "attention_chunk": 3, "cu_seqlens_q": (0, 39), **shards[4]}),
+        (3, 3, 32, (442, 467), {"attention_chunk": 3, **shards[5]}),
+        (3, 2, 64, (108, 109, 111), {"num_heads_q": 2, "window_size": (-1, 21), **shards[6]}),
+        (2, 3, 45, (608, 584, 631, 606, 620), {"num_heads_q": 24, "attention_chunk": 1}),
+        # The last rank of a sequence that has less than one round of positions.
+        (2, 2, 16, (1000, 700), shards[7]),
+        # Sequences that end with the first row block of a pair.
+        (2, 1, 16, (680,) * 8 + (735,) * 8, {"cu_seqlens_q": 8 * np.arange(17)}),
+        # Row blocks of one query, many of them before the first key.
+        (4, 1, 40, (400,) * 30 + (19, 5), {"num_heads_q": 32, "window_size": (0, -1), "attention_chunk": 10}),
+        # More keys than 32 bits count, and a pair of more than 31 bits count, which does not keep items whole.
+        (8, 1, 1, (most, most - 5, most - 10, most - 15), {}),
+        (2, 1, 16, (most, 2**30, most, 7), {}),
+    )
+    for k, (num_sm, heads, max_seqlen_q, lengths, options) in enumerate(pairs):
+        options = {name: np.array(x) if name == "cu_seqlens_q" else x for name, x in options.items()}
+        step = _step(np.array(lengths), heads, max_seqlen_q=max_seqlen_q, **options)
+        yield f"plan of nearly equal items {k}", _twins(num_sm, step)
+    yield "plan of one block", _twins(3, _step(np.array((40,)), 1))
+    step = _step(np.array((851, 637)), 1, max_seqlen_q=16, causal=True, max_seqlen_k=1000)
+    yield "plan for clusters and two row blocks", _twins(132, step)
     yield "plan for clusters on 8 multiprocessors", _twins(8, _step(np.array((500,)), 1, max_seqlen_k=500))
     for k, options in enumerate(({}, {"window_size": (20, 0)})):
         seqlens = np.array((most, most - 5, 7))
@@ -941,23 +1024,30 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"plan of nonsense {seed}", _nonsense_plan(seed, clusters=seed > 3)
 
 
-def _merge(n: int, dim: int, shape: tuple[int, int, int], spread: float) -> Callable[[], Arrays]:
+def _merge(
+    n: int, dim: int, shape: tuple[int, int, int], spread: float, mask: str = "", in_place: bool = False, **options: Any
+) -> Callable[[], Arrays]:
+    """A merge of n parts, of which a mask of parts or of each query leaves some out; maybe to where the last one is."""
     rng = np.random.default_rng(n)
     batch, queries, heads = shape
-    outs = [rng.standard_normal((batch, queries, heads, dim), np.float32).astype(np.float16) for _ in range(n)]
-    lses = [(spread * rng.standard_normal((batch, heads, queries))).astype(np.float32) for _ in range(n)]
+    outs = rng.standard_normal((n, batch, queries, heads, dim), np.float32).astype(np.float16)
+    lses = (spread * rng.standard_normal((n, batch, heads, queries))).astype(np.float32)
     for k, (part, lse) in enumerate(zip(outs, lses, strict=True)):
-        lse[:, k % heads] = -np.inf  # a part without keys
+        lse[:, k % heads] = -np.inf if k % 3 or not mask else np.inf  # a part without keys
         part[:, :, k % heads] = np.nan
     lses[-1][0] = outs[-1][0] = 0
     for lse in lses:
         lse[-1, -1, -1] = -np.inf  # a row without any
+    if mask:
+        options["mask"] = rng.random((n,) if mask == "parts" else (n, batch, queries)) < 0.7
     os.environ["CUFLASH_BACKEND"] = "numpy"
-    expected_out, expected_lse = cuflash.merge_attn_states(outs, lses)
+    expected_out, expected_lse = cuflash.merge_attn_states(outs, lses, **options)
 
     def problem() -> Arrays:
         os.environ["CUFLASH_BACKEND"] = "sim"
-        out, lse = cuflash.merge_attn_states(outs, lses)
+        parts, part_lses = outs.copy(), lses.copy()
+        target = {"out": parts[-1], "lse": part_lses[-1]} if in_place else {}
+        out, lse = cuflash.merge_attn_states(parts, part_lses, **options, **target)
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected_out, np.float32), 1.1e-3, 1e-5)
         return np.asarray(out), np.asarray(lse)
@@ -1117,4 +1207,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         for k in range(2):
             shape, spread = shapes[(n + 2 * k) % 5], (3.0, 60.0)[k]
             out.append((f"merge {n} of {shape} {dim} {spread}", _merge(n, dim, shape, spread)))
+            for mask, options in ("parts", {"in_place": True}), ("queries", {"base2": True}):
+                name = f"merge {n} of {shape} {dim} {spread}, mask of {mask}, {options}"
+                out.append((name, _merge(n, dim, shape, spread, mask, **options)))
     return out
