@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ import cuflash
 from cuflash import kernels, planner
 from cuflash.backends import sim
 from cuflash.backends.sim import SimulatedMachine as Simulated
-from cuflash.kernels import decode, extend, extend_wgmma, mla
+from cuflash.kernels import decode, extend, extend_wgmma, mla, mla_wgmma
 from cuflash.operands import Lengths
 from cuflash.simulator.mutate import Equivalent, Mutant
 
@@ -49,12 +50,15 @@ def _attention(
     family: ModuleType = decode,
     change: Callable[[dict[str, Any]], None] | None = None,
 ) -> Callable[[], Arrays]:
-    inputs = make_inputs(case)
-    if change is not None:
-        change(inputs)
-    answer = expected(inputs)
+    @functools.cache
+    def given() -> tuple[dict[str, Any], Any]:
+        inputs = make_inputs(case)
+        if change is not None:
+            change(inputs)
+        return inputs, expected(inputs)
 
     def problem() -> Arrays:
+        inputs, answer = given()
         counters = []
         scratch, launch = Simulated.scratch, Simulated.launch
 
@@ -152,7 +156,8 @@ EQUIVALENT = (
         kind="add -> sub",
         context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
         file=r"(decode|plan|merge)\.cu"
-        r"|(ptx/\w+|scan|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh",
+        r"|(ptx/\w+|scan|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh"
+        r"|(rows_tiles|rows_together|latent_queries)\.cuh",
     ),
     Equivalent(
         "the difference of equal numbers is the 0 of the other choice",
@@ -166,12 +171,6 @@ EQUIVALENT = (
         source=r"p > window_left",
         kind="gt -> ge",
         instruction=r"setp\.gt\.s32 %p\d+, %r\d+, %r\d+",
-    ),
-    Equivalent(
-        "the smaller of 0 rows and ROWS is the 0 of the other choice",
-        file="segment.cuh",
-        source=r"s\.valid_rows = max\(0",
-        kind="gt -> ge",
     ),
     Equivalent(
         "a variant of 8 rows has one row block, whose first row is 0",
@@ -543,6 +542,14 @@ EQUIVALENT = (
         kind="add -> sub",
         context=r"shr\.u32 (%r\d+), %r\d+, 31\nadd\.s32 %r\d+, %r\d+, \1$",
         kernel="plan",
+    ),
+    Equivalent(
+        "a sequence without rows has no row block behind the first place, whether it counts as having one or none",
+        file="schedule.cuh",
+        source=r"row_blocks = \(num_rows - 1\)",
+        kind="add -> sub",
+        context=r"shr\.u32 (%r\d+), %r\d+, \d+\nadd\.s32 %r\d+, %r\d+, \1$",
+        kernel="extend.*",
     ),
     Equivalent(
         "without a mask, what a row block sees is all keys also where the mask is asked",
@@ -1084,7 +1091,7 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                     split_size=64, seed=3 * k + n, **options,
                 )  # fmt: skip
                 yield from _named(case, (3, 8, 2)[n], family)
-    yield from _extend()
+        yield from _more_many_rows(family)
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
         for n, seqlens in enumerate(((70, 33), (900,))):
@@ -1095,8 +1102,8 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(case, (1, 16)[n], extend)
 
 
-def _extend() -> Iterator[tuple[str, Callable[[], Arrays]]]:
-    """Problems of extend.cu alone: of each variant few."""
+def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu or extend_wgmma.cu: of each variant few."""
     base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64))
     tree = dataclasses.replace(base, heads=(2, 1), tree="bool")
     split = dataclasses.replace(base, heads=(17, 1), split_size=64)
@@ -1110,9 +1117,10 @@ def _extend() -> Iterator[tuple[str, Callable[[], Arrays]]]:
     )
     for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"):
         for case, options in huge:
-            case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
-            problem = _attention(case, 2, family=extend, change=_nearly_huge(*which))
-            yield f"extend nearly huge {which} {case}", problem
+            if family is extend or case is not wide:
+                case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
+                problem = _attention(case, 2, family=family, change=_nearly_huge(*which))
+                yield f"{family.NAME} nearly huge {which} {case}", problem
     # Loaders find the share's first item, or others, without keys or without rows.
     empty = (0, 20, 0, 40, 64, 25, 0, 33)
     for case, num_sm, options in (
@@ -1139,34 +1147,70 @@ def _extend() -> Iterator[tuple[str, Callable[[], Arrays]]]:
         (tree, 1, {"seqlens": (57, 40), "seqlens_q": 92}),
         (tree, 5, {"seqlens": tuple(range(73, 105)), "seqlens_q": 33}),
         (tree, 1, {"seqlens": (50, 40), "seqlens_q": (8, 7), "unowned": (3, 2), "heads": (9, 1)}),
+        # Masks at many places of a tile, where maxima move late.
+        (base, 5, {"seqlens": tuple(range(200, 232)), "seqlens_q": 21, "window": (150, 1), "scale": 9.0}),
+        (tree, 5, {"seqlens": tuple(range(200, 216)), "seqlens_q": 90, "tree": "words", "scale": 9.0}),
+        (tree, 5, {"seqlens": tuple(range(90, 250, 9)), "seqlens_q": 60, "scale": -8.0}),
+        (base, 1, {"seqlens": (250, 1, 260, 1, 270), "seqlens_q": 17, "window": (150, 2), "heads": (8, 1), **negative}),
+        # Row blocks that are full, and one of one row.
+        (split, 2, {"seqlens": (300, 200), "seqlens_q": 8, "heads": (16, 1)}),
+        (tree, 2, {"seqlens": (150, 160), "seqlens_q": 128}),
+        (base, 1, {"seqlens": (150, 60), "seqlens_q": 43, "heads": (3, 1), "causal": True}),
+        (split, 2, {"seqlens": (150, 60, 0, 40), "seqlens_q": 3, "new": (3, 0, 70, 5), "leftpad": True}),
     ):
-        yield from _named(dataclasses.replace(case, **options), num_sm, extend)
+        if family is extend or case is not wide:
+            yield from _named(dataclasses.replace(case, **options), num_sm, family)
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
-    """Problems of mla.cu: both spellings, 16 to 128 heads, caches of 16 and of 8 bits."""
+    """Problems of mla.cu and mla_wgmma.cu: both spellings, 16 to 128 heads, caches of 16 and, of mla.cu, of 8 bits."""
+    forms = (
+        ("joint", 16, 1),
+        ("joint", 128, 1),
+        ("joint", 16, 5),
+        ("qv", 16, 1),
+        ("qv row", 64, 2),
+        ("qv", 12, (3, 0)),
+    )
+    for family in mla, mla_wgmma:
+        for k, options in enumerate(LATENT):
+            for n, (form, heads, queries) in enumerate(forms):
+                case = Case(
+                    dtype="bfloat16", heads=(heads, 1), headdim=(576, 512) if form == "joint" else (64, 512),
+                    seqlens=((130, 33), (65, 0))[k % 2], seqlens_q=queries, mla=form, seed=6 * k + n, **options,
+                )  # fmt: skip
+                yield from _named(case, (1, 5, 9)[(k + n) % 3], family)
     for k, options in enumerate(LATENT):
-        for n, (form, heads, queries) in enumerate(
-            (
-                ("joint", 16, 1),
-                ("joint", 128, 1),
-                ("joint", 16, 5),
-                ("qv", 16, 1),
-                ("qv row", 64, 2),
-                ("qv", 12, (3, 0)),
-            )
-        ):
-            case = Case(
-                dtype="bfloat16", heads=(heads, 1), headdim=(576, 512) if form == "joint" else (64, 512),
-                seqlens=((130, 33), (65, 0))[k % 2], seqlens_q=queries, mla=form, seed=6 * k + n, **options,
-            )  # fmt: skip
-            yield from _named(case, (1, 5, 9)[(k + n) % 3], mla)
         for scale in ("one", "keys"):
             case = Case(
                 dtype="bfloat16", heads=(16, 1), headdim=(576, 512), seqlens=(70, 17), seqlens_q=1 + k % 2, mla="joint",
                 kv_dtype="float8_e4m3fn", scales=("none", scale, "none"), seed=k, **options,
             )  # fmt: skip
             yield from _named(case, (1, 5)[k % 2], mla)
+    few = Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint")
+    many = dataclasses.replace(few, heads=(64, 1))
+    ragged = {"seqlens": (100, 0, 40, 64), "new": (70, 0, 9, 30), "leftpad": True, "unowned": (3, 2)}
+    for family in mla, mla_wgmma:
+        for case, num_sm, options in (
+            (few, 7, {"seqlens": (450,), "sinks": True}),
+            (many, 6, {"seqlens": (390,), "merge": True}),
+            (few, 44, {"seqlens": (384, 512, 832, 1088)}),  # 6, 8, 13 and 17 parts
+            (many, 6, {"seqlens": (700, 900), "seqlens_q": 2, "heads": (17, 1), "sinks": True}),
+            (few, 2, {**ragged, "seqlens_q": (1, 0, 1, 1), "causal": True}),
+            (many, 2, {**ragged, "seqlens_q": (3, 0, 1, 2), "window": (50, 3)}),
+            (few, 3, {"seqlens": tuple(range(100, 132)), "window": (40, 0)}),
+            (few, 1, {"seqlens": (0, 20, 0, 40, 64, 25, 0, 33)}),  # shares that begin without keys
+            (few, 1, {"seqlens": (70, 33), "heads": (1, 1)}),  # one row
+            (few, 2, {"seqlens": (70, 90, 33), "seqlens_q": (4, 0, 1), "heads": (4, 1), "window": (40, 1)}),
+        ):
+            yield from _named(dataclasses.replace(case, **options), num_sm, family)
+        for case, options in (
+            (few, {"seqlens": (500, 300)}),
+            (few, {"seqlens": (300, 200), "seqlens_q": 4, "causal": True}),
+        ):
+            case, kind = dataclasses.replace(case, scale=NEARLY_HUGE, **options), (0, 1, "waves")
+            problem = _attention(case, 2, family=family, change=_nearly_huge(*kind))
+            yield f"{family.NAME} nearly huge {case}", problem
 
 
 def _named(case: Case, num_sm: int, family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
