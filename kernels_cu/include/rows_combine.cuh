@@ -10,6 +10,10 @@
 #include "combine.cuh"
 #include "rows_softmax.cuh"
 
+// Whether lanes exchange results before they store them. Others than wgmma's kernels with up to 128 columns a warp lack the
+// registers: they would keep some of their main loop in local memory.
+constexpr bool kExchanges = USES_WGMMA && kColumnTiles <= 16;
+
 // The results of a warp's rows as they lie in registers.
 class RowResults {
 public:
@@ -26,12 +30,12 @@ public:
         for_each<kRowTiles, 2>([&](int t, int half) {
             const int row = row_of(t, half);
             const bool exists = row < segment_.valid_rows;
-            if (USES_WGMMA ? row / 8 * 8 >= segment_.valid_rows : !exists) return;  // lanes exchange what they have of 8 rows
+            if (kExchanges ? row / 8 * 8 >= segment_.valid_rows : !exists) return;  // the same in all lanes if they exchange
             store_row(outputs_of(slot, row), t, half, exists);
             const RowState state = states_[t][half];
             if (exists && has_state_) store_global(partial_states(p_, slot) + row, make_float2(state.maximum, state.sum));
         });
-        __syncwarp();  // what a lane has stored others may read, see store_row
+        if constexpr (kExchanges) __syncwarp();  // a lane may read what its neighbour has stored
     }
 
     // Takes the fold of the results in a slot that this block alone uses, of which `before` are the states, and these.
@@ -62,22 +66,21 @@ public:
     }
 
 private:
-    // Stores this lane's columns of a row. With wgmma, lanes side by side exchange halves of what they have of two column tiles,
-    // so that each has 16 bytes of one of them: half as many stores. mma.sync's kernels lack the registers for it.
+    // Stores this lane's columns of a row. Lanes side by side may exchange halves of what they have of two column tiles, so that
+    // each has 16 bytes of one of them: half as many stores.
     __device__ __forceinline__ void store_row(float* to, int t, int half, bool exists) const {
-#if USES_WGMMA
-        static_assert(kColumnTiles % 2 == 0, "tiles have partners");
-        const int odd = column_ / 2 % 2;
-        to += odd * 6;  // to the next tile, and from its second column to its first
-        for_each<kColumnTiles / 2>([&](int pair) {
-            const float2 first = get(t, half, pair * 2), second = get(t, half, pair * 2 + 1), given = odd ? first : second;
-            const float x = __shfl_xor_sync(kFullWarp, given.x, 1), y = __shfl_xor_sync(kFullWarp, given.y, 1);
-            const float4 v = odd ? make_float4(x, y, second.x, second.y) : make_float4(first.x, first.y, x, y);
-            if (exists && has_column(pair * 2 + odd)) store_global(reinterpret_cast<float4*>(to + pair * 16), v);
-        });
-#else
-        for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
-#endif
+        if constexpr (kExchanges) {
+            const int odd = column_ / 2 % 2;
+            to += odd * 6;  // to the next tile, and from its second column to its first
+            for_each<kColumnTiles / 2>([&](int pair) {
+                const float2 first = get(t, half, pair * 2), second = get(t, half, pair * 2 + 1), given = odd ? first : second;
+                const float x = __shfl_xor_sync(kFullWarp, given.x, 1), y = __shfl_xor_sync(kFullWarp, given.y, 1);
+                const float4 v = odd ? make_float4(x, y, second.x, second.y) : make_float4(first.x, first.y, x, y);
+                if (exists && has_column(pair * 2 + odd)) store_global(reinterpret_cast<float4*>(to + pair * 16), v);
+            });
+        } else {
+            for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
+        }
     }
 
     // For each of this lane's rows that exist: visit(row tile, half, row of the row block).
