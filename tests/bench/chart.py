@@ -14,7 +14,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 PAGE = ROOT / "BENCHMARKS.md"
 CHART = ROOT / "notebooks" / "times.svg"
 
-_PEERS = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")
+_PEERS = ("cuDNN", "FA2", "JAX", "FlashInfer", "XQA", "FA3")
 _GPU = "NVIDIA H200"  # of the chart
 _BARS = (
     ("cuflash", "cuflash", "#0072B2"),
