@@ -40,14 +40,15 @@ def results() -> list[dict[str, str]]:
 
 def table(gpu: str) -> str:
     """Return the Markdown table of a GPU."""
-    names = ("shape", "read", "cuflash (ratio)", *_PEERS, "planning in the call")
+    measured = [line for line in results() if line["gpu"] == gpu]
+    peers = [name for name in _PEERS if any(line[name] for line in measured)]
+    names = ("shape", "read", "cuflash (ratio)", *peers, "planning in the call")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for line in results():
-        if line["gpu"] == gpu:
-            ratio = f" ({float(line['cuflash']) / float(line['read']):.2f})" if line["read"] else ""
-            cells = [line["shape"], line["read"], line["cuflash"] + ratio]
-            cells += [line[name] for name in (*_PEERS, "planning")]
-            lines.append(f"| {' | '.join(cells)} |")
+    for line in measured:
+        ratio = f" ({float(line['cuflash']) / float(line['read']):.2f})" if line["read"] else ""
+        cells = [line["shape"], line["read"], line["cuflash"] + ratio]
+        cells += [line[name] for name in (*peers, "planning")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
