@@ -3,6 +3,8 @@
 #include "queries.cuh"
 #include "rows_tiles.cuh"
 
+constexpr int kChunksThere = (kHeadDim * Element::kBytes + 15) / 16;  // of a row of q, in memory
+
 // Starts the copy of kCount chunks of each packed row to its chunks from kFirst on; behind the first kThere, and of rows that do
 // not exist, they are zero. `from` is where those of query 0, head 0 of the first sequence begin, in q or qv; strides are the
 // array's. The copies belong to the group that is committed next.
@@ -36,22 +38,21 @@ __device__ __forceinline__ void load_query_chunks(const DecodeParams& p, const S
 
 // The same of whole rows of q.
 __device__ __forceinline__ void load_query_rows(const DecodeParams& p, const Segment& s, u32 query) {
-    constexpr int kThere = (kHeadDim * Element::kBytes + 15) / 16;
-    load_query_chunks<0, kChunks, kThere>(p, s, query, p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride);
+    load_query_chunks<0, kChunks, kChunksThere>(p, s, query, p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride);
 }
 
 // The same of latent attention: what meets the values, or zeros without qv, then what meets the rest of the keys.
 __device__ __forceinline__ void load_latent_queries(const DecodeParams& p, const Segment& s, u32 query) {
     constexpr int kValueChunks = kPaddedHeadDimV * Element::kBytes / 16;
-    constexpr int kThereV = (kHeadDimV * Element::kBytes + 15) / 16, kThere = (kHeadDim * Element::kBytes + 15) / 16;
+    constexpr int kThereV = (kHeadDimV * Element::kBytes + 15) / 16;
     if (p.qv) {
         load_query_chunks<0, kValueChunks, kThereV>(p, s, query, p.qv, p.qv_batch_stride, p.qv_row_stride, p.qv_head_stride);
     } else {
         load_query_chunks<0, kValueChunks, 0>(p, s, query, p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride);
     }
     const void* const rest = static_cast<const char*>(p.q) + p.key_column * Element::kBytes;
-    load_query_chunks<kValueChunks, kChunks - kValueChunks, kThere>(p, s, query, rest, p.q_batch_stride, p.q_row_stride,
-                                                                    p.q_head_stride);
+    load_query_chunks<kValueChunks, kChunks - kValueChunks, kChunksThere>(p, s, query, rest, p.q_batch_stride, p.q_row_stride,
+                                                                          p.q_head_stride);
 }
 
 // Turns the signs of queries that have landed, as flip_queries() does, where softmax_scale is not positive. Those are others' who

@@ -19,13 +19,12 @@ from cuflash import flash_attn_with_kvcache, get_scheduler_metadata, shared_pref
 from cuflash.bench import report
 from cuflash.bench.inputs import Inputs, Shape, bits, to_host
 from cuflash.bench.measure import Machine, distance, roofline
-from cuflash.bench.peers import reason
+from cuflash.bench.peers import MOST_ERROR, reason
 from cuflash.bench.report import Record
 from cuflash.bench.timing import Gpu, Sampler, medians, number_of_calls, read_us, require_gpu
 
 _HEADS = (32, 8)
 _ARRAYS = ("q", "k_cache", "v_cache", "out")
-_MOST_ERROR = 1e-2  # of the norm, as in cuflash.bench
 
 Ways = dict[str, Callable[[int], Any]]  # what is called with the number of a copy
 Answers = dict[tuple[int, ...], NDArray[np.float64]]  # place in the output -> (heads, headdim)
@@ -276,7 +275,7 @@ def measure(name: str, case: Case, machine: Machine, rounds: int) -> Iterator[Re
         graph.sample()  # what is timed is what is checked
         out, answers = to_host(case.out), case.answers[way]
         errors[way] = distance(np.stack([out[place] for place in answers]), np.stack(list(answers.values())))
-        if not errors[way] < _MOST_ERROR:
+        if not errors[way] < MOST_ERROR:
             raise ArithmeticError(f"{way} is wrong: relative error {errors[way]:.2g}")
         samplers[way] = graph
     times = medians(samplers | dict(machine.readers(size)), rounds)

@@ -21,13 +21,13 @@ from cuflash import ContextParallel, flash_attn_with_kvcache
 from cuflash.bench import report
 from cuflash.bench.inputs import Inputs, Shape, to_host
 from cuflash.bench.measure import distance
+from cuflash.bench.peers import MOST_ERROR
 from cuflash.bench.report import Record
 from cuflash.bench.timing import Gpu, Sampler, medians, require_gpu
 from cuflash.cli.context_parallel import nccl_communicator
 
 _SHAPES = ("b1 L1048576", "b16 L131072", "b128 L8192", "b32 L4096", "b1 L32768", "b1 L4096")
 _HEADS, _PAGE, _LAYERS = (32, 8), 16, 32
-_MOST_ERROR = 1e-2  # of the norm, as in cuflash.bench
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def _measure(shape: Shape, machine: Any, world: Any, comm: Any, exchanges: Seque
         own = _Own(whole, group, machine.xp)
         graphs[exchange] = machine.graph([partial(own.attend, i) for i in range(_LAYERS)])
         error = distance(to_host(own.outs[0]), answer)
-        if not error < _MOST_ERROR:
+        if not error < MOST_ERROR:
             raise ArithmeticError(f"{shape.name}, {exchange}: relative error {error:.2g}")
     graphs["alone"] = machine.graph([partial(own.attend_alone, i) for i in range(_LAYERS)])
     times = medians({name: _Together(world, graph) for name, graph in graphs.items()}, rounds)
