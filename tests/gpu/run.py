@@ -48,22 +48,19 @@ class Part:
 
 def parts(folder: Path, workers: int) -> list[Part]:
     """Return all parts in their order; results go to ``folder``."""
-    distributed = ("-n", str(workers)) if workers > 1 and importlib.util.find_spec("xdist") else ()
+    def tests(processes: int, *what: str) -> tuple[str, ...]:
+        shared = processes > 1 and importlib.util.find_spec("xdist")
+        return (*PYTEST, *(("-n", str(processes)) if shared else ()), *what)
+
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
     bench = (python, "-m", "tests.bench", "gpu")
+    files = {file.stem.removeprefix("test_gpu_"): file for file in sorted((ROOT / HERE).glob("test_gpu_*.py"))}
     quick = ("cuDNN", "FA2", "JAX", "FlashInfer", "FA3")  # flex_attention compiles for long
     return [
         Part("info", (python, "-m", "cuflash", "info"), 60, shows=True),
-        Part("tests", (*PYTEST, *distributed, "tests", "-m", "gpu", f"--ignore={HERE}"), 240),
-        Part("merge", (*PYTEST, f"{HERE}/test_gpu_merge.py"), 120),
-        Part("fragments", (*PYTEST, f"{HERE}/test_gpu_fragments.py"), 120),
-        Part("graphs", (*PYTEST, f"{HERE}/test_gpu_graphs.py", f"{HERE}/test_gpu_padded_batch.py"), 120),
-        Part("dlpack", (*PYTEST, f"{HERE}/test_gpu_dlpack.py"), 120),
-        Part("devices", (*PYTEST, f"{HERE}/test_gpu_devices.py"), 120),
-        Part("ranks", (*PYTEST, *distributed, f"{HERE}/test_gpu_context_parallel.py"), 120),
-        Part("paged", (*PYTEST, f"{HERE}/test_gpu_paged.py"), 120),
-        Part("model", (*PYTEST, f"{HERE}/test_gpu_model.py"), 120),
+        Part("tests", tests(workers, "tests", "-m", "gpu", f"--ignore={HERE}"), 240),
+        *(Part(name, tests(workers // 4, str(file)), 180) for name, file in files.items()),
         *(
             Part(tool, (*sanitizer, "--tool", tool, python, f"{HERE}/sanitize.py", *options), 240, needs=sanitizer[0])
             for tool, options in (
