@@ -48,6 +48,7 @@ class Part:
 
 def parts(folder: Path, workers: int) -> list[Part]:
     """Return all parts in their order; results go to ``folder``."""
+
     def tests(processes: int, *what: str) -> tuple[str, ...]:
         shared = processes > 1 and importlib.util.find_spec("xdist")
         return (*PYTEST, *(("-n", str(processes)) if shared else ()), *what)
