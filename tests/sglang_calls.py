@@ -76,6 +76,7 @@ class Server:
         slots = order[:, :, None] * self.page_size + np.arange(self.page_size)
         self.table = slots.reshape(len(self.lengths), CONTEXT).astype(np.int32)  # request, position -> slot
         self.req_to_token = self.tensor(self.table)
+        self.scales = self.tensor(SCALES).expand((len(self.lengths), KV_HEADS)) if self.is_quantised else None
         size = (len(self.lengths) * pages + 1) * self.page_size
         self.keys, self.values = (self.normal(size, KV_HEADS, DIM) for _ in range(2))
         unused = np.ones(size, bool)
@@ -115,9 +116,8 @@ class Server:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        scales = self.tensor(SCALES).expand((len(self.lengths), KV_HEADS)) if self.is_quantised else None
-        return {"softmax_scale": self.scale, "softcap": self.softcap, "k_descale": scales, "v_descale": scales,
-                "num_splits": 0, "ver": 3}  # fmt: skip
+        scales = {"k_descale": self.scales, "v_descale": self.scales}
+        return {"softmax_scale": self.scale, "softcap": self.softcap, **scales, "num_splits": 0, "ver": 3}
 
     def plan(self, batch: int, seqlens: Any, starts: Any, **options: Any) -> Any:
         """The step's metadata, as the backend computes it."""
