@@ -328,23 +328,24 @@ class _Call:
         self._returned = [places[name] for name in _RESULTS[: 1 + returns_lse]]
         self._results = itemgetter(*self._returned)
         self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
-        self._caches = k_cache, v_cache = places["k_cache"], places["v_cache"]
+        self._caches = places["k_cache"], places["v_cache"]
         self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
         written = ("q", "k", "v") if operands.k is not None else ()
         self._apart = [
-            (places[name], cache, *_distances(arrays[name], array))
+            (places[name], *_distances(arrays[name], arrays["k_cache"]), *_distances(arrays[name], arrays["v_cache"]))
             for name in (*written, "out")
             if name in arrays
-            for cache, array in ((k_cache, arrays["k_cache"]), (v_cache, arrays["v_cache"]))
         ]
 
     def fits(self, addresses: list[int]) -> bool:
         """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
-        k_cache, v_cache = self._caches
-        if (addresses[k_cache] == addresses[v_cache]) != self._together:
+        k_place, v_place = self._caches
+        k_cache, v_cache = addresses[k_place], addresses[v_place]
+        if (k_cache == v_cache) != self._together:
             return False
-        for place, other, below, above in self._apart:
-            if below < addresses[place] - addresses[other] < above:
+        for place, below_k, above_k, below_v, above_v in self._apart:
+            address = addresses[place]
+            if below_k < address - k_cache < above_k or below_v < address - v_cache < above_v:
                 return False
         return True
 

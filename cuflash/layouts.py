@@ -50,7 +50,7 @@ def _read_tensor(x: Any) -> tuple[Any, ...] | None:
 def is_in_order(gpu: int) -> bool:
     """Whether torch's current stream is CuPy's, on the current GPU: then work on tensors is in order by itself."""
     cuda = sys.modules["cupy"].cuda
-    return bool(gpu == cuda.runtime.getDevice() and torch_stream(gpu) == cuda.get_current_stream().ptr)
+    return bool(gpu == cuda.runtime.getDevice() and torch_stream(gpu) == cuda.get_current_stream(gpu).ptr)
 
 
 def torch_stream(gpu: int) -> int:

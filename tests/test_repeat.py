@@ -705,7 +705,7 @@ def test_a_repeated_call_does_not_plan_in_a_capture(machine: SimulatedGpu, monke
     arguments = on_device(paged(1))
     call(arguments, None)
     capturing = SimpleNamespace(is_capturing=lambda: True)
-    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_current_stream", lambda: capturing)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_current_stream", lambda gpu=-1: capturing)
     with pytest.raises(ValueError, match="scheduler_metadata must be given"):
         call(arguments, None)
 

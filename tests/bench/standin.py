@@ -255,7 +255,7 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
     select, unplanned = backends.select, dict(memo.unplanned)
     memo.unplanned.clear()
     stream = SimpleNamespace(is_capturing=lambda: False, ptr=0)
-    cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
+    cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda gpu=-1: stream)
     sys.modules["cupy"] = SimpleNamespace(  # type: ignore
         __name__="cupy", ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack,
         zeros=partial(filled, 0), ones=partial(filled, 1), asarray=asarray,
