@@ -7,20 +7,18 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Literal, overload
 
-import numpy as np
-
 from . import arguments, backends, memo
 from .array_types import Array, ArrayT
 from .arrays import (
     NativeArray,
     address_of,
-    empty_on,
     exporter,
     is_on_device,
     is_same,
     refuse_in_capture,
     span_of,
 )
+from .layouts import new_array
 from .metadata import SchedulerMetadata
 from .operands import Lengths, Operands
 from .problem import Problem
@@ -323,30 +321,31 @@ class _Call:
         # What was given and has no partner is ignored.
         ignored = dict.fromkeys(operands.arrays.keys() - used.keys())
         self._backend, self._step = backend, backend.bind(step, places | ignored, len(names))
-        self._plans, self._new = words is not None, [(array.shape, array.dtype) for array in new.values()]
+        self._plans, self._new = words is not None, [(array.shape, array.dtype.name) for array in new.values()]
         if words is not None:
-            self._new.append((words, np.dtype(np.int32)))
+            self._new.append((words, "int32"))
         self._made, self._made_addresses = list(made.values()), [address_of(array) for array in made.values()]
         self._returned = [places[name] for name in _RESULTS[: 1 + returns_lse]]
         self._results = itemgetter(*self._returned)
         self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
-        self._caches = k_cache, v_cache = places["k_cache"], places["v_cache"]
+        self._caches = places["k_cache"], places["v_cache"]
         self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
         written = ("q", "k", "v") if operands.k is not None else ()
         self._apart = [
-            (places[name], cache, *_distances(arrays[name], array))
+            (places[name], *_distances(arrays[name], arrays["k_cache"]), *_distances(arrays[name], arrays["v_cache"]))
             for name in (*written, "out")
             if name in arrays
-            for cache, array in ((k_cache, arrays["k_cache"]), (v_cache, arrays["v_cache"]))
         ]
 
     def fits(self, addresses: list[int]) -> bool:
         """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
-        k_cache, v_cache = self._caches
-        if (addresses[k_cache] == addresses[v_cache]) != self._together:
+        k_place, v_place = self._caches
+        k_cache, v_cache = addresses[k_place], addresses[v_place]
+        if (k_cache == v_cache) != self._together:
             return False
-        for place, other, below, above in self._apart:
-            if below < addresses[place] - addresses[other] < above:
+        for place, below_k, above_k, below_v, above_v in self._apart:
+            address = addresses[place]
+            if below_k < address - k_cache < above_k or below_v < address - v_cache < above_v:
                 return False
         return True
 
@@ -358,16 +357,17 @@ class _Call:
             refuse_in_capture(*_PLANNED)
         arrays += self._made
         addresses += self._made_addresses
+        q = arrays[self._q]
         for shape, dtype in self._new:
-            array = empty_on(self._gpu, shape, dtype)
+            array, address = new_array(shape, dtype, q)
             arrays.append(array)
-            addresses.append(array.data.ptr)
+            addresses.append(address)
         if plan is not None:
             arrays.append(plan.array)
             addresses.append(plan.array.data.ptr)
         self._backend.repeat(self._step, self._gpu, arrays, addresses)
         if foreign:
-            q = foreign.get(self._q, arrays[self._q])
+            q = foreign.get(self._q, q)
             for place in self._returned:
                 native = arrays[place]
                 arrays[place] = _in_kind(native, foreign.get(place, native) if place < self._num_given else None, q)
@@ -389,7 +389,7 @@ def _results(given: dict[str, Any], out: NativeArray, lse: NativeArray | None) -
 
 def _in_kind(native: NativeArray, mine: Any, q: Any) -> Any:
     """Return the caller's own output, or without one an array of the queries' kind."""
-    if mine is native:
+    if mine is native or (mine is None and type(native) is type(q)):
         return native
     # Exported also where it was given: that makes a framework's own stream wait for the result.
     exported = exporter(q if mine is None else mine)(native)

@@ -23,7 +23,8 @@ class PagedKVCache:
 
     Sequences are named by handles, integers that are never given twice. Their bookkeeping is on the host and never
     waits for a GPU; copies and uploads go to the current stream, behind the steps before. Methods that take
-    ``sequences`` take one handle or several, and change all or nothing.
+    ``sequences`` take one handle or several, and change all or nothing. All arrays are the same for the life of the
+    cache, on which steps and CUDA graphs rely.
 
     Args:
         num_layers: Layers.
@@ -46,7 +47,7 @@ class PagedKVCache:
         k_scale: (layers, pages, page_size, heads_kv) float32 scales of a quantised cache, else None.
         v_scale: The same; None if ``latent``: a joint row has one scale.
         page_table: (max_sequences, pages per sequence) int32 of all sequences, as kernels read it; changes reach it
-            with the next step. It is the same array for the life of the cache, which CUDA graphs may rely on.
+            with the next step.
         dtype: Name of the element type of queries.
         kv_dtype: Name of the element type of the cache.
         max_sequences: Rows of the page table.

@@ -33,6 +33,9 @@ class DecodeStep:
     right for all later steps of that shape: pad batches to a few sizes with ``batch_size=``, and replay it between
     ``begin`` and ``commit``. With ``out=`` a call allocates nothing and waits for nothing.
 
+    What the calls of a layer have in common is read once: the cache's arrays, which stay the same for its life, and the
+    arguments here. What they hold may change, but they must not be replaced by others.
+
     Models whose layers differ in their masks have an object per mask: ``begin`` all, ``commit`` one.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,6 +240,21 @@ def test_arrays_of_two_frameworks(machine: SimulatedGpu, monkeypatch: pytest.Mon
         forbid_checks(monkeypatch)
 
 
+@pytest.mark.parametrize("q", [DeviceArray, ForeignArray, Tensor])
+@pytest.mark.parametrize("out", [DeviceArray, ForeignArray, Tensor])
+def test_what_was_given_is_returned_of_whatever_kind(q: Any, out: Any, machine: SimulatedGpu) -> None:
+    arguments = on_device(with_everything_else(1))
+    wanted, metadata = first_call(with_everything_else, 1), plan(arguments)
+    del arguments["softmax_lse"]
+    for name, kind in (("q", q), ("out", out)):
+        arguments[name] = kind(arguments[name]) if kind is not DeviceArray else arguments[name]
+    for _ in range(3):
+        results = cuflash.flash_attn_with_kvcache(**arguments, scheduler_metadata=metadata, return_softmax_lse=True)
+        assert results[0] is arguments["out"] and type(results[1]) is q
+        for result, expected in zip(results, wanted, strict=False):
+            np.testing.assert_array_equal(host(result), expected)
+
+
 def test_a_layout_is_part_of_a_call(machine: SimulatedGpu) -> None:
     memory = np.zeros(200, np.float32)
     memory = memory[-memory.ctypes.data % 16 // 4 :]
@@ -393,6 +409,61 @@ def test_tensors_are_not_imported_again(machine: SimulatedGpu, monkeypatch: pyte
     assert plan(in_kind(Tensor, device), out=metadata) is metadata
 
 
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_results_beside_tensors_are_tensors_from_the_start(
+    is_planned: bool, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the plan that a call makes for itself: all memory is torch's, in which a graph of torch's keeps it."""
+    device = on_device(paged(1))
+    wanted = first_call(paged, 1)
+    given, metadata = in_kind(Tensor, device), plan(device) if is_planned else None
+    cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
+    torch, made = sys.modules["torch"], []
+
+    def empty(*shape: int, **options: Any) -> Tensor:
+        made.append(Tensor.empty(*shape, **options))
+        return made[-1]
+
+    def forbidden(*args: Any) -> Any:
+        raise AssertionError("not torch's")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for name in ("empty", "from_dlpack"):
+        monkeypatch.setattr(sys.modules["cupy"], name, forbidden)
+    monkeypatch.setattr(Tensor, "__array_namespace__", forbidden)
+    monkeypatch.delitem(arrays._exporters, Tensor)
+    results = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata, return_softmax_lse=True)
+    assert len(made) == 2 + (not is_planned)
+    for result, mine, expected in zip(results, made, wanted, strict=False):
+        assert result is mine
+        np.testing.assert_array_equal(result.native.get(), expected)
+        assert result.dtype == expected.dtype
+
+
+def test_results_go_out_by_dlpack_beside_tensors_on_another_stream(
+    machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's stream must wait for them."""
+    device = on_device(paged(1))
+    wanted = first_call(paged, 1)
+    given, metadata = in_kind(Tensor, device), plan(device)
+    cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    exports: list[Tensor] = []
+
+    def from_dlpack(native: DeviceArray) -> Tensor:
+        exports.append(Tensor(native))
+        return exports[-1]
+
+    monkeypatch.setattr(sys.modules["torch"]._C, "_cuda_getCurrentRawStream", lambda gpu: 7)
+    monkeypatch.setattr(Tensor, "__array_namespace__", lambda self: SimpleNamespace(from_dlpack=from_dlpack))
+    monkeypatch.delitem(arrays._exporters, Tensor)
+    forbid_checks(monkeypatch)
+    out = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
+    monkeypatch.delitem(arrays._exporters, Tensor)
+    assert [out] == exports
+    np.testing.assert_array_equal(out.native.get(), wanted[0])
+
+
 @pytest.mark.parametrize("stream, gpu", [(7, 0), (0, 1)])
 def test_tensors_on_another_stream_wait_and_are_waited_for(
     stream: int, gpu: int, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
@@ -402,8 +473,7 @@ def test_tensors_on_another_stream_wait_and_are_waited_for(
     given, metadata = in_kind(Tensor, device), plan(device)
     wanted = cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata).native.get().copy()
     imports, exports = Imports(monkeypatch), []
-    busy = SimpleNamespace(cuda_stream=stream)
-    monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda gpu: busy)
+    monkeypatch.setattr(sys.modules["torch"]._C, "_cuda_getCurrentRawStream", lambda gpu: stream)
     monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "getDevice", lambda: gpu)
     namespace = SimpleNamespace(from_dlpack=exports.append)
     monkeypatch.setattr(Tensor, "__array_namespace__", lambda self: namespace)
@@ -497,6 +567,20 @@ def test_what_is_read_of_torchs_own_tensors() -> None:
     assert read(torch.zeros(3).to_sparse()) is None
     assert layouts.readers[torch.nn.Parameter] is None  # a subclass may mean anything
     assert memo.spell("name", (tensor,), {})[0] is None  # host memory
+
+
+def test_what_torch_itself_makes() -> None:
+    torch = pytest.importorskip("torch")
+    like = torch.zeros(3, requires_grad=True)
+    for dtype in ("bfloat16", "float16", "float32", "int32"):
+        tensor, address = layouts.new_array((2, 0, 5), dtype, like)
+        assert (tensor.shape, str(tensor.dtype), tensor.device) == ((2, 0, 5), f"torch.{dtype}", like.device)
+        assert tensor.is_contiguous() and not tensor.requires_grad and address == tensor.data_ptr()
+    # Its build for a CPU has no streams, but their functions' signatures.
+    assert (
+        "def _cuda_getCurrentRawStream(device: _int) -> _int"
+        in Path(torch._C.__file__).with_name("_C").joinpath("__init__.pyi").read_text()
+    )
 
 
 # -------------------------------------------------------------------------------------------------- nothing unchecked
@@ -621,7 +705,7 @@ def test_a_repeated_call_does_not_plan_in_a_capture(machine: SimulatedGpu, monke
     arguments = on_device(paged(1))
     call(arguments, None)
     capturing = SimpleNamespace(is_capturing=lambda: True)
-    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_current_stream", lambda: capturing)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_current_stream", lambda gpu=-1: capturing)
     with pytest.raises(ValueError, match="scheduler_metadata must be given"):
         call(arguments, None)
 

@@ -119,6 +119,53 @@ def test_tensors(machine: SimulatedGpu, afresh: list[Any]) -> None:
     assert len(afresh) <= 3
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_dtype": "int8"}, {"latent": True, "headdim_v": 32}], ids=["", "quantised", "latent"]
+)
+def test_the_arrays_of_a_cache_are_the_same_for_its_life(options: Any, machine: SimulatedGpu) -> None:
+    """Steps of every shape keep them."""
+    cache = cuflash.PagedKVCache(
+        2, 12, 16, HEADS_KV, DIM, "float32", max_sequences=4, max_seqlen=64, xp=sys.modules["cupy"], **options
+    )
+    arrays = {name: getattr(cache, name) for name in ("k", "v", "k_scale", "v_scale", "page_table")}
+    addresses = {name: x if x is None else x.data.ptr for name, x in arrays.items()}
+    step = cuflash.DecodeStep(cache, HEADS)
+    a, b = cache.add(20), cache.add()
+    for tokens, shape in (([20, 3], {}), ([1, 1], {}), ([2, 0], {"batch_size": 3}), ([1, 1], {"max_seqlen_q": 4})):
+        step.begin([a, b], tokens, **shape).commit()
+    c = cache.fork(a)
+    step.begin([c, a], 1).commit()  # copies a page
+    cache.truncate(c, 5)
+    cache.free([a, b])
+    step.begin([cache.add(40), c], [33, 1]).commit()
+    for name, array in arrays.items():
+        assert getattr(cache, name) is array
+        assert array is None or array.data.ptr == addresses[name]
+
+
+def test_what_changes_in_the_arrays_of_a_cache_is_seen(machine: SimulatedGpu, afresh: list[Any]) -> None:
+    rng = np.random.default_rng(1)
+    step, given = begun(), inputs()
+    cache = step.cache
+    step.commit()
+    step.begin(cache.sequences)
+    for _ in range(3):
+        before = step(0, **given).get()
+    afresh.clear()
+    for array in (cache.k.host, cache.v.host):
+        array[...] = rng.standard_normal(array.shape, np.float32)
+    cache.page_table.host[...] = np.flip(cache.page_table.host)
+    found = step(0, **given).get()
+    assert not afresh
+    wanted = cuflash.flash_attn_with_kvcache(
+        given["q"].reshape(TOKENS, 1, HEADS, DIM), cache.k[0], cache.v[0], cache_seqlens=filled(2, TOKENS, np.int32),
+        cache_batch_idx=DeviceArray(cache.rows(cache.sequences).astype(np.int32)), page_table=cache.page_table,
+        causal=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, wanted.get().reshape(found.shape), atol=1e-6)
+    assert (found != before).any()
+
+
 WRONG: dict[str, Any] = {
     "queries of the wrong shape": {"q": DeviceArray(np.zeros((TOKENS + 1, HEADS, DIM), np.float32))},
     "queries of another type": {"q": DeviceArray(np.zeros((TOKENS, HEADS, DIM), np.float16))},

@@ -126,7 +126,8 @@ class _Gpu:
     """A :class:`Machine`: the current device, ``number``, and the current stream of CuPy, for one call."""
 
     def __init__(self, number: int) -> None:
-        self.key = number, cupy.cuda.get_current_stream().ptr, threading.get_ident()
+        # Without the number CuPy would ask for the current device once more.
+        self.key = number, cupy.cuda.get_current_stream(number).ptr, threading.get_ident()
 
     def __enter__(self) -> _Gpu:
         return self  # nothing to do, and nothing that takes time: calls come through here

@@ -8,6 +8,7 @@ from .. import attention
 from ..arguments.common import Given, lse_shape
 from ..arguments.lengths import filled
 from ..arrays import import_array
+from ..layouts import new_tensor
 from ..metadata import SchedulerMetadata
 from ..problem import integer, make_problem
 from . import torch_tensors
@@ -146,6 +147,6 @@ def _take_tensors(given: Given) -> None:
         return
     if given["out"] is None:
         dtype = _FLOAT8 if q.element_size() == 1 else str(q.dtype).removeprefix("torch.")
-        given["out"] = torch_tensors.new((*q.shape[:-1], v_cache.shape[-1]), dtype, q)
+        given["out"] = new_tensor((*q.shape[:-1], v_cache.shape[-1]), dtype, q)
     if given["return_softmax_lse"] and given["softmax_lse"] is None:
-        given["softmax_lse"] = torch_tensors.new(lse_shape(tuple(q.shape)), "float32", q)
+        given["softmax_lse"] = new_tensor(lse_shape(tuple(q.shape)), "float32", q)

@@ -16,6 +16,7 @@ from ..arguments.common import UNIT, Given
 from ..arrays import NativeArray, address_of, checks_values, empty, exporter, import_array, is_on_device, to_host
 from ..device import Device, host_device
 from ..kernels import choose
+from ..layouts import new_tensor
 from ..metadata import SchedulerMetadata
 from ..planner import plan_cuts, plan_words
 from ..problem import Problem, integer
@@ -83,7 +84,7 @@ def make_plan(problem: Problem, lengths: Given, max_seqlen_k: int = _LONGEST) ->
     like = lengths["cache_seqlens"]
     native = import_array("cache_seqlens", like)
     words = plan_words(problem.batch_size, backends.select(native).device(native))
-    array = torch_tensors.new((words,), "int32", like) if torch_tensors.is_tensor(like) else None
+    array = new_tensor((words,), "int32", like) if torch_tensors.is_tensor(like) else None
     own = empty((words,), np.int32, native) if array is None else import_array("scheduler_metadata", array)
     plan = _around(own, problem)
     get_scheduler_metadata(

@@ -1,4 +1,4 @@
-"""What torch's tensors need beside DLPack: torch's stream, memory of torch's allocator, and no gradients.
+"""What torch's tensors need beside DLPack: torch's stream, and no gradients.
 
 torch is not imported here: whoever hands over a tensor has done that.
 """
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+
+from ..layouts import torch_stream
 
 
 def is_tensor(x: Any) -> bool:
@@ -28,7 +30,7 @@ def stream_of(x: Any) -> Iterator[None]:
 
     number = x.get_device()
     with cupy.cuda.Device(number):
-        with _stream(sys.modules["torch"].cuda.current_stream(number).cuda_stream, number):
+        with _stream(torch_stream(number), number):
             yield
 
 
@@ -69,12 +71,6 @@ def without_gradient(name: str, x: Any) -> Any:
             f"torch.inference_mode(), or hand over {name}.detach()"
         )
     return x.detach()
-
-
-def new(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """Return a new tensor where another one lives. Of torch's memory: a graph that is captured keeps what it uses."""
-    torch = sys.modules["torch"]
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
 
 def filled(size: int, number: int, like: Any) -> Any:

@@ -78,7 +78,9 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
             *parts,
             ("", "array checks, the rest", total_first - sum(part[2] for part in parts) + parts[2][2]),
             ("attention on a plan", "with new keys and rotary", us(lambda: append(append_metadata))),
+            ("attention on a plan", "output made by the call", us(lambda: call(metadata, out=None))),
             ("attention on a plan", "torch's tensors", us(lambda: call_tensors(metadata))),
+            ("attention on a plan", "torch's tensors, output made", us(lambda: call_tensors(metadata, out=None))),
             ("attention on a plan", "another framework's arrays", us(lambda: call_foreign(metadata))),
             ("attention", "without a plan", us(lambda: call(None))),
             ("DecodeStep", "a layer's later calls, with new keys", us(_step_call())),
@@ -109,13 +111,13 @@ def measure(seconds: float = 0.2) -> Iterator[Record]:
 
 def _calls(
     kind: Callable[[DeviceArray], Any] = lambda array: array,
-) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], SchedulerMetadata]]:
+) -> tuple[Callable[..., Any], Callable[[Any], Any], Callable[[Any], SchedulerMetadata]]:
     """Return attention on a plan or None, the same with an append (None makes its plan), and planning into ``out``."""
 
     def device(*shape: int, dtype: str = "bfloat16") -> Any:
         return kind(empty(shape, np.int32 if dtype == "int32" else numpy_dtype(dtype)))
 
-    q, out = device(_BATCH, 1, _HEADS_Q, _HEADDIM), device(_BATCH, 1, _HEADS_Q, _HEADDIM)
+    q, given = device(_BATCH, 1, _HEADS_Q, _HEADDIM), device(_BATCH, 1, _HEADS_Q, _HEADDIM)
     pages = _BATCH * _KEYS // _PAGE
     caches = device(pages, _PAGE, _HEADS_KV, _HEADDIM), device(pages, _PAGE, _HEADS_KV, _HEADDIM)
     table, lengths = device(_BATCH, _KEYS // _PAGE, dtype="int32"), device(_BATCH, dtype="int32")
@@ -128,7 +130,7 @@ def _calls(
             causal=True, out=metadata,
         )  # fmt: skip
 
-    def call(metadata: SchedulerMetadata | None) -> Any:
+    def call(metadata: SchedulerMetadata | None, out: Any = given) -> Any:
         return flash_attn_with_kvcache(
             q, *caches, cache_seqlens=lengths, page_table=table, causal=True, scheduler_metadata=metadata, out=out
         )
@@ -138,7 +140,7 @@ def _calls(
             return plan(None, new=1)
         return flash_attn_with_kvcache(
             q, *caches, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, page_table=table, causal=True,
-            scheduler_metadata=metadata, out=out,
+            scheduler_metadata=metadata, out=given,
         )  # fmt: skip
 
     return call, append, plan
@@ -192,7 +194,7 @@ def _microseconds(function: Callable[[], Any], seconds: float) -> float:
 
 _NOTES = (
     "",
-    f"{_BATCH} x {_KEYS} keys, {_HEADS_Q}/{_HEADS_KV} heads, bfloat16, pages of {_PAGE}, output given; CuPy's arrays,"
+    f"{_BATCH} x {_KEYS} keys, {_HEADS_Q}/{_HEADS_KV} heads, bfloat16, pages of {_PAGE}; CuPy's and torch's arrays,"
     " imports and launches are stood in for.",
     "us_per_call: of the fastest of many short series; ratio_to_numpy_add: beside numpy.add of two empty arrays.",
 )

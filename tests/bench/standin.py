@@ -18,6 +18,7 @@ import numpy as np
 from cuflash import arrays, backends, layouts, memo
 from cuflash.backends.machine import KernelBackend, Launcher
 from cuflash.device import Device
+from cuflash.dtypes import FLOAT_DTYPES, numpy_dtype
 from cuflash.kernels.launch import BoundLaunch, Scratch
 
 
@@ -124,7 +125,7 @@ class _Device:
 class Tensor(ForeignArray):
     """What the library reads of a ``torch.Tensor``, in about the time that torch takes."""
 
-    __slots__ = ("device", "requires_grad", "shape", "_address", "_stride")
+    __slots__ = ("requires_grad", "_address", "_device", "_stride")
 
     def __init__(self, native: DeviceArray) -> None:
         self.requires_grad = False
@@ -133,8 +134,23 @@ class Tensor(ForeignArray):
     def set_(self, native: DeviceArray) -> None:
         """Take other memory, as torch's does."""
         super().__init__(native)
-        self.shape, self._address, self.device = native.shape, native.data.ptr, _Device("cuda", native.data.device_id)
+        self._address, self._device = native.data.ptr, _Device("cuda", native.data.device_id)
         self._stride = tuple(stride // native.itemsize for stride in native.strides)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As torch's."""
+        return self.native.shape
+
+    @property
+    def device(self) -> _Device:
+        """As torch's."""
+        return self._device
+
+    @classmethod
+    def empty(cls, *shape: int, dtype: Any, device: _Device) -> Tensor:
+        """Return a new tensor, as ``torch.empty`` does."""
+        return cls(empty(shape, dtype))
 
     def stride(self) -> tuple[int, ...]:
         """As torch's: in elements."""
@@ -239,13 +255,15 @@ def gpu(device: Device, machine: Machine) -> Iterator[KernelBackend]:
     select, unplanned = backends.select, dict(memo.unplanned)
     memo.unplanned.clear()
     stream = SimpleNamespace(is_capturing=lambda: False, ptr=0)
-    cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream)
+    cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda gpu=-1: stream)
     sys.modules["cupy"] = SimpleNamespace(  # type: ignore
         __name__="cupy", ndarray=DeviceArray, empty=empty, cuda=cuda, from_dlpack=from_dlpack,
         zeros=partial(filled, 0), ones=partial(filled, 1), asarray=asarray,
     )  # fmt: skip
-    streams = SimpleNamespace(current_stream=lambda gpu: SimpleNamespace(cuda_stream=0))
-    sys.modules["torch"] = SimpleNamespace(Tensor=Tensor, cuda=streams)  # type: ignore
+    sys.modules["torch"] = SimpleNamespace(  # type: ignore
+        Tensor=Tensor, empty=Tensor.empty, _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda gpu: 0),
+        **{name: numpy_dtype(name) for name in (*FLOAT_DTYPES, "int32")},
+    )  # fmt: skip
     readers = dict(layouts.readers)
     layouts.readers.clear()
     backends.select = lambda array: backend

@@ -123,6 +123,10 @@ def test_remembered_tensors_are_read_anew() -> None:
     q.set_(elsewhere)
     assert_close(framework.host(cuflash.flash_attn_with_kvcache(**theirs)), wanted)
     assert_close(framework.host(cuflash.flash_attn_with_kvcache(**theirs, out=given)), wanted)
+    before = torch.cuda.memory_allocated()
+    made = cuflash.flash_attn_with_kvcache(**theirs)
+    assert torch.cuda.memory_allocated() > before  # results are torch's own memory
+    assert_close(framework.host(made), wanted)
     with pytest.raises(ValueError, match="q cannot be shared"):
         cuflash.flash_attn_with_kvcache(**{**theirs, "q": q.clone().requires_grad_()}, out=given)
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ... import merging
+from ...layouts import new_tensor
 from .. import torch_tensors
 
 __all__ = ["merge_state", "merge_state_v2"]
@@ -37,7 +38,7 @@ def merge_state_v2(
         if torch_tensors.is_tensor(v_a):  # in torch's memory, so that a graph can be captured
             torch = sys.modules["torch"]
             outs, lses = torch.stack(outs), torch.stack(lses).float()
-            lse = torch_tensors.new(tuple(lses.shape[1:]), "float32", v_a)
+            lse = new_tensor(tuple(lses.shape[1:]), "float32", v_a)
             if out is None:
                 out = torch.empty_like(v_a, memory_format=torch.contiguous_format)
         merged, total = merging.merge_attn_states(outs, lses, out=out, lse=lse)
