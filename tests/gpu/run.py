@@ -54,7 +54,6 @@ def parts(folder: Path, workers: int) -> list[Part]:
         shared = processes > 1 and importlib.util.find_spec("xdist")
         return (*PYTEST, *(("-n", str(processes)) if shared else ()), *what)
 
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
     python = sys.executable
     bench = (python, "-m", "tests.bench", "gpu")
     files = {file.stem.removeprefix("test_gpu_"): file for file in sorted((ROOT / HERE).glob("test_gpu_*.py"))}
@@ -64,7 +63,7 @@ def parts(folder: Path, workers: int) -> list[Part]:
         Part("tests", tests(workers, "tests", "-m", "gpu", f"--ignore={HERE}"), 240),
         *(Part(name, tests(workers // 4, str(file)), 180) for name, file in files.items()),
         *(
-            Part(tool, (*sanitizer, "--tool", tool, python, f"{HERE}/sanitize.py", *options), 240, needs=sanitizer[0])
+            Part(tool, (python, f"{HERE}/sanitize.py", "--under", tool, *options), 240, needs="compute-sanitizer")
             for tool, options in (
                 ("memcheck", ()), ("initcheck", ()),
                 ("racecheck", ("--without-wgmma",)), ("synccheck", ("--without-wgmma", "--without-clusters")),

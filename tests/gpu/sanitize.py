@@ -1,19 +1,21 @@
 """The standard problems, for compute-sanitizer: every kernel and feature once, on small caches full of NaN.
 
-Run as ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py`` (or initcheck). Answers are compared with the
-reference, too.
+Run as ``python tests/gpu/sanitize.py --under memcheck`` (or initcheck). Answers are compared with the reference, too.
 
 racecheck and synccheck do not follow named barriers of some warps: of the wgmma kernels they report what a ``bar.sync``
 of 8 warps of 12 orders, and warps that come to one barrier at two places, both of which PTX allows. So they get
-``--without-wgmma``, and the same problems run by mma.sync. synccheck loses count of barriers where a block stores
-asynchronously into another one of its cluster, and faults: it gets ``--without-clusters``. The simulator checks all of
-them for races.
+``--without-wgmma``, and the same problems run by mma.sync. The simulator checks both kinds of kernels for races.
+synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, and
+synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from problems import Backend, Case, check, make_inputs  # noqa: E402
 from cuflash import kernels  # noqa: E402
 from cuflash.kernels import tiles  # noqa: E402
 
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
 CASES = (
     Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 17, 1, 0), page_size=16),
     Case(dtype="bfloat16", heads=(8, 1), headdim=(128, 128), seqlens=(1500,), plan="given"),
@@ -83,21 +86,33 @@ def merge_states() -> None:
 
 def main() -> int:
     """Run all; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="problems (default: all)")
+    parser.add_argument("--without-wgmma", action="store_true", help="run all problems by other kernels")
+    parser.add_argument("--without-clusters", action="store_true", help="run all problems in blocks without clusters")
+    parser.add_argument("--under", metavar="TOOL", help="run every problem under this tool of compute-sanitizer")
+    arguments = parser.parse_args()
+    numbers = arguments.numbers or range(len(CASES))
     if not HAS_GPU:
         print("no GPU found")
         return 2
+    if arguments.under:
+        command = [*SANITIZER, "--tool", arguments.under, sys.executable, __file__]
+        options = [option for option in sys.argv[1:] if option.startswith("--without")]
+        with ThreadPoolExecutor(8) as pool:
+            return max(pool.map(subprocess.call, ([*command, str(number), *options] for number in numbers)))
     import cupy
 
-    if "--without-wgmma" in sys.argv[1:]:
+    if arguments.without_wgmma:
         kernels.FAMILIES = tuple(family for family in kernels.FAMILIES if not family.NAME.endswith("wgmma"))
-    if "--without-clusters" in sys.argv[1:]:
+    if arguments.without_clusters:
         tiles._cluster_shapes = lambda *_: []
     cupy.cuda.set_allocator(None)  # every array is an allocation of its own, whose bounds the sanitizer knows
     backend = Backend("cuda", cupy.asarray, cupy.asnumpy)
-    for case in CASES:
-        check(case, make_inputs(case), backend)
+    for number in numbers:
+        check(CASES[number], make_inputs(CASES[number]), backend)
     merge_states()
-    print(f"{len(CASES)} problems are right")
+    print(f"{len(numbers)} problems are right")
     return 0
 
 
