@@ -133,18 +133,35 @@ def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]],
     return change
 
 
+def _few_nearly_huge(kind: str) -> Callable[[dict[str, Any]], None]:
+    """The same of four heads of a sequence, those of one parity among eight, which lanes of a warp share.
+
+    Scores of all other heads are far from the boundary. Two sequences each, of scores above and below 0, have the same.
+    """
+
+    def change(inputs: dict[str, Any]) -> None:
+        _nearly_huge(0, 1, kind)(inputs)
+        for b, q in enumerate(inputs["q"]):
+            first = b // 4 * 8 + b // 2 % 2
+            far = np.ones(q.shape[1], bool)
+            far[first : first + 8 : 2] = False
+            q[:, far, 0] = 8
+
+    return change
+
+
 def _has_cluster(mutant: Mutant) -> bool:
     return mutant.cluster > 1
 
 
 def _has_8_rows(mutant: Mutant) -> bool:
-    """The variants of 8 warps and of clusters; that of many items has 4 warps, 32 rows and no cluster."""
-    return mutant.cluster > 1 or mutant.threads == 256
+    """The variants of decode.cu of 8 warps and of clusters; that of many items has 4 warps, 32 rows, no cluster."""
+    return mutant.kernel == "decode" and (mutant.cluster > 1 or mutant.threads == 256)
 
 
 def _has_two_buffers(mutant: Mutant) -> bool:
     """The variant of 8 warps fetches the next item's queries while it reads an item."""
-    return mutant.cluster <= 1 and mutant.threads == 256
+    return mutant.kernel == "decode" and mutant.cluster <= 1 and mutant.threads == 256
 
 
 SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
@@ -426,7 +443,7 @@ EQUIVALENT = (
         "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="ge -> gt",
+        kind="lt -> le",
         operands=r"^add\.s32 %r\d+, %r\d+, (8|16|24)\nselp",
         variants=_has_8_rows,
     ),
@@ -435,7 +452,7 @@ EQUIVALENT = (
         "an eighth e > g of a tile is its first one",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="ge -> gt",
+        kind="lt -> le",
         operands=r"\nselp",
         variants=lambda mutant: not _has_8_rows(mutant) and mutant.copy % 4 > mutant.copy // 8,
     ),
@@ -484,10 +501,11 @@ EQUIVALENT = (
         instruction=r"%r\d+$",
     ),
     Equivalent(
-        "a score that equals the threshold: either maximum is right, results differ by rounding at most",
+        "a score that equals the threshold and is finite, others are huge: either maximum is right, results differ by "
+        "rounding at most",
         file="softmax.cuh",
         source=r"moves = top > threshold_",
-        kind="gt -> ge",
+        kind="gt -> ge|leu -> ltu",
     ),
     Equivalent(
         "64-bit division, whose 32-bit shortcut gives the same quotient: without it no result changes",
@@ -551,7 +569,6 @@ EQUIVALENT = (
         source=r"return place % 2",
         kind="add -> sub",
         context=r"shr\.u32 (%r\d+), %r\d+, 31\nadd\.s32 %r\d+, %r\d+, \1$",
-        kernel="plan",
     ),
     Equivalent(
         "a sequence without rows has no row block behind the first place, whether it counts as having one or none",
@@ -559,7 +576,13 @@ EQUIVALENT = (
         source=r"row_blocks = \(num_rows - 1\)",
         kind="add -> sub",
         context=r"shr\.u32 (%r\d+), %r\d+, \d+\nadd\.s32 %r\d+, %r\d+, \1$",
-        kernel="extend.*",
+        kernel="decode|extend.*|mla.*",
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block, whose place is 0: what is asked of other places makes 0 of it, too",
+        file="schedule.cuh",
+        source=r"place == 0\) return 0|row_blocks = \(num_rows - 1\)|row_blocks - 1 - place",
+        variants=_has_8_rows,
     ),
     Equivalent(
         "without a mask, what a row block sees is all keys also where the mask is asked",
@@ -765,6 +788,9 @@ def _cases() -> Iterator[tuple[Case, int]]:
         yield _case({"num_splits": 1000}, 8, (2600,), n), n
         yield _case({"num_splits": 1000, "queries": 2, "sinks": True}, 8, (2700, 3), n), n + 1
     yield _case({"split_size": 64}, 32, tuple(64 * n - 3 for n in range(15, 36)), 0), 7
+    parts = range(2, 17)  # together as many as multiprocessors; with split_size, a block's splits are one part
+    yield _case({}, 32, (*(64 * n for n in parts), *(0,) * 130), 3), sum(parts)
+    yield _case({"split_size": 64}, 32, tuple(64 * n for n in parts), 0), 60
     # Cuts of a cluster at an item's first key.
     for k, queries in enumerate((1, 2)):
         yield _case({"window": (20, 0), "queries": queries}, 8, (640, 37, 53, 69, 38), k), 25
@@ -778,10 +804,11 @@ def _cases() -> Iterator[tuple[Case, int]]:
             yield _case(options, 8, (640, 33), k + n), 10
             yield _case({**options, "split_size": 64}, 32, (500, 0, 40), k + n), 3
     for k in range(4):
-        yield _case(NEGATIVE, 8, SHORT[:5], k, num_splits=1000), 20
-        yield _case(NEGATIVE, 8, (640, *SHORT[:4]), k), 25
-        yield _case(NEGATIVE, 32, SHORT, k), 2
-        yield _case({**NEGATIVE, "split_size": 64, "queries": (2, 5)[k % 2]}, 32, SHORT, k), 3
+        options = {**NEGATIVE, "batch_idx": k > 1}
+        yield _case(options, 8, SHORT[:5], k, num_splits=1000), 20
+        yield _case(options, 8, (640, *SHORT[:4]), k), 25
+        yield _case(options, 32, SHORT, k), 2
+        yield _case({**options, "split_size": 64, "queries": (2, 5)[k % 2]}, 32, SHORT, k), 3
     # Items that have as many splits as there are slots for a cut, and one more.
     yield _case({"split_size": 64, "plan": "long"}, 32, (1025, 1024, 1088, 1089) * 3, 3), 4
     # Two queries among the first rows of a row block.
@@ -810,6 +837,26 @@ def _cases() -> Iterator[tuple[Case, int]]:
         yield _case({**options, "num_splits": 1000}, 8, tuple(2 * n for n in seqlens), 2 * k), len(seqlens)
         yield _case(options, 32, seqlens, k), 2 + k
         yield _case({**options, "split_size": (640, 512)[k]}, 32, seqlens, k), 2 + k
+    # Short ones: a copy enters them while the ring is filled.
+    everything |= {"unowned": (3, 2), "sinks": True, "new": (3, 0, 5, 3, 0, 5, 30)}
+    short = (40, 3, 30, 9, 70, 17, 5)
+    for k, queries in enumerate((2, 5)):
+        for options in ({}, {"split_size": 64}):
+            yield _case({**everything, **options, "queries": queries, "merge": "in place"}, 32, short, 2 * k), 1
+    for seqlens, options, num_sm in (
+        (short, {"num_splits": 1000}, 40),
+        ((640, *short[1:]), {"merge": "in place"}, 30),
+        ((640, *short[1:]), {"merge": "in place"}, 140),
+    ):
+        yield dataclasses.replace(_case({**everything, **options}, 8, seqlens, 0), heads=(16, 4)), num_sm
+    # Sequences of an odd and of an even number of row blocks, of which some see a tile less than the last one.
+    for options, heads, seqlens, queries in (
+        ({}, (4, 1), (48, 312, 296, 80, 150), (32, 32, 24, 0, 5)),
+        ({"split_size": 64}, (20, 1), (34, 293, 290, 80, 150), (7, 7, 6, 0, 1)),
+    ):
+        case = dataclasses.replace(_case(options, 32, seqlens, 0), heads=heads, seqlens_q=queries)
+        yield dataclasses.replace(case, causal=True), 1
+        yield dataclasses.replace(case, window=(60, 3), leftpad=True), 1
     # Row blocks that see as many keys as tiles have, or one more.
     for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
         yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
@@ -855,6 +902,37 @@ def _cases() -> Iterator[tuple[Case, int]]:
     for k, options in enumerate(SPLITS):
         for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
             yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]
+
+
+def _huge() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of decode.cu with maxima that are huge, or just are not."""
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (0, 1, "level"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
+        for options, rows, seqlens, num_sm in (
+            ({"num_splits": 1}, 8, (1300, 900), 2),
+            ({"queries": 2, "causal": True}, 32, (700, 900), 2),
+            ({}, 8, (1000, 900), 10),
+            ({"split_size": 256}, 32, (900, 1100), 3),
+        ):
+            case = _case({"scale": NEARLY_HUGE, **options}, rows, seqlens, 0)
+            yield f"attention nearly huge {which} {case}", _attention(case, num_sm, change=_nearly_huge(*which))
+    for kind in "waves", "level":
+        for options, rows, seqlens, num_sm in (
+            ({"num_splits": 1}, 8, (1300,) * 4, 4),
+            ({}, 32, (300,) * 16, 2),
+            ({}, 8, (640,) * 4, 20),
+            ({"split_size": 256}, 32, (300,) * 16, 3),
+        ):
+            case = dataclasses.replace(_case(options, rows, seqlens, 0), heads=(rows, 1), scale=NEARLY_HUGE)
+            yield f"attention few nearly huge {kind} {case}", _attention(case, num_sm, change=_few_nearly_huge(kind))
+    # Rows that have not yet seen a key, beside huge maxima.
+    for options, rows, heads, queries, seqlens, num_sm in (
+        ({"causal": True, "num_splits": 1}, 8, (1, 1), 8, (195, 40, 227), 3),
+        ({"window": (50, 0)}, 32, (1, 1), 32, (161, 165, 170), 1),
+        ({"window": (50, 0)}, 8, (1, 1), 8, (640, 161, 165, 170), 20),
+        ({"window": (90, 0), "split_size": 64}, 32, (20, 1), 4, (161, 225), 2),
+    ):
+        case = dataclasses.replace(_case(options, rows, seqlens, 0), heads=heads, seqlens_q=queries, scale=NEARLY_HUGE)
+        yield f"attention nearly huge beside none {case}", _attention(case, num_sm, change=_nearly_huge(0, 1, "waves"))
 
 
 def _plan(seed: int) -> Callable[[], None]:
@@ -1245,15 +1323,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         # With this seed the second sequence has a leftpad of 0.
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
-    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
-        for options, rows, seqlens, num_sm in (
-            ({"num_splits": 1}, 8, (1300, 900), 2),
-            ({"queries": 2, "causal": True}, 32, (700, 900), 2),
-            ({}, 8, (1000, 900), 10),
-            ({"split_size": 256}, 32, (900, 1100), 3),
-        ):
-            case = _case({"scale": NEARLY_HUGE, **options}, rows, seqlens, 0)
-            out.append((f"attention nearly huge {which} {case}", _attention(case, num_sm, change=_nearly_huge(*which))))
+    out += _huge()
     out += [*_many_rows(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
