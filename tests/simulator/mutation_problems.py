@@ -104,8 +104,8 @@ NEARLY_HUGE = 709.7822475235729
 def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]], None]:
     """Changes inputs: scores of every `step`th head lie around the boundary of huge ones.
 
-    They rise and fall in waves, or reach the boundary and do not pass it, or pass it in few keys, beside which the many
-    others still count.
+    They rise and fall in waves, or reach the boundary, maybe not early, and do not pass it, or pass it in few keys,
+    beside which the many others still count.
 
     Positive ones become huge where they rise, negative ones, in every other row of the cache, where they fall, by steps
     of about 1 in log2 units. The other heads have scores far from the boundary.
@@ -119,6 +119,8 @@ def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]],
             steps = np.rint(-16 * np.cos(np.arange(slots) / 60)) + noise.integers(-3, 4, slots)
         elif kind == "level":
             steps = np.minimum(noise.integers(-60, 9, slots), 3)
+        elif kind == "late":
+            steps = np.minimum(noise.integers(-60, 9, slots), 3) - 60 * (np.arange(slots) < 140)
         else:
             steps = np.where(np.arange(slots) % 211 == 200, noise.integers(4, 8, slots), noise.integers(-7, -4, slots))
         q[...] = 0
@@ -150,6 +152,17 @@ def _few_nearly_huge(kind: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _grow(first: int) -> Callable[[dict[str, Any]], None]:
+    """Changes inputs: keys from this slot on are larger, and every eighth query, whose maxima move there."""
+
+    def change(inputs: dict[str, Any]) -> None:
+        inputs["q"][..., ::8, :, :] *= np.array(8, inputs["q"].dtype)
+        keys = inputs["k_cache"][:, first:]
+        keys[np.isfinite(keys.astype(np.float32))] *= np.array(4, keys.dtype)
+
+    return change
+
+
 def _has_cluster(mutant: Mutant) -> bool:
     return mutant.cluster > 1
 
@@ -164,8 +177,97 @@ def _has_two_buffers(mutant: Mutant) -> bool:
     return mutant.kernel == "decode" and mutant.cluster <= 1 and mutant.threads == 256
 
 
+def _has_64_rows(mutant: Mutant) -> bool:
+    """The variant of extend_wgmma.cu of one warpgroup that multiplies; those of 128 rows have two."""
+    return mutant.kernel == "extend_wgmma" and mutant.threads == 256
+
+
+def _edge(mutant: Mutant) -> tuple[int, int]:
+    """Where extend_wgmma.cu makes a comparison that it makes for every key of a lane and each of its two rows.
+
+    Which tile: 0 for an item's first one, 1 for others, 2 for those that are scored again. Which of its comparisons.
+    """
+    return divmod(mutant.copy, 32 if _has_64_rows(mutant) else 64)
+
+
 SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
 EQUIVALENT = (
+    Equivalent(
+        "a window of any row begins less than a tile behind the segment's first key: in its first tile",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        kernel="extend_wgmma",
+        variants=lambda mutant: _edge(mutant)[0] > 0,
+    ),
+    Equivalent(
+        "the window of row r begins at most r keys behind the segment's first key: of the last 8 keys of a tile, which "
+        "has as many keys as the block has rows, none is the first one of a row of the first half of a warp's",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        kernel="extend_wgmma",
+        variants=lambda mutant: _edge(mutant)[1] in ((14, 15) if _has_64_rows(mutant) else (30, 31)),
+    ),
+    Equivalent(
+        "with a tree mask there is no window: what rows see begins with the first key",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        context=r"or\.b32 .*\nsetp\.eq\.s32 .*, 0\nselp\.f32 ",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "a block has more threads than a tile has keys: one pass",
+        file=r"extend_wgmma\.cu",
+        source=r"row < kTileKeys; row \+= kThreads",
+        kind="lt -> le",
+        instruction=r", -(64|128)$",
+    ),
+    Equivalent(
+        "one warpgroup has all rows: none lets tiles pass",
+        unreached=True,
+        call=r"block\.ring\.(full|empty)\[place\.slot\]",
+        variants=_has_64_rows,
+    ),
+    Equivalent(
+        "one warpgroup has all rows, fewer than lie together: the place of the group is 0",
+        file=r"(swizzle|rows_tiles)\.cuh",
+        kind="add -> sub",
+        operands=r"(^|\n)and\.b32 %r\d+, %r\d+, -8192$",
+        variants=_has_64_rows,
+    ),
+    Equivalent(
+        "a tile is scored again: its scores are waited for with all that is under way",
+        file=r"wgmma\.cuh",
+        source=r"wgmma\.wait_group",
+        kind="drop a wait|wait for one group less",
+        context=r"selp\.u32 .*\nsetp\.eq\.s32 .*\n@%p\d+ bra .*\n(mov\.u32 .*\n)?wgmma\.wait_group\S* 0$",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "before maxima move the scores are waited for with all that is under way",
+        file=r"wgmma\.cuh",
+        source=r"wgmma\.wait_group",
+        kind="drop a wait|wait for one group less",
+        context=r"\nor\.pred .*\nwgmma\.wait_group\S* 0$",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "a cache without a page table: it is not asked where that decides whether a key is there",
+        file=r"paging\.cuh",
+        source=r"page_indptr && !cache\.page_table",
+        call=r"place\.enter\(p\.cache, s\.sequence\)",
+        unreached=True,
+    ),
+    Equivalent(
+        "with split_size no block waits for others: the last one merges",
+        file=r"memory\.cuh",
+        kind="drop an atomic",
+        operands=r"(^|\n)add\.s64 %rd\d+, %rd\d+, 12\n",
+        kernel="extend.*",
+        unreached=True,
+    ),
     Equivalent(
         "parameters are fetched ahead of their use: what they are decides about a sleep of no time alone",
         file=r"stream\.cuh",
@@ -181,7 +283,8 @@ EQUIVALENT = (
     Equivalent(
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
-        context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
+        context=r"(shr\.s(32|64) (%\w+), %\w+, (31|63)\nshr\.u\2 (%\w+), \3, \d+|shr\.u(32|64) (%\w+), %\w+, (31|63))\n"
+        r"(.*\n)?add\.s\d+ %\w+, %\w+, (\5|\7)$",
         file=r"(decode|plan|merge)\.cu"
         r"|(ptx/\w+|scan|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh"
         r"|(rows_tiles|rows_together|rows_queries)\.cuh",
@@ -1180,6 +1283,7 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                 )  # fmt: skip
                 yield from _named(case, (3, 8, 2)[n], family)
         yield from _more_many_rows(family)
+        yield from _everything(family)
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
         for n, seqlens in enumerate(((70, 33), (900,))):
@@ -1203,7 +1307,7 @@ def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arra
         (split, {"seqlens": (900, 700), "seqlens_q": 4, "split_size": 256}),
         (wide, {"seqlens": (500, 500), "seqlens_q": 9}),
     )
-    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"):
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (0, 1, "level"), (0, 1, "late"), (3, 8, "waves"):
         for case, options in huge:
             if family is extend or case is not wide:
                 case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
@@ -1248,6 +1352,60 @@ def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arra
     ):
         if family is extend or case is not wide:
             yield from _named(dataclasses.replace(case, **options), num_sm, family)
+
+
+def _everything(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu or extend_wgmma.cu: sequences of which everything differs, masks that end everywhere."""
+    base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64), causal=True)
+    tree = dataclasses.replace(base, heads=(2, 1), tree="bool", causal=False)
+    split = dataclasses.replace(base, heads=(20, 1), split_size=64)
+    paged: dict[str, Any] = {"batch_idx": True, "page_size": 16}
+    merged: dict[str, Any] = {**paged, "leftpad": True, "unowned": (3, 2), "sinks": True, "merge": "in place"}
+    negative: dict[str, Any] = {**paged, "csr": True, "negative_pages": True}
+    for case, queries in (
+        (dataclasses.replace(base, heads=(4, 2)), (35, 0, 17, 1, 70, 33, 35)),
+        (tree, (33, 0, 20, 1, 70, 40, 35)),
+        (split, (4, 0, 1, 3, 7, 2, 4)),
+    ):
+        for seqlens, num_sm in ((70, 20, 30, 300, 90, 5, 150), 1), ((20, 700, 30, 300), 5):
+            n = len(seqlens)
+            options = {**merged, "seqlens_q": queries[n - 1 :: -1], "new": (70, 0, 3, 30, 0, 70, 9)[:n]}
+            yield from _named(dataclasses.replace(case, seqlens=seqlens, **options), num_sm, family)
+    for case, num_sm, options in (
+        (base, 1, {"seqlens": (140, 20, 133, 150, 47, 170), "seqlens_q": (35, 17, 35, 2, 33, 20), **negative}),
+        (tree, 1, {"seqlens": (140, 20, 133, 150, 47, 170), "seqlens_q": (40, 17, 33, 2, 33, 20), **negative}),
+        (split, 1, {"seqlens": (40, 20, 33, 150, 47, 170), "seqlens_q": (5, 3, 4, 6, 2, 1), **negative}),
+        (split, 1, {"seqlens": (140, 133, 150, 170), "seqlens_q": (5, 3, 4, 6), "split_size": 256, **negative}),
+        # Parts that are merged, with others, of a batch whose sequences have the same number of queries.
+        (base, 5, {"seqlens": (20, 700), "seqlens_q": 35, "merge": True}),
+        (tree, 5, {"seqlens": (50, 700), "seqlens_q": 40, "merge": True}),
+        (split, 5, {"seqlens": (20, 700), "seqlens_q": 3, "merge": True}),
+        # Row blocks of which some see a tile less than the last one.
+        (base, 1, {"seqlens": (300, 288, 200, 350), "seqlens_q": (128, 96, 0, 70)}),
+        (tree, 1, {"seqlens": (300, 260, 200, 350), "seqlens_q": (256, 192, 0, 130)}),
+        (split, 1, {"seqlens": (70, 201, 198, 80, 150), "seqlens_q": (13, 13, 10, 0, 1)}),
+        (split, 2, {"seqlens": (384,), "seqlens_q": 2}),  # four parts
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, family)
+    # What rows see begins, and ends, at every place of an item's first tile, of another one, of one whose maxima move.
+    first, later = range(131, 10, -8), range(264, 135, -8)
+    rows = dataclasses.replace(base, heads=(1, 1))
+    narrow = dataclasses.replace(rows, causal=False, window=(3, 2))
+    tails = [8 * n + k for n in range(16) for k in (1, 2)]
+    for case, seqlens, queries, grows in (
+        (narrow, first, 128, 0),
+        (rows, later, 128, 0),
+        (rows, later, 128, 128),
+        (dataclasses.replace(narrow, split_size=64), first[8:], 64, 0),
+        (dataclasses.replace(rows, split_size=256), range(136, 71, -8), 64, 0),
+        (dataclasses.replace(rows, split_size=256), range(136, 71, -8), 64, 64),
+        (tree, tails, tuple(min(33, n) for n in tails), 0),
+        (tree, [128 + n for n in tails], 33, 0),
+        (tree, [128 + n for n in tails], 33, 128),
+    ):
+        case = dataclasses.replace(case, seqlens=tuple(seqlens), seqlens_q=queries)
+        problem = _attention(case, 1, family=family, change=_grow(grows) if grows else None)
+        yield f"{family.NAME} edges {'growing ' * (grows > 0)}{case}", problem
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -1299,6 +1457,52 @@ def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             case, kind = dataclasses.replace(case, scale=NEARLY_HUGE, **options), (0, 1, "waves")
             problem = _attention(case, 2, family=family, change=_nearly_huge(*kind))
             yield f"{family.NAME} nearly huge {case}", problem
+        yield from _everything_latent(family, few, many)
+
+
+def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of mla.cu or mla_wgmma.cu: sequences of which everything differs, masks that end everywhere."""
+    paged: dict[str, Any] = {"batch_idx": True, "page_size": 16, "causal": True}
+    merged: dict[str, Any] = {**paged, "leftpad": True, "unowned": (3, 2), "sinks": True, "merge": "in place"}
+    negative: dict[str, Any] = {**paged, "csr": True, "negative_pages": True}
+    short, more = (70, 20, 30, 150, 90, 5, 64), (20, 400, 30, 130)
+    for case, num_sm, options in (
+        (few, 1, {"seqlens": short, "seqlens_q": (2, 0, 1, 3, 1, 0, 4), "new": (9, 0, 3, 30, 0, 5, 1), **merged}),
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, "heads": (12, 1)}),
+        (many, 1, {"seqlens": short[:4], "seqlens_q": (2, 0, 1, 3), "new": (9, 0, 3, 30), **merged}),
+        (many, 5, {"seqlens": more[:3], "seqlens_q": (1, 2, 1), "new": (0, 70, 3), **merged, "merge": False}),
+        (few, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), **negative}),
+        (many, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), "heads": (32, 1), **negative}),
+        # Parts that are merged, with others, of a batch whose sequences have the same number of queries.
+        (few, 5, {"seqlens": (20, 700), "merge": True}),
+        # Row blocks of which some see a tile less than the last one.
+        (few, 1, {"seqlens": (70, 201, 198), "seqlens_q": (7, 6, 0), "causal": True, "heads": (8, 1)}),
+        (many, 1, {"seqlens": (70, 201, 198), "seqlens_q": (13, 10, 0), "causal": True, "heads": (16, 1)}),
+        # Items of every number of parts.
+        (few, 27, {"seqlens": tuple(64 * n for n in range(2, 8))}),
+        (few, 38, {"seqlens": tuple(64 * n for n in range(8, 12))}),
+        (many, 16, {"seqlens": tuple(64 * n for n in (2, 3, 5, 6))}),
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, family)
+    for kind in "waves", "level", "late":
+        for case, seqlens, change in (
+            (few, (300,) * 8, _few_nearly_huge(kind)),
+            (few, (300, 200), _nearly_huge(0, 1, kind)),
+            (many, (300, 200), _nearly_huge(0, 1, kind)),
+        ):
+            case = dataclasses.replace(case, seqlens=seqlens, scale=NEARLY_HUGE)
+            yield f"{family.NAME} nearly huge {kind} {case}", _attention(case, 2, family=family, change=change)
+    # What rows see begins, and ends, at every place of a tile.
+    for options, seqlens, queries, grows in (
+        ({"window": (3, 2)}, range(67, 10, -8), 64, 0),
+        ({"window": (3, 2)}, range(67, 10, -8), 16, 0),
+        ({"causal": True}, range(136, 71, -8), 64, 0),
+        ({"causal": True}, range(136, 71, -8), 16, 0),
+        ({"causal": True}, range(136, 71, -8), 64, 64),
+    ):
+        case = dataclasses.replace(few, heads=(1, 1), seqlens=tuple(seqlens), seqlens_q=queries, **options)
+        problem = _attention(case, 1, family=family, change=_grow(grows) if grows else None)
+        yield f"{family.NAME} edges {'growing ' * (grows > 0)}{case}", problem
 
 
 def _named(case: Case, num_sm: int, family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
