@@ -254,6 +254,26 @@ EQUIVALENT = (
         kernel="extend_wgmma",
     ),
     Equivalent(
+        "a sink of -inf that is added where no key is seen: the LSE is -inf and the output 0 with it and without",
+        file=r"combine\.cuh",
+        source=r"sink > -infinity\(\) \?",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "rows of whole pieces of 32 vectors: no lane has a vector behind them",
+        file=r"rows_together\.cuh",
+        source=r"vector < kVectors, from",
+        kind="lt -> le",
+        instruction=r", 128$",
+    ),
+    Equivalent(
+        "four rows at once have four parts at most: one pass, which begins with part 0",
+        file=r"combine\.cuh",
+        source=r"number = exists \? parts\.count - begin",
+        call=r"merge_parts<4>",
+        kind="sub -> add",
+    ),
+    Equivalent(
         "a cache without a page table: it is not asked where that decides whether a key is there",
         file=r"paging\.cuh",
         source=r"page_indptr && !cache\.page_table",
@@ -682,10 +702,11 @@ EQUIVALENT = (
         kernel="decode|extend.*|mla.*",
     ),
     Equivalent(
-        "a variant of 8 rows has one row block, whose place is 0: what is asked of other places makes 0 of it, too",
+        "a variant of 8 rows, or of mla.cu of 16, has one row block, whose place is 0: what is asked of other places "
+        "makes 0 of it, too",
         file="schedule.cuh",
         source=r"place == 0\) return 0|row_blocks = \(num_rows - 1\)|row_blocks - 1 - place",
-        variants=_has_8_rows,
+        variants=lambda mutant: _has_8_rows(mutant) or (mutant.kernel == "mla" and mutant.threads == 128),
     ),
     Equivalent(
         "without a mask, what a row block sees is all keys also where the mask is asked",
@@ -1465,6 +1486,7 @@ def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tu
     paged: dict[str, Any] = {"batch_idx": True, "page_size": 16, "causal": True}
     merged: dict[str, Any] = {**paged, "leftpad": True, "unowned": (3, 2), "sinks": True, "merge": "in place"}
     negative: dict[str, Any] = {**paged, "csr": True, "negative_pages": True}
+    four = {"heads": (4, 1)}
     short, more = (70, 20, 30, 150, 90, 5, 64), (20, 400, 30, 130)
     for case, num_sm, options in (
         (few, 1, {"seqlens": short, "seqlens_q": (2, 0, 1, 3, 1, 0, 4), "new": (9, 0, 3, 30, 0, 5, 1), **merged}),
@@ -1473,6 +1495,18 @@ def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tu
         (many, 5, {"seqlens": more[:3], "seqlens_q": (1, 2, 1), "new": (0, 70, 3), **merged, "merge": False}),
         (few, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), **negative}),
         (many, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), "heads": (32, 1), **negative}),
+        # The same of 16 rows and fewer.
+        (
+            few,
+            1,
+            {"seqlens": short, "seqlens_q": (2, 0, 1, 3, 1, 0, 4), "new": (9, 0, 3, 30, 0, 5, 1), **merged, **four},
+        ),
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, **four}),
+        (few, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (4, 3, 4, 2), **negative, **four}),
+        (few, 2, {"seqlens": (70, 20, 150, 130), "seqlens_q": 4, "window": (40, 2), **four}),
+        *((few, 3, {"seqlens": (192,), "heads": (heads, 1)}) for heads in (5, 6, 7)),
+        # The same of parts that their blocks merge together.
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, "merge": False}),
         # Parts that are merged, with others, of a batch whose sequences have the same number of queries.
         (few, 5, {"seqlens": (20, 700), "merge": True}),
         # Row blocks of which some see a tile less than the last one.
@@ -1489,6 +1523,7 @@ def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tu
             (few, (300,) * 8, _few_nearly_huge(kind)),
             (few, (300, 200), _nearly_huge(0, 1, kind)),
             (many, (300, 200), _nearly_huge(0, 1, kind)),
+            (many, (300,) * 8, _few_nearly_huge(kind)),
         ):
             case = dataclasses.replace(case, seqlens=seqlens, scale=NEARLY_HUGE)
             yield f"{family.NAME} nearly huge {kind} {case}", _attention(case, 2, family=family, change=change)
