@@ -433,6 +433,13 @@ EQUIVALENT = (
         kind="ge -> gt",
     ),
     Equivalent(
+        "all splits that exist count as before, those that do not add zeros",
+        file="combine.cuh",
+        source=r"is_next = begin \+ i < parts\.count",
+        kind="add -> sub",
+        kernel="extend.*",
+    ),
+    Equivalent(
         "four rows at once are merged in one pass, before which all is 0",
         file="combine.cuh",
         source=r"r \* kWide \+ i\)",
