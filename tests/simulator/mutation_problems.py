@@ -104,8 +104,8 @@ NEARLY_HUGE = 709.7822475235729
 def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]], None]:
     """Changes inputs: scores of every `step`th head lie around the boundary of huge ones.
 
-    They rise and fall in waves, or reach the boundary and do not pass it, or pass it in few keys, beside which the many
-    others still count.
+    They rise and fall in waves, or reach the boundary, maybe not early, and do not pass it, or pass it in few keys,
+    beside which the many others still count.
 
     Positive ones become huge where they rise, negative ones, in every other row of the cache, where they fall, by steps
     of about 1 in log2 units. The other heads have scores far from the boundary.
@@ -119,6 +119,8 @@ def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]],
             steps = np.rint(-16 * np.cos(np.arange(slots) / 60)) + noise.integers(-3, 4, slots)
         elif kind == "level":
             steps = np.minimum(noise.integers(-60, 9, slots), 3)
+        elif kind == "late":
+            steps = np.minimum(noise.integers(-60, 9, slots), 3) - 60 * (np.arange(slots) < 140)
         else:
             steps = np.where(np.arange(slots) % 211 == 200, noise.integers(4, 8, slots), noise.integers(-7, -4, slots))
         q[...] = 0
@@ -133,22 +135,159 @@ def _nearly_huge(first: int, step: int, kind: str) -> Callable[[dict[str, Any]],
     return change
 
 
+def _few_nearly_huge(kind: str) -> Callable[[dict[str, Any]], None]:
+    """The same of four heads of a sequence, those of one parity among eight, which lanes of a warp share.
+
+    Scores of all other heads are far from the boundary. Two sequences each, of scores above and below 0, have the same.
+    """
+
+    def change(inputs: dict[str, Any]) -> None:
+        _nearly_huge(0, 1, kind)(inputs)
+        for b, q in enumerate(inputs["q"]):
+            first = b // 4 * 8 + b // 2 % 2
+            far = np.ones(q.shape[1], bool)
+            far[first : first + 8 : 2] = False
+            q[:, far, 0] = 8
+
+    return change
+
+
+def _grow(first: int) -> Callable[[dict[str, Any]], None]:
+    """Changes inputs: keys from this slot on are larger, and every eighth query, whose maxima move there."""
+
+    def change(inputs: dict[str, Any]) -> None:
+        inputs["q"][..., ::8, :, :] *= np.array(8, inputs["q"].dtype)
+        keys = inputs["k_cache"][:, first:]
+        keys[np.isfinite(keys.astype(np.float32))] *= np.array(4, keys.dtype)
+
+    return change
+
+
 def _has_cluster(mutant: Mutant) -> bool:
     return mutant.cluster > 1
 
 
 def _has_8_rows(mutant: Mutant) -> bool:
-    """The variants of 8 warps and of clusters; that of many items has 4 warps, 32 rows and no cluster."""
-    return mutant.cluster > 1 or mutant.threads == 256
+    """The variants of decode.cu of 8 warps and of clusters; that of many items has 4 warps, 32 rows, no cluster."""
+    return mutant.kernel == "decode" and (mutant.cluster > 1 or mutant.threads == 256)
 
 
 def _has_two_buffers(mutant: Mutant) -> bool:
     """The variant of 8 warps fetches the next item's queries while it reads an item."""
-    return mutant.cluster <= 1 and mutant.threads == 256
+    return mutant.kernel == "decode" and mutant.cluster <= 1 and mutant.threads == 256
+
+
+def _has_64_rows(mutant: Mutant) -> bool:
+    """The variant of extend_wgmma.cu of one warpgroup that multiplies; those of 128 rows have two."""
+    return mutant.kernel == "extend_wgmma" and mutant.threads == 256
+
+
+def _edge(mutant: Mutant) -> tuple[int, int]:
+    """Where extend_wgmma.cu makes a comparison that it makes for every key of a lane and each of its two rows.
+
+    Which tile: 0 for an item's first one, 1 for others, 2 for those that are scored again. Which of its comparisons.
+    """
+    return divmod(mutant.copy, 32 if _has_64_rows(mutant) else 64)
 
 
 SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
 EQUIVALENT = (
+    Equivalent(
+        "a window of any row begins less than a tile behind the segment's first key: in its first tile",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        kernel="extend_wgmma",
+        variants=lambda mutant: _edge(mutant)[0] > 0,
+    ),
+    Equivalent(
+        "the window of row r begins at most r keys behind the segment's first key: of the last 8 keys of a tile, which "
+        "has as many keys as the block has rows, none is the first one of a row of the first half of a warp's",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        kernel="extend_wgmma",
+        variants=lambda mutant: _edge(mutant)[1] in ((14, 15) if _has_64_rows(mutant) else (30, 31)),
+    ),
+    Equivalent(
+        "with a tree mask there is no window: what rows see begins with the first key",
+        file=r"rows_softmax\.cuh",
+        source=r"key < begin \|\|",
+        kind="gt -> ge",
+        context=r"or\.b32 .*\nsetp\.eq\.s32 .*, 0\nselp\.f32 ",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "a block has more threads than a tile has keys: one pass",
+        file=r"extend_wgmma\.cu",
+        source=r"row < kTileKeys; row \+= kThreads",
+        kind="lt -> le",
+        instruction=r", -(64|128)$",
+    ),
+    Equivalent(
+        "one warpgroup has all rows: none lets tiles pass",
+        unreached=True,
+        call=r"block\.ring\.(full|empty)\[place\.slot\]",
+        variants=_has_64_rows,
+    ),
+    Equivalent(
+        "one warpgroup has all rows, fewer than lie together: the place of the group is 0",
+        file=r"(swizzle|rows_tiles)\.cuh",
+        kind="add -> sub",
+        operands=r"(^|\n)and\.b32 %r\d+, %r\d+, -8192$",
+        variants=_has_64_rows,
+    ),
+    Equivalent(
+        "a tile is scored again: its scores are waited for with all that is under way",
+        file=r"wgmma\.cuh",
+        source=r"wgmma\.wait_group",
+        kind="drop a wait|wait for one group less",
+        context=r"selp\.u32 .*\nsetp\.eq\.s32 .*\n@%p\d+ bra .*\n(mov\.u32 .*\n)?wgmma\.wait_group\S* 0$",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "before maxima move the scores are waited for with all that is under way",
+        file=r"wgmma\.cuh",
+        source=r"wgmma\.wait_group",
+        kind="drop a wait|wait for one group less",
+        context=r"\nor\.pred .*\nwgmma\.wait_group\S* 0$",
+        kernel="extend_wgmma",
+    ),
+    Equivalent(
+        "a sink of -inf that is added where no key is seen: the LSE is -inf and the output 0 with it and without",
+        file=r"combine\.cuh",
+        source=r"sink > -infinity\(\) \?",
+        kind="gt -> ge",
+    ),
+    Equivalent(
+        "rows of whole pieces of 32 vectors: no lane has a vector behind them",
+        file=r"rows_together\.cuh",
+        source=r"vector < kVectors, from",
+        kind="lt -> le",
+        instruction=r", 128$",
+    ),
+    Equivalent(
+        "four rows at once have four parts at most: one pass, which begins with part 0",
+        file=r"combine\.cuh",
+        source=r"number = exists \? parts\.count - begin",
+        call=r"merge_parts<4>",
+        kind="sub -> add",
+    ),
+    Equivalent(
+        "a cache without a page table: it is not asked where that decides whether a key is there",
+        file=r"paging\.cuh",
+        source=r"page_indptr && !cache\.page_table",
+        call=r"place\.enter\(p\.cache, s\.sequence\)",
+        unreached=True,
+    ),
+    Equivalent(
+        "with split_size no block waits for others: the last one merges",
+        file=r"memory\.cuh",
+        kind="drop an atomic",
+        operands=r"(^|\n)add\.s64 %rd\d+, %rd\d+, 12\n",
+        kernel="extend.*",
+        unreached=True,
+    ),
     Equivalent(
         "parameters are fetched ahead of their use: what they are decides about a sleep of no time alone",
         file=r"stream\.cuh",
@@ -164,7 +303,8 @@ EQUIVALENT = (
     Equivalent(
         "the term that rounds a signed quotient towards zero is 0, since no dividend here is negative",
         kind="add -> sub",
-        context=r"shr\.u(32|64) (%\w+), %\w+, \d+\n(.*\n)?add\.s\1 %\w+, %\w+, \2$",
+        context=r"(shr\.s(32|64) (%\w+), %\w+, (31|63)\nshr\.u\2 (%\w+), \3, \d+|shr\.u(32|64) (%\w+), %\w+, (31|63))\n"
+        r"(.*\n)?add\.s\d+ %\w+, %\w+, (\5|\7)$",
         file=r"(decode|plan|merge)\.cu"
         r"|(ptx/\w+|scan|swizzle|combine|merge_warps|mma|segment|fragment|loader|queries)\.cuh"
         r"|(rows_tiles|rows_together|rows_queries)\.cuh",
@@ -291,6 +431,13 @@ EQUIVALENT = (
         file="combine.cuh",
         source=r"is_next = begin \+ i < parts\.count",
         kind="ge -> gt",
+    ),
+    Equivalent(
+        "all splits that exist count as before, those that do not add zeros",
+        file="combine.cuh",
+        source=r"is_next = begin \+ i < parts\.count",
+        kind="add -> sub",
+        kernel="extend.*",
     ),
     Equivalent(
         "four rows at once are merged in one pass, before which all is 0",
@@ -426,7 +573,7 @@ EQUIVALENT = (
         "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="ge -> gt",
+        kind="lt -> le",
         operands=r"^add\.s32 %r\d+, %r\d+, (8|16|24)\nselp",
         variants=_has_8_rows,
     ),
@@ -435,7 +582,7 @@ EQUIVALENT = (
         "an eighth e > g of a tile is its first one",
         file="softmax.cuh",
         source=r"key < begin \|\|",
-        kind="ge -> gt",
+        kind="lt -> le",
         operands=r"\nselp",
         variants=lambda mutant: not _has_8_rows(mutant) and mutant.copy % 4 > mutant.copy // 8,
     ),
@@ -484,10 +631,11 @@ EQUIVALENT = (
         instruction=r"%r\d+$",
     ),
     Equivalent(
-        "a score that equals the threshold: either maximum is right, results differ by rounding at most",
+        "a score that equals the threshold and is finite, others are huge: either maximum is right, results differ by "
+        "rounding at most",
         file="softmax.cuh",
         source=r"moves = top > threshold_",
-        kind="gt -> ge",
+        kind="gt -> ge|leu -> ltu",
     ),
     Equivalent(
         "64-bit division, whose 32-bit shortcut gives the same quotient: without it no result changes",
@@ -551,7 +699,6 @@ EQUIVALENT = (
         source=r"return place % 2",
         kind="add -> sub",
         context=r"shr\.u32 (%r\d+), %r\d+, 31\nadd\.s32 %r\d+, %r\d+, \1$",
-        kernel="plan",
     ),
     Equivalent(
         "a sequence without rows has no row block behind the first place, whether it counts as having one or none",
@@ -559,7 +706,14 @@ EQUIVALENT = (
         source=r"row_blocks = \(num_rows - 1\)",
         kind="add -> sub",
         context=r"shr\.u32 (%r\d+), %r\d+, \d+\nadd\.s32 %r\d+, %r\d+, \1$",
-        kernel="extend.*",
+        kernel="decode|extend.*|mla.*",
+    ),
+    Equivalent(
+        "a variant of 8 rows, or of mla.cu of 16, has one row block, whose place is 0: what is asked of other places "
+        "makes 0 of it, too",
+        file="schedule.cuh",
+        source=r"place == 0\) return 0|row_blocks = \(num_rows - 1\)|row_blocks - 1 - place",
+        variants=lambda mutant: _has_8_rows(mutant) or (mutant.kernel == "mla" and mutant.threads == 128),
     ),
     Equivalent(
         "without a mask, what a row block sees is all keys also where the mask is asked",
@@ -765,6 +919,9 @@ def _cases() -> Iterator[tuple[Case, int]]:
         yield _case({"num_splits": 1000}, 8, (2600,), n), n
         yield _case({"num_splits": 1000, "queries": 2, "sinks": True}, 8, (2700, 3), n), n + 1
     yield _case({"split_size": 64}, 32, tuple(64 * n - 3 for n in range(15, 36)), 0), 7
+    parts = range(2, 17)  # together as many as multiprocessors; with split_size, a block's splits are one part
+    yield _case({}, 32, (*(64 * n for n in parts), *(0,) * 130), 3), sum(parts)
+    yield _case({"split_size": 64}, 32, tuple(64 * n for n in parts), 0), 60
     # Cuts of a cluster at an item's first key.
     for k, queries in enumerate((1, 2)):
         yield _case({"window": (20, 0), "queries": queries}, 8, (640, 37, 53, 69, 38), k), 25
@@ -778,10 +935,11 @@ def _cases() -> Iterator[tuple[Case, int]]:
             yield _case(options, 8, (640, 33), k + n), 10
             yield _case({**options, "split_size": 64}, 32, (500, 0, 40), k + n), 3
     for k in range(4):
-        yield _case(NEGATIVE, 8, SHORT[:5], k, num_splits=1000), 20
-        yield _case(NEGATIVE, 8, (640, *SHORT[:4]), k), 25
-        yield _case(NEGATIVE, 32, SHORT, k), 2
-        yield _case({**NEGATIVE, "split_size": 64, "queries": (2, 5)[k % 2]}, 32, SHORT, k), 3
+        options = {**NEGATIVE, "batch_idx": k > 1}
+        yield _case(options, 8, SHORT[:5], k, num_splits=1000), 20
+        yield _case(options, 8, (640, *SHORT[:4]), k), 25
+        yield _case(options, 32, SHORT, k), 2
+        yield _case({**options, "split_size": 64, "queries": (2, 5)[k % 2]}, 32, SHORT, k), 3
     # Items that have as many splits as there are slots for a cut, and one more.
     yield _case({"split_size": 64, "plan": "long"}, 32, (1025, 1024, 1088, 1089) * 3, 3), 4
     # Two queries among the first rows of a row block.
@@ -810,6 +968,26 @@ def _cases() -> Iterator[tuple[Case, int]]:
         yield _case({**options, "num_splits": 1000}, 8, tuple(2 * n for n in seqlens), 2 * k), len(seqlens)
         yield _case(options, 32, seqlens, k), 2 + k
         yield _case({**options, "split_size": (640, 512)[k]}, 32, seqlens, k), 2 + k
+    # Short ones: a copy enters them while the ring is filled.
+    everything |= {"unowned": (3, 2), "sinks": True, "new": (3, 0, 5, 3, 0, 5, 30)}
+    short = (40, 3, 30, 9, 70, 17, 5)
+    for k, queries in enumerate((2, 5)):
+        for options in ({}, {"split_size": 64}):
+            yield _case({**everything, **options, "queries": queries, "merge": "in place"}, 32, short, 2 * k), 1
+    for seqlens, options, num_sm in (
+        (short, {"num_splits": 1000}, 40),
+        ((640, *short[1:]), {"merge": "in place"}, 30),
+        ((640, *short[1:]), {"merge": "in place"}, 140),
+    ):
+        yield dataclasses.replace(_case({**everything, **options}, 8, seqlens, 0), heads=(16, 4)), num_sm
+    # Sequences of an odd and of an even number of row blocks, of which some see a tile less than the last one.
+    for options, heads, seqlens, queries in (
+        ({}, (4, 1), (48, 312, 296, 80, 150), (32, 32, 24, 0, 5)),
+        ({"split_size": 64}, (20, 1), (34, 293, 290, 80, 150), (7, 7, 6, 0, 1)),
+    ):
+        case = dataclasses.replace(_case(options, 32, seqlens, 0), heads=heads, seqlens_q=queries)
+        yield dataclasses.replace(case, causal=True), 1
+        yield dataclasses.replace(case, window=(60, 3), leftpad=True), 1
     # Row blocks that see as many keys as tiles have, or one more.
     for k, options in enumerate(({"causal": True}, {"window": (90, 1)}, {"causal": True, "split_size": 64})):
         yield _case({**options, "queries": 5}, 32, tuple(range(124, 140)), 1), 4 + k
@@ -855,6 +1033,37 @@ def _cases() -> Iterator[tuple[Case, int]]:
     for k, options in enumerate(SPLITS):
         for n, seqlens in enumerate(((1,), (1300,), (640, 64, 63, 0, 65), (300, 2600), MANY)):
             yield _case(options, 32, seqlens, k + n), (1, 3, 7)[(k + n) % 3]
+
+
+def _huge() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of decode.cu with maxima that are huge, or just are not."""
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (0, 1, "level"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
+        for options, rows, seqlens, num_sm in (
+            ({"num_splits": 1}, 8, (1300, 900), 2),
+            ({"queries": 2, "causal": True}, 32, (700, 900), 2),
+            ({}, 8, (1000, 900), 10),
+            ({"split_size": 256}, 32, (900, 1100), 3),
+        ):
+            case = _case({"scale": NEARLY_HUGE, **options}, rows, seqlens, 0)
+            yield f"attention nearly huge {which} {case}", _attention(case, num_sm, change=_nearly_huge(*which))
+    for kind in "waves", "level":
+        for options, rows, seqlens, num_sm in (
+            ({"num_splits": 1}, 8, (1300,) * 4, 4),
+            ({}, 32, (300,) * 16, 2),
+            ({}, 8, (640,) * 4, 20),
+            ({"split_size": 256}, 32, (300,) * 16, 3),
+        ):
+            case = dataclasses.replace(_case(options, rows, seqlens, 0), heads=(rows, 1), scale=NEARLY_HUGE)
+            yield f"attention few nearly huge {kind} {case}", _attention(case, num_sm, change=_few_nearly_huge(kind))
+    # Rows that have not yet seen a key, beside huge maxima.
+    for options, rows, heads, queries, seqlens, num_sm in (
+        ({"causal": True, "num_splits": 1}, 8, (1, 1), 8, (195, 40, 227), 3),
+        ({"window": (50, 0)}, 32, (1, 1), 32, (161, 165, 170), 1),
+        ({"window": (50, 0)}, 8, (1, 1), 8, (640, 161, 165, 170), 20),
+        ({"window": (90, 0), "split_size": 64}, 32, (20, 1), 4, (161, 225), 2),
+    ):
+        case = dataclasses.replace(_case(options, rows, seqlens, 0), heads=heads, seqlens_q=queries, scale=NEARLY_HUGE)
+        yield f"attention nearly huge beside none {case}", _attention(case, num_sm, change=_nearly_huge(0, 1, "waves"))
 
 
 def _plan(seed: int) -> Callable[[], None]:
@@ -1102,6 +1311,7 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
                 )  # fmt: skip
                 yield from _named(case, (3, 8, 2)[n], family)
         yield from _more_many_rows(family)
+        yield from _everything(family)
     # Warps that share rows and divide columns.
     for k, options in enumerate(MANY_ROWS):
         for n, seqlens in enumerate(((70, 33), (900,))):
@@ -1125,7 +1335,7 @@ def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arra
         (split, {"seqlens": (900, 700), "seqlens_q": 4, "split_size": 256}),
         (wide, {"seqlens": (500, 500), "seqlens_q": 9}),
     )
-    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"):
+    for which in (0, 1, "waves"), (0, 1, "spikes"), (0, 1, "level"), (0, 1, "late"), (3, 8, "waves"):
         for case, options in huge:
             if family is extend or case is not wide:
                 case = dataclasses.replace(case, scale=NEARLY_HUGE, **options)
@@ -1170,6 +1380,60 @@ def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arra
     ):
         if family is extend or case is not wide:
             yield from _named(dataclasses.replace(case, **options), num_sm, family)
+
+
+def _everything(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu or extend_wgmma.cu: sequences of which everything differs, masks that end everywhere."""
+    base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64), causal=True)
+    tree = dataclasses.replace(base, heads=(2, 1), tree="bool", causal=False)
+    split = dataclasses.replace(base, heads=(20, 1), split_size=64)
+    paged: dict[str, Any] = {"batch_idx": True, "page_size": 16}
+    merged: dict[str, Any] = {**paged, "leftpad": True, "unowned": (3, 2), "sinks": True, "merge": "in place"}
+    negative: dict[str, Any] = {**paged, "csr": True, "negative_pages": True}
+    for case, queries in (
+        (dataclasses.replace(base, heads=(4, 2)), (35, 0, 17, 1, 70, 33, 35)),
+        (tree, (33, 0, 20, 1, 70, 40, 35)),
+        (split, (4, 0, 1, 3, 7, 2, 4)),
+    ):
+        for seqlens, num_sm in ((70, 20, 30, 300, 90, 5, 150), 1), ((20, 700, 30, 300), 5):
+            n = len(seqlens)
+            options = {**merged, "seqlens_q": queries[n - 1 :: -1], "new": (70, 0, 3, 30, 0, 70, 9)[:n]}
+            yield from _named(dataclasses.replace(case, seqlens=seqlens, **options), num_sm, family)
+    for case, num_sm, options in (
+        (base, 1, {"seqlens": (140, 20, 133, 150, 47, 170), "seqlens_q": (35, 17, 35, 2, 33, 20), **negative}),
+        (tree, 1, {"seqlens": (140, 20, 133, 150, 47, 170), "seqlens_q": (40, 17, 33, 2, 33, 20), **negative}),
+        (split, 1, {"seqlens": (40, 20, 33, 150, 47, 170), "seqlens_q": (5, 3, 4, 6, 2, 1), **negative}),
+        (split, 1, {"seqlens": (140, 133, 150, 170), "seqlens_q": (5, 3, 4, 6), "split_size": 256, **negative}),
+        # Parts that are merged, with others, of a batch whose sequences have the same number of queries.
+        (base, 5, {"seqlens": (20, 700), "seqlens_q": 35, "merge": True}),
+        (tree, 5, {"seqlens": (50, 700), "seqlens_q": 40, "merge": True}),
+        (split, 5, {"seqlens": (20, 700), "seqlens_q": 3, "merge": True}),
+        # Row blocks of which some see a tile less than the last one.
+        (base, 1, {"seqlens": (300, 288, 200, 350), "seqlens_q": (128, 96, 0, 70)}),
+        (tree, 1, {"seqlens": (300, 260, 200, 350), "seqlens_q": (256, 192, 0, 130)}),
+        (split, 1, {"seqlens": (70, 201, 198, 80, 150), "seqlens_q": (13, 13, 10, 0, 1)}),
+        (split, 2, {"seqlens": (384,), "seqlens_q": 2}),  # four parts
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, family)
+    # What rows see begins, and ends, at every place of an item's first tile, of another one, of one whose maxima move.
+    first, later = range(131, 10, -8), range(264, 135, -8)
+    rows = dataclasses.replace(base, heads=(1, 1))
+    narrow = dataclasses.replace(rows, causal=False, window=(3, 2))
+    tails = [8 * n + k for n in range(16) for k in (1, 2)]
+    for case, seqlens, queries, grows in (
+        (narrow, first, 128, 0),
+        (rows, later, 128, 0),
+        (rows, later, 128, 128),
+        (dataclasses.replace(narrow, split_size=64), first[8:], 64, 0),
+        (dataclasses.replace(rows, split_size=256), range(136, 71, -8), 64, 0),
+        (dataclasses.replace(rows, split_size=256), range(136, 71, -8), 64, 64),
+        (tree, tails, tuple(min(33, n) for n in tails), 0),
+        (tree, [128 + n for n in tails], 33, 0),
+        (tree, [128 + n for n in tails], 33, 128),
+    ):
+        case = dataclasses.replace(case, seqlens=tuple(seqlens), seqlens_q=queries)
+        problem = _attention(case, 1, family=family, change=_grow(grows) if grows else None)
+        yield f"{family.NAME} edges {'growing ' * (grows > 0)}{case}", problem
 
 
 def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -1221,6 +1485,66 @@ def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             case, kind = dataclasses.replace(case, scale=NEARLY_HUGE, **options), (0, 1, "waves")
             problem = _attention(case, 2, family=family, change=_nearly_huge(*kind))
             yield f"{family.NAME} nearly huge {case}", problem
+        yield from _everything_latent(family, few, many)
+
+
+def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of mla.cu or mla_wgmma.cu: sequences of which everything differs, masks that end everywhere."""
+    paged: dict[str, Any] = {"batch_idx": True, "page_size": 16, "causal": True}
+    merged: dict[str, Any] = {**paged, "leftpad": True, "unowned": (3, 2), "sinks": True, "merge": "in place"}
+    negative: dict[str, Any] = {**paged, "csr": True, "negative_pages": True}
+    four = {"heads": (4, 1)}
+    short, more = (70, 20, 30, 150, 90, 5, 64), (20, 400, 30, 130)
+    for case, num_sm, options in (
+        (few, 1, {"seqlens": short, "seqlens_q": (2, 0, 1, 3, 1, 0, 4), "new": (9, 0, 3, 30, 0, 5, 1), **merged}),
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, "heads": (12, 1)}),
+        (many, 1, {"seqlens": short[:4], "seqlens_q": (2, 0, 1, 3), "new": (9, 0, 3, 30), **merged}),
+        (many, 5, {"seqlens": more[:3], "seqlens_q": (1, 2, 1), "new": (0, 70, 3), **merged, "merge": False}),
+        (few, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), **negative}),
+        (many, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (5, 3, 4, 6), "heads": (32, 1), **negative}),
+        # The same of 16 rows and fewer.
+        (
+            few,
+            1,
+            {"seqlens": short, "seqlens_q": (2, 0, 1, 3, 1, 0, 4), "new": (9, 0, 3, 30, 0, 5, 1), **merged, **four},
+        ),
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, **four}),
+        (few, 1, {"seqlens": (70, 20, 33, 130), "seqlens_q": (4, 3, 4, 2), **negative, **four}),
+        (few, 2, {"seqlens": (70, 20, 150, 130), "seqlens_q": 4, "window": (40, 2), **four}),
+        *((few, 3, {"seqlens": (192,), "heads": (heads, 1)}) for heads in (5, 6, 7)),
+        # The same of parts that their blocks merge together.
+        (few, 5, {"seqlens": more, "seqlens_q": (1, 2, 0, 3), "new": (0, 70, 3, 30), **merged, "merge": False}),
+        # Parts that are merged, with others, of a batch whose sequences have the same number of queries.
+        (few, 5, {"seqlens": (20, 700), "merge": True}),
+        # Row blocks of which some see a tile less than the last one.
+        (few, 1, {"seqlens": (70, 201, 198), "seqlens_q": (7, 6, 0), "causal": True, "heads": (8, 1)}),
+        (many, 1, {"seqlens": (70, 201, 198), "seqlens_q": (13, 10, 0), "causal": True, "heads": (16, 1)}),
+        # Items of every number of parts.
+        (few, 27, {"seqlens": tuple(64 * n for n in range(2, 8))}),
+        (few, 38, {"seqlens": tuple(64 * n for n in range(8, 12))}),
+        (many, 16, {"seqlens": tuple(64 * n for n in (2, 3, 5, 6))}),
+    ):
+        yield from _named(dataclasses.replace(case, **options), num_sm, family)
+    for kind in "waves", "level", "late":
+        for case, seqlens, change in (
+            (few, (300,) * 8, _few_nearly_huge(kind)),
+            (few, (300, 200), _nearly_huge(0, 1, kind)),
+            (many, (300, 200), _nearly_huge(0, 1, kind)),
+            (many, (300,) * 8, _few_nearly_huge(kind)),
+        ):
+            case = dataclasses.replace(case, seqlens=seqlens, scale=NEARLY_HUGE)
+            yield f"{family.NAME} nearly huge {kind} {case}", _attention(case, 2, family=family, change=change)
+    # What rows see begins, and ends, at every place of a tile.
+    for options, seqlens, queries, grows in (
+        ({"window": (3, 2)}, range(67, 10, -8), 64, 0),
+        ({"window": (3, 2)}, range(67, 10, -8), 16, 0),
+        ({"causal": True}, range(136, 71, -8), 64, 0),
+        ({"causal": True}, range(136, 71, -8), 16, 0),
+        ({"causal": True}, range(136, 71, -8), 64, 64),
+    ):
+        case = dataclasses.replace(few, heads=(1, 1), seqlens=tuple(seqlens), seqlens_q=queries, **options)
+        problem = _attention(case, 1, family=family, change=_grow(grows) if grows else None)
+        yield f"{family.NAME} edges {'growing ' * (grows > 0)}{case}", problem
 
 
 def _named(case: Case, num_sm: int, family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -1245,15 +1569,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         # With this seed the second sequence has a leftpad of 0.
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
-    for which in (0, 1, "waves"), (0, 1, "spikes"), (3, 8, "waves"), (4, 8, "waves"), (3, 8, "level"):
-        for options, rows, seqlens, num_sm in (
-            ({"num_splits": 1}, 8, (1300, 900), 2),
-            ({"queries": 2, "causal": True}, 32, (700, 900), 2),
-            ({}, 8, (1000, 900), 10),
-            ({"split_size": 256}, 32, (900, 1100), 3),
-        ):
-            case = _case({"scale": NEARLY_HUGE, **options}, rows, seqlens, 0)
-            out.append((f"attention nearly huge {which} {case}", _attention(case, num_sm, change=_nearly_huge(*which))))
+    out += _huge()
     out += [*_many_rows(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
