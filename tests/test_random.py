@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,14 +13,27 @@ from conftest import BACKENDS, on
 from problems import Backend, Case, check, expected, make_inputs, transfer
 
 import cuflash
+from cuflash import simulator
 
+COPIES = ("random", "early", "late")
 SEEDS = [on(name, seed) for name in BACKENDS for seed in range(10 if name == "sim" else 60)]
+
+
+@contextlib.contextmanager
+def checked(backend: Backend, seed: int) -> Iterator[None]:
+    """On the simulator: in a random order, copies as late or as early as they may come, and with all checks."""
+    if backend.name != "sim":
+        yield
+        return
+    with simulator.record(seed=seed, cp_async=COPIES[seed % 3]):
+        yield
 
 
 @pytest.mark.parametrize(("backend", "seed"), SEEDS, indirect=["backend"])
 def test_random_problem(seed: int, backend: Backend) -> None:
     case = random_case(seed, longest=130 if backend.name == "sim" else 300)
-    check(case, make_inputs(case), backend)
+    with checked(backend, seed):
+        check(case, make_inputs(case), backend)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -59,7 +74,8 @@ def test_more_random_problems(first: int, backend: Backend) -> None:
     for seed in range(first, first + 50):
         case = random_case(seed, longest=200 if backend.name == "sim" else 1000)
         try:
-            check(case, make_inputs(case), backend)
+            with checked(backend, seed):
+                check(case, make_inputs(case), backend)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {case}") from error
 

@@ -50,6 +50,7 @@ public:
                 output_[t][n][half * 2] = fold(o.x, part.x), output_[t][n][half * 2 + 1] = fold(o.y, part.y);
             });
         });
+        if constexpr (kExchanges) __syncwarp();  // a lane may store where its neighbour has read
     }
 
     __device__ __forceinline__ void answer() const {
