@@ -315,8 +315,8 @@ def _import_cuda(name: str, x: Any) -> NativeArray:
         except ImportError as error:
             raise ImportError(f"{name} lives on a GPU, which needs CuPy: see python -m cuflash info") from error
     try:
-        # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream (not yet run on a
-        # GPU by this project's tests). Its DLPack knows bfloat16 but not float8, which comes as uint8.
+        # CuPy hands its current stream to x.__dlpack__, which makes it wait for the producer's stream. Its DLPack
+        # knows bfloat16 but not float8, which comes as uint8.
         array = cupy.from_dlpack(x if float8_name(x) is None else AsBytes(x))
     except BufferError as error:
         raise ValueError(f"{name} cannot be shared: {error}") from error

@@ -29,3 +29,11 @@ def test_the_conda_recipe_is_the_package():
 def test_the_release_checks_first():
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     assert ".ci/run" in text and "needs: build" in text and "id-token: write" in text and "password" not in text
+
+
+def test_the_wheel_packages_exist():
+    """A name that is no folder would be left out without a word."""
+    tomllib = pytest.importorskip("tomllib")
+    targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    paths = [*targets["wheel"]["packages"], *targets["wheel"]["force-include"], *targets["sdist"]["include"]]
+    assert [path for path in paths if not (ROOT / path.lstrip("/")).exists()] == []

@@ -163,3 +163,28 @@ def test_tables_and_chart_are_those_of_the_committed_figures(tmp_path):
     texts = [re.findall(r"<text[^>]*>([^<]*)", text) for text in (drawn, committed)]
     figures = next(iter(chart.results()))
     assert texts[0] == texts[1] and f"{figures['cuflash']} µs" in texts[0], "python -m tests.bench chart"
+
+
+def test_the_alternative_text_of_the_chart_has_the_figures_of_its_bars():
+    (text,) = re.findall(r"!\[([^\]]*)\]\(notebooks/times\.svg\)", text_of("README.md"))
+    lines = {line["shape"]: line for line in chart.results() if line["gpu"] == "NVIDIA H200"}
+    large, small = lines["b32 L4096 32/8"], lines["b1 L4096 32/8"]
+    bars = [(large, "cuflash"), *((small, name) for name in ("cuflash", "FlashInfer", "FA3", "cuDNN"))]
+    assert re.findall(r"\d\.\d+", text) == [f"{float(line[name]) / float(line['read']):.2f}" for line, name in bars]
+
+
+def test_ranges_in_the_text_are_those_of_the_committed_figures():
+    readme, benchmarks = (re.sub(r"\s+(> )?", " ", text_of(page)) for page in ("README.md", "BENCHMARKS.md"))
+    lines = [line for line in chart.results() if line["read"]]
+    h200 = [line for line in lines if line["gpu"] == "NVIDIA H200"]
+
+    def span(lines, other):
+        ratios = [float(line["cuflash"]) / float(line[other]) for line in lines if line[other]]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    large = [line for line in h200 if float(line["read"]) > 50]
+    assert f"a layer of a large batch takes {span(large, 'read')} times a plain read" in readme
+    for name, other in (("FlashAttention-3", "FA3"), ("FlashInfer", "FlashInfer"), ("cuDNN", "cuDNN")):
+        assert re.search(rf"{span(h200, other)} times {name}'s", readme), (name, span(h200, other))
+    for name, other in (("FlashInfer", "FlashInfer"), ("XQA", "XQA"), ("FlashAttention-3", "FA3")):
+        assert re.search(rf"{span(lines, other)} of {name}'s", benchmarks), (name, span(lines, other))

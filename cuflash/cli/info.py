@@ -147,7 +147,7 @@ def _peers() -> dict[str, Any]:
 
 def _peer(peer: Any) -> Row:
     found = [module for module in peer.modules if importlib.util.find_spec(module)]
-    return Row("ok", found[0]) if found else Row("-", "not installed; bench would time it, too", peer.install)
+    return Row("ok", found[0]) if found else Row("-", "not installed, for bench to compare with", peer.install)
 
 
 def _tool(name: str, purpose: str) -> Row:
