@@ -131,10 +131,10 @@ def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
             if name not in in_place.get(written, ()) or not _is_the_same(target, array):
                 raise ValueError(f"{written} must share no memory with {name}, got overlapping arrays")
     for name in appended:
-        if not has_each_once(arrays[name]):
+        target = arrays[name]
+        if target is not None and not has_each_once(target):
             raise ValueError(
-                f"{name} must have memory of its own for each element to append to it, got strides "
-                f"{arrays[name].strides}"
+                f"{name} must have memory of its own for each element to append to it, got strides {target.strides}"
             )
 
 
