@@ -79,7 +79,7 @@ def import_index(name: str, x: Any, wraps: bool = False) -> NativeArray:
     if is_on_device(array):
         if array.dtype != np.int32:
             raise TypeError(f"{name} must be int32 on a device, got {array.dtype}")
-        return aligned(name, array, 4)
+        return aligned(name, array)
     if array.dtype != np.int32:
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be an integer array, got {array.dtype}")
@@ -133,9 +133,9 @@ def span_of(array: NativeArray) -> tuple[int, int]:
 
 
 def has_each_once(array: NativeArray) -> bool:
-    """Whether no two elements of an array share memory, and no stride is negative."""
+    """Whether no two elements of an array share memory."""
     end = array.itemsize
-    for stride, size in sorted((stride, size) for size, stride in zip(array.shape, array.strides) if size > 1):
+    for stride, size in reversed(_steps(array)):
         if stride < end:
             return False
         end += (size - 1) * stride
@@ -154,37 +154,58 @@ def overlaps(first: NativeArray, second: NativeArray) -> bool:
     """Whether two arrays may share memory: whether their spans meet, and they do not take turns."""
     if not first.size or not second.size:
         return False
-    a, b = span_of(first), span_of(second)
-    return a[0] < b[1] and b[0] < a[1] and not _take_turns(first, second)
+    distance = span_of(second)[0] - span_of(first)[0]
+    return _meet(_steps(first), _steps(second), distance, first.itemsize, second.itemsize)
 
 
-def _take_turns(first: NativeArray, second: NativeArray) -> bool:
-    """Whether two arrays lie in steps of one size, each in a part of every step that the other leaves free."""
-    (step, extent), (other_step, other_extent) = map(_outermost, (first, second))
-    if step != other_step or not step:
+def _steps(array: NativeArray) -> list[tuple[int, int]]:
+    """Return (stride, size) of the axes along which an array steps, counted upwards from its first byte."""
+    steps = ((abs(stride), size) for stride, size in zip(array.strides, array.shape) if size > 1)
+    return sorted(steps, reverse=True)
+
+
+def _meet(one: list[tuple[int, int]], other: list[tuple[int, int]], distance: int, size: int, other_size: int) -> bool:
+    """Whether steps from 0 and steps from ``distance`` on may come to the same byte.
+
+    Each two of the largest steps that are near enough to each other are looked at by what lies in them: so caches in
+    one buffer are apart whether they take turns by page, token, head or row.
+    """
+    extent = size + sum((count - 1) * stride for stride, count in one)
+    other_extent = other_size + sum((count - 1) * stride for stride, count in other)
+    if not -other_extent < distance < extent:
         return False
-    offset = (address_of(second) - address_of(first)) % step
-    return extent <= offset and offset + other_extent <= step
+    if not one and not other:
+        return True
+    step = max(one[:1] + other[:1])[0]
+    # Who has no steps of this size stands in one of them.
+    (_, count), *rest = one if one[:1] and one[0][0] == step else [(step, 1), *one]
+    (_, other_count), *other_rest = other if other[:1] and other[0][0] == step else [(step, 1), *other]
+    extent, other_extent = extent - (count - 1) * step, other_extent - (other_count - 1) * step
+    if max(extent, other_extent) > step:
+        return True
+    # By how many steps the other one may be ahead for what is in its step to reach what is in the one's.
+    first = max(1 - count, (-other_extent - distance) // step)
+    last = min(other_count - 1, (extent - distance) // step)
+    nearest = range(distance + first * step, distance + last * step + 1, step)
+    return any(_meet(rest, other_rest, within, size, other_size) for within in nearest)
 
 
-def _outermost(array: NativeArray) -> tuple[int, int]:
-    """Return the largest stride of an array, and the bytes between the ends of what lies within one step of it."""
-    steps = sorted((stride, size) for size, stride in zip(array.shape, array.strides) if size > 1)
-    if not steps or steps[0][0] < 0:
-        return 0, 0
-    return steps[-1][0], array.itemsize + sum((size - 1) * stride for stride, size in steps[:-1])
+def is_aligned(array: NativeArray) -> bool:
+    """Whether every element begins at a multiple of its own size."""
+    size = array.itemsize
+    return not array.size or not (address_of(array) % size or any(stride % size for stride in strides_of(array)))
 
 
-def aligned(name: str, array: NativeArray, size: int) -> NativeArray:
-    """Return an array that begins at a multiple of ``size`` bytes: itself, or a copy of a small one that does not.
+def aligned(name: str, array: NativeArray) -> NativeArray:
+    """Return an array whose elements begin at multiples of their size: itself, or a copy of a small one.
 
     Raises:
         ValueError: If the copy cannot be made, or would not outlive a capture.
     """
-    if not array.size or address_of(array) % size == 0:
+    if is_aligned(array):
         return array
     if is_on_device(array):
-        refuse_in_capture(name, f"begin at a multiple of {size} bytes")
+        refuse_in_capture(name, f"have all elements at multiples of {array.itemsize} bytes")
     copy = empty(array.shape, array.dtype, array)
     copy_into(name, copy, array)
     return copy
@@ -196,13 +217,14 @@ def copy_into(name: str, target: NativeArray, array: NativeArray) -> None:
     Raises:
         ValueError: For strided elements that are off their boundaries, on a GPU.
     """
-    if not is_on_device(array) or address_of(array) % array.itemsize == 0:
+    if not is_on_device(array) or is_aligned(array):
         target[...] = array
     elif array.flags.c_contiguous:
         target.data.copy_from_device_async(array.data, array.nbytes)
     else:
         raise ValueError(
-            f"{name} must begin at a multiple of {array.itemsize} bytes or be contiguous, got strides {array.strides}"
+            f"{name} must have all elements at multiples of {array.itemsize} bytes or be contiguous, got strides "
+            f"{array.strides}"
         )
 
 

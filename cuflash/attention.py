@@ -285,6 +285,7 @@ def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
 
 
 _VIEWS = ("k_cache", "v_cache", "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
+_CACHES = ("k_cache", "v_cache")
 _RESULTS = ("out", "softmax_lse")  # made if they were not given
 
 
@@ -330,22 +331,24 @@ class _Call:
         self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
         self._caches = places["k_cache"], places["v_cache"]
         self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
-        written = ("q", "k", "v") if operands.k is not None else ()
+        pairs = [("out", name) for name in ("q", "qv", "k", "v", *_CACHES)]
+        if operands.k is not None:
+            pairs += [(name, cache) for name in ("q", "qv", "k", "v") for cache in _CACHES]
+            pairs += [_CACHES, ("k_descale", "v_descale")]
         self._apart = [
-            (places[name], *_distances(arrays[name], arrays["k_cache"]), *_distances(arrays[name], arrays["v_cache"]))
-            for name in (*written, "out")
-            if name in arrays
+            (places[one], places[other], *_distances(arrays[one], arrays[other]))
+            for one, other in pairs
+            if one in arrays and other in arrays
         ]
 
     def fits(self, addresses: list[int]) -> bool:
         """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
         k_place, v_place = self._caches
-        k_cache, v_cache = addresses[k_place], addresses[v_place]
-        if (k_cache == v_cache) != self._together:
+        if (addresses[k_place] == addresses[v_place]) != self._together:
             return False
-        for place, below_k, above_k, below_v, above_v in self._apart:
-            address = addresses[place]
-            if below_k < address - k_cache < above_k or below_v < address - v_cache < above_v:
+        for place, other_place, below, above, known in self._apart:
+            distance = addresses[place] - addresses[other_place]
+            if below < distance < above and distance != known:
                 return False
         return True
 
@@ -374,11 +377,11 @@ class _Call:
         return self._results(arrays)
 
 
-def _distances(array: NativeArray, other: NativeArray) -> tuple[int, int]:
-    """Return how far one array must begin before or behind another to share no memory with it."""
+def _distances(array: NativeArray, other: NativeArray) -> tuple[int, int, int]:
+    """Return between which distances of an array behind another their spans meet, and the distance that they have."""
     (begin, end), (other_begin, other_end) = span_of(array), span_of(other)
     distance = address_of(array) - address_of(other)
-    return other_begin - end + distance, other_end - begin + distance
+    return other_begin - end + distance, other_end - begin + distance, distance
 
 
 def _results(given: dict[str, Any], out: NativeArray, lse: NativeArray | None) -> Any:

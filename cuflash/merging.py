@@ -142,7 +142,7 @@ def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:
     """Return n arrays as one native array (n, ...), and one of the caller's arrays."""
     if not isinstance(arrays, (list, tuple)):
         array = import_array(name, arrays)
-        return aligned(name, array, array.itemsize), arrays
+        return aligned(name, array), arrays
     if not arrays:
         raise ValueError(f"{name} must hold at least one part, got 0")
     parts = [import_array(f"{name}[{i}]", array) for i, array in enumerate(arrays)]

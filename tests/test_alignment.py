@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from problems import Backend
-from small import Arguments, call, check, check_caches, everything, native, plan
+from small import (
+    BATCH,
+    CAPACITY,
+    KV_HEADS,
+    Arguments,
+    call,
+    check,
+    check_caches,
+    contiguous,
+    everything,
+    native,
+    plan,
+)
 
 import cuflash
 
@@ -102,3 +115,38 @@ def test_merging_at_any_address(num_bytes: int, dtype: Any, backend: Backend) ->
         else:
             for x, y in zip(found, wanted, strict=True):
                 np.testing.assert_array_equal(x, y)
+
+
+def off_by(array: np.ndarray, num_bytes: int) -> np.ndarray:
+    """The same values in rows that many bytes further apart than they are long."""
+    memory = np.zeros((*array.shape[:-1], array.shape[-1] * array.itemsize + num_bytes), np.uint8)
+    view = np.ndarray(array.shape, array.dtype, memory, 0, (*memory.strides[:-1], array.itemsize))
+    view[...] = array
+    return view
+
+
+@pytest.mark.parametrize("place", [shifted, off_by])
+@pytest.mark.parametrize("num_bytes", [1, 2, 4])
+def test_results_to_merge_with_at_any_address(num_bytes: int, place: Any, backend: Backend) -> None:
+    if backend.name == "cuda":
+        pytest.skip("a fault would end this process")
+    arguments = contiguous()
+    rng = np.random.default_rng(0)
+    q = arguments["q"]
+    pair = rng.standard_normal(q.shape, np.float32), rng.standard_normal((len(q), q.shape[2], q.shape[1]), np.float32)
+    for part in range(2):
+        given = [place(x, num_bytes) if i == part else x for i, x in enumerate(pair)]
+        check(arguments | {"merge_with": pair}, backend, *call(arguments | {"merge_with": tuple(given)}, backend))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (BATCH, KV_HEADS), (BATCH, CAPACITY, KV_HEADS)], ids=str)
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_scales_at_odd_addresses_are_refused(name: str, shape: tuple[int, ...], backend: Backend) -> None:
+    if backend.name == "cuda" or (name == "q_descale" and len(shape) == 3):
+        pytest.skip("a fault would end this process, or queries have no such scales")
+    arguments = contiguous()
+    for array in ("q", "k_cache", "v_cache"):
+        arguments[array] = arguments[array].astype(ml_dtypes.float8_e4m3fn)
+    for num_bytes in (1, 2):
+        with pytest.raises(ValueError, match=f"{name} must be aligned to its elements"):
+            call(arguments | {name: shifted(np.ones(shape, np.float32), num_bytes)}, backend)

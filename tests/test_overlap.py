@@ -131,3 +131,136 @@ def test_overlapping_pages(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_array_equal(result[1], wanted.k_cache, err_msg=name)
             np.testing.assert_allclose(result[0], wanted.out, atol=2e-5, err_msg=name)
     assert len(set(results)) == 1, "refused on one backend only"
+
+
+# ------------------------------------------------------------------------------------------- what an append writes
+def one_buffer(shape: tuple[int, ...], first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., None]:
+    """Both caches in one buffer of float32."""
+
+    def change(arguments: Arguments) -> None:
+        buffer = np.random.default_rng(4).standard_normal(shape, np.float32)
+        arguments |= {"k_cache": first(buffer), "v_cache": second(buffer)}
+
+    return change
+
+
+APART: dict[str, Callable[[Arguments], None]] = {
+    "sequence": one_buffer((BATCH, 2, CAPACITY, KV_HEADS, DIM), lambda x: x[:, 0], lambda x: x[:, 1]),
+    "token": one_buffer((BATCH, CAPACITY, 2, KV_HEADS, DIM), lambda x: x[:, :, 0], lambda x: x[:, :, 1]),
+    "head": one_buffer((BATCH, CAPACITY, 2 * KV_HEADS, DIM), lambda x: x[:, :, ::2], lambda x: x[:, :, 1::2]),
+    "row": one_buffer((BATCH, CAPACITY, KV_HEADS, 2 * DIM), lambda x: x[..., DIM:], lambda x: x[..., :DIM]),
+    "every other token": one_buffer((BATCH, 2 * CAPACITY, KV_HEADS, DIM), lambda x: x[:, ::2], lambda x: x[:, 1::2]),
+}
+MEETING: dict[str, Callable[[Arguments], None]] = {
+    "sequence": one_buffer((BATCH + 1, CAPACITY, KV_HEADS, DIM), lambda x: x[1:], lambda x: x[:-1]),
+    "token": one_buffer((BATCH, CAPACITY + 1, KV_HEADS, DIM), lambda x: x[:, 1:], lambda x: x[:, :-1]),
+    "head": one_buffer((BATCH, CAPACITY, KV_HEADS + 1, DIM), lambda x: x[:, :, 1:], lambda x: x[:, :, :-1]),
+    "row": one_buffer((BATCH, CAPACITY, KV_HEADS, DIM + 4), lambda x: x[..., 4:], lambda x: x[..., :-4]),
+}
+
+
+@pytest.mark.parametrize("change", APART)
+def test_caches_that_take_turns(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BACKENDS:
+        arguments = appending_at(10)
+        APART[change](arguments)
+        wanted = reference.attention(**arguments)
+        out, k_cache, v_cache = outcome(arguments, name, monkeypatch)
+        np.testing.assert_array_equal(k_cache, wanted.k_cache)
+        np.testing.assert_array_equal(v_cache, wanted.v_cache)
+        np.testing.assert_allclose(out, wanted.out, atol=2e-5)
+
+
+@pytest.mark.parametrize("change", MEETING)
+def test_caches_that_meet(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be read, and not appended to: which of two elements would be written last?"""
+    for name in BACKENDS:
+        arguments = appending_at(10)
+        MEETING[change](arguments)
+        assert outcome(arguments, name, monkeypatch) == "refused"
+        only_read = {key: x for key, x in arguments.items() if key not in ("k", "v")}
+        wanted = reference.attention(**only_read)
+        np.testing.assert_allclose(outcome(only_read, name, monkeypatch)[0], wanted.out, atol=2e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+def test_caches_of_repeated_elements(cache: str, axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BACKENDS:
+        arguments = appending_at(10)
+        strides = [0 if i == axis else stride for i, stride in enumerate(arguments[cache].strides)]
+        arguments[cache] = np.lib.stride_tricks.as_strided(arguments[cache], strides=strides)
+        assert outcome(arguments, name, monkeypatch) == "refused"
+
+
+def small_arrays(arguments: Arguments) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Arguments that a call reads, made of the first elements of a slot that is written."""
+    rows = arguments["q"].shape[:2]
+
+    def integers(slot: np.ndarray, shape: tuple[int, ...], values: Any) -> np.ndarray:
+        view = slot[: np.prod(shape)].view(np.int32).reshape(shape)
+        view[...] = values
+        return view
+
+    return {
+        "sinks": lambda slot: slot[:4],
+        "cache_seqlens": lambda slot: integers(slot, (BATCH,), 10),
+        "cache_leftpad": lambda slot: integers(slot, (BATCH,), 1),
+        "cache_batch_idx": lambda slot: integers(slot, (BATCH,), [1, 0, 2]),
+        "rotary_cos": lambda slot: slot[: 32 * 8].reshape(32, 8),
+        "merge_with": lambda slot: (np.ones((*rows, 4, DIM), np.float32), slot[: BATCH * 8].reshape(BATCH, 4, 2)),
+    }
+
+
+@pytest.mark.parametrize("read", small_arrays(appending_at(10)))
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+def test_what_is_read_in_slots_that_are_written(cache: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BACKENDS:
+        arguments = appending_at(10)
+        given = small_arrays(arguments)[read](arguments[cache][1, 10:].reshape(-1))
+        more = {"rotary_sin": np.ones((32, 8), np.float32)} if read == "rotary_cos" else {}
+        before = arguments[cache].copy()
+        monkeypatch.setenv("CUFLASH_BACKEND", name)
+        with pytest.raises(ValueError, match=f"{cache} must share no memory with {read[:5]}"):
+            cuflash.flash_attn_with_kvcache(**arguments | {read: given} | more)
+        np.testing.assert_array_equal(arguments[cache], before)
+
+
+def test_latent_queries_in_slots_that_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BACKENDS:
+        rng = np.random.default_rng(3)
+        q, k, k_cache, v, v_cache = (
+            rng.standard_normal(shape, np.float32)
+            for shape in ((2, 2, 4, 64), (2, 5, 1, 64), (2, 60, 1, 64), (2, 5, 1, 512), (2, 60, 1, 512))
+        )
+        arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+        arguments |= {"cache_seqlens": np.array([10, 12], np.int32)}
+        arguments["qv"] = np.lib.stride_tricks.as_strided(
+            v_cache[:, 8:16], (2, 2, 4, 512), (v_cache.strides[0], 4 * v_cache.strides[1], v_cache.strides[1], 4)
+        )
+        wanted = reference.attention(**arguments | {"v_cache": v_cache.copy(), "qv": arguments["qv"].copy()})
+        np.testing.assert_allclose(outcome(arguments, name, monkeypatch)[0], wanted.out, atol=5e-5, err_msg=name)
+
+
+def test_scales_that_an_append_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values have scales of their own; those may take turns in a buffer, in any direction."""
+    buffer = np.full((BATCH, CAPACITY, 2 * KV_HEADS), 0.02, np.float32)
+    repeated = np.lib.stride_tricks.as_strided(buffer, (BATCH, CAPACITY, KV_HEADS), (*buffer.strides[:2], 0))
+    for name in BACKENDS:
+        for k_scale, v_scale, is_right in [
+            (buffer[..., ::2], buffer[..., 1::2], True), (buffer[..., 2::-2], buffer[..., 3::-2], True),
+            (buffer[..., :2], buffer[..., :2], False), (buffer[..., :2], buffer[..., 1:3], False),
+            (repeated, buffer[..., 2:], False),
+        ]:  # fmt: skip
+            arguments = appending_at(10)
+            for cache in ("k_cache", "v_cache"):
+                arguments[cache] = np.rint(40 * arguments[cache]).clip(-127, 127).astype(np.int8)
+            arguments |= {"k_descale": k_scale, "v_descale": v_scale}
+            wanted = reference.attention(**arguments)
+            monkeypatch.setenv("CUFLASH_BACKEND", name)
+            if is_right:
+                out = cuflash.flash_attn_with_kvcache(**arguments)
+                np.testing.assert_allclose(out, wanted.out, atol=2e-5)
+            else:
+                with pytest.raises(ValueError, match="k_descale must"):
+                    cuflash.flash_attn_with_kvcache(**arguments)

@@ -175,12 +175,43 @@ def test_what_shares_memory() -> None:
     for one, other, wanted in [
         (left, right, False), (right, left, False), (left, middle, True), (right, middle, True), (left, left, True),
         (left[2:], right[:3], False), (left[:2], left[2:], False), (left[::2], left[1::2], False),
-        (left, memory[0, 4:], True),  # no steps of one size: nobody looks closer
+        (left, memory[0, 4:], False), (left, memory[0, 3:], True),
         (left[::-1], left[::-1], True), (memory[0, :1], memory[0, :1], True), (left[:0], left, False),
         (memory.T[:4], memory.T[4:], False),
     ]:  # fmt: skip
         assert arrays.overlaps(one, other) == wanted
         assert wanted or not np.shares_memory(one, other)
+    rows = np.zeros((3, 4, 5, 8), np.float32)
+    for one, other, wanted in [
+        (rows[..., :3], rows[..., 3:], False), (rows[..., :3], rows[..., 2:], True),
+        (rows[:, ::2], rows[:, 1::2], False),
+        (rows[:, :, ::2], rows[:, :, 1::2], False), (rows[:, ::-1, :2], rows[:, :, 2:], False),
+        (rows[:, ::-1, :3], rows[:, :, 2:], True), (rows[1:], rows[:-1, :, :2], True), (rows[0, 0], rows[1], False),
+        (rows[:, :2, :, :4].swapaxes(0, 1), rows[:, :, :, 4:], False), (rows[::2, :, 3], rows[1:2, :, 3], False),
+    ]:  # fmt: skip
+        assert arrays.overlaps(one, other) == arrays.overlaps(other, one) == wanted
     assert arrays.has_each_once(left) and arrays.has_each_once(memory.T) and arrays.has_each_once(memory[:1])
-    assert not arrays.has_each_once(left[::-1]) and not arrays.has_each_once(np.broadcast_to(memory, (2, 6, 10)))
+    assert arrays.has_each_once(left[::-1]) and not arrays.has_each_once(np.broadcast_to(memory, (2, 6, 10)))
     assert not arrays.has_each_once(np.lib.stride_tricks.as_strided(memory, (3, 4), (12, 4)))
+
+
+def test_what_shares_memory_by_chance() -> None:
+    """Whatever NumPy's solver finds is found."""
+    rng = np.random.default_rng(0)
+    memory, found = np.zeros(400, np.uint8), 0
+    for _ in range(3000):
+        views = []
+        steps = rng.choice([1, 2, 3, 4, 12, 24, 72, 80, 120], 3)
+        for _ in range(2):
+            shape, signs = rng.integers(1, 4, 3), rng.choice([-1, 1], 3)
+            strides = signs * np.where(rng.random(3) < 0.9, steps, rng.integers(0, 50, 3))
+            reach = ((shape - 1) * strides).clip(max=0).sum(), ((shape - 1) * strides).clip(min=0).sum()
+            if reach[1] - reach[0] >= len(memory):
+                break
+            start = int(rng.integers(-reach[0], len(memory) - reach[1]))
+            views.append(np.ndarray(tuple(shape), np.uint8, memory, start, tuple(strides)))
+        else:
+            shares = np.shares_memory(*views)
+            found += not shares and np.may_share_memory(*views) and not arrays.overlaps(*views)
+            assert arrays.overlaps(*views) or not shares
+    assert found > 50

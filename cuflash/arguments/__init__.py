@@ -75,6 +75,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     cache = replace(cache, k_scales=k_scales, v_scales=v_scales)
     rotary = rotary_of(problem, k, cache.joint, given)
     qv = query_values(problem, q, given)
+    qv = qv if k is None or qv is None else apart("qv", qv, cache)
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
     scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
     if given["softmax_scale"] is not None:

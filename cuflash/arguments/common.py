@@ -105,7 +105,8 @@ def output(
         if not strided:
             raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")
         *outer, last = strides_of(array)
-        if last not in (0, array.itemsize) or any(step % boundary for step in outer) or not has_each_once(array):
+        steps_up = all(step >= 0 and step % boundary == 0 for step in outer)
+        if last not in (0, array.itemsize) or not steps_up or not has_each_once(array):
             raise ValueError(
                 f"{name} must have a contiguous last dimension and strides of multiples of {boundary} bytes "
                 f"without an overlap, got {array.strides}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NativeArray, address_of, import_array, is_writeable, strides_of
+from ..arrays import NativeArray, address_of, import_array, is_aligned, is_writeable, strides_of
 from ..dtypes import QUANTISED_DTYPES
 from ..kv_cache import KVCache, Scales
 from ..problem import Problem, real
@@ -52,6 +52,8 @@ def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache 
     if array.dtype != np.float32:
         raise TypeError(f"{name} must be a number or float32, got {array.dtype}")
     shape: tuple[int, ...] = (problem.batch_size, problem.num_heads_kv)
+    if not is_aligned(array):
+        raise ValueError(f"{name} must be aligned to its elements, got strides {array.strides} bytes")
     if array.ndim < 3 and array.size == 1:
         return Scales(array=array.reshape(1, 1))
     if array.ndim == 3 and cache is not None:
@@ -60,8 +62,6 @@ def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache 
     if array.shape != shape:
         more = "" if cache is None else f", or one per key and head {tuple(cache.k.shape[:3])} (NHD)"
         raise ValueError(f"{name} must be one number, (batch, heads_kv) {shape[:2]}{more}, got shape {array.shape}")
-    if any(stride % array.itemsize for stride in strides_of(array)) or address_of(array) % array.itemsize:
-        raise ValueError(f"{name} must be aligned to its elements, got strides {array.strides} bytes")
     return Scales(array=array)
 
 

@@ -10,6 +10,7 @@ from ..arrays import (
     NativeArray,
     address_of,
     aligned,
+    has_each_once,
     import_array,
     is_on_device,
     memory_of,
@@ -31,7 +32,7 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
     array = import_array("sinks", sinks)
     expect_shape("sinks", array, (problem.num_heads_q,))
     dtype_name("sinks", array.dtype, FLOAT_DTYPES)
-    array = aligned("sinks", array, array.itemsize)
+    array = aligned("sinks", array)
     if array.dtype == np.float32 and array.flags.c_contiguous:
         return array
     if is_on_device(array):
@@ -83,7 +84,7 @@ def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | N
         raise TypeError(f"tree_mask must be bool, or packed as uint32, got {mask.dtype}")
     columns = problem.max_seqlen_q if mask.dtype == np.bool_ else -(-problem.max_seqlen_q // 32)
     expect_shape("tree_mask", mask, (*((q.shape[0],) if problem.cu_seqlens_q else q.shape[:2]), columns))
-    mask = aligned("tree_mask", mask, mask.itemsize)
+    mask = aligned("tree_mask", mask)
     if mask.size and strides_of(mask)[-1] not in (0, mask.itemsize):
         if is_on_device(mask):
             refuse_in_capture("tree_mask", "have a contiguous last dimension")
@@ -105,7 +106,7 @@ def merged(out: NativeArray, given: Given) -> tuple[NativeArray | None, NativeAr
     expect_shape("merge_with[1]", other_lse, lse_shape(out.shape))
     if other_lse.dtype != np.float32:
         raise ValueError(f"merge_with[1] must be float32, got {other_lse.dtype}")
-    return aligned("merge_with[0]", other, other.itemsize), aligned("merge_with[1]", other_lse, other_lse.itemsize)
+    return aligned("merge_with[0]", other), aligned("merge_with[1]", other_lse)
 
 
 def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
@@ -117,15 +118,34 @@ def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
     for name, array in arrays.items():
         if array is not None and memory_of(array) != memory:
             raise ValueError(f"{name} must be in {memory} like q, got one in {memory_of(array)}")
+    if operands.cache.joint:
+        del arrays["v_cache"]  # a part of k_cache
     # An array may be overwritten by what is made of it, element by element: whoever writes has read it.
     in_place = {"out": ("q", "merge_out"), "softmax_lse": ("merge_lse",)}
-    for written, sources in in_place.items():
+    appended = _appended(operands)
+    for written in (*in_place, *appended):
         target = arrays[written]
         for name, array in arrays.items():
             if target is None or array is None or name == written or not overlaps(target, array):
                 continue
-            if name not in sources or not _is_the_same(target, array):
+            if name not in in_place.get(written, ()) or not _is_the_same(target, array):
                 raise ValueError(f"{written} must share no memory with {name}, got overlapping arrays")
+    for name in appended:
+        target = arrays[name]
+        if target is not None and not has_each_once(target):
+            raise ValueError(
+                f"{name} must have memory of its own for each element to append to it, got strides {target.strides}"
+            )
+
+
+def _appended(operands: Operands) -> list[str]:
+    """Return the names of the arrays that an append writes."""
+    cache = operands.cache
+    if operands.k is None:
+        return []
+    scales = (("k_descale", cache.k_scales), ("v_descale", cache.v_scales))
+    names = [name for name, scale in scales[: 2 - cache.joint] if scale.array is not None and scale.per_key]
+    return ["k_cache", "v_cache"][: 2 - cache.joint] + names
 
 
 def _is_the_same(one: NativeArray, other: NativeArray) -> bool:

@@ -116,8 +116,11 @@ def _decode_arithmetic(dec: Decoder, mods: Sequence[str]) -> None:  # add sub mu
             wide = f"{type_[0]}{int(type_[1:]) * 2}"
             return dec.nary(f"{op}wide.{type_}", type_, n, [type_, type_, wide][:n])
         raise dec.unknown()
+    if op in ("min", "max") and type_ == "s32" and "relu" in rest:  # the larger of the result and 0
+        rest.remove("relu")
+        op += ".relu"
     dec.no_more(rest)
-    sign = op in ("min", "max", "div", "rem", "abs")
+    sign = op in ("min", "max", "min.relu", "max.relu", "div", "rem", "abs")
     name = type_ if sign else dec.plain(type_)
     return dec.nary(f"{op}.{name}", type_, n)
 

@@ -93,6 +93,8 @@ FN1(Neg, T(0) - a)
 FN1(Same, a)
 FN2(Min, a < b ? a : b)
 FN2(Max, a > b ? a : b)
+FN2(MinRelu, Max()(Min()(a, b), decltype(a)(0)))
+FN2(MaxRelu, Max()(Max()(a, b), decltype(a)(0)))
 FN2(Div, b == 0 ? T(-1) : (std::is_signed_v<T> && b == T(-1) ? T(T(0) - a) : T(a / b)))
 FN2(Rem, b == 0 ? a : (std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b)))
 FN1(Abs, a < 0 ? T(T(0) - a) : a)
@@ -1109,7 +1111,8 @@ BITS(u32) BITS(u64) OP("mul.u16", op2<MulLo16, u16, u16, u16>) OP("mul.u32", op2
         OP("shr." #T, op2<Shr, T, T, u32>) OP("mulhi." #T, op2<MulHi, T, T, T>)                        \
             OP("madhi." #T, op3<MadHi, T, T, T, T>) OP("setp." #T, setp<T>) OP("set." #T, set<T>)      \
                 OP("sad." #T, op3<Sad, T, T, T, T>)
-        INT_TYPES(SIGNS) OP("abs.s16", op1<Abs, s16, s16>) OP("abs.s32", op1<Abs, s32, s32>)
+        INT_TYPES(SIGNS) OP("min.relu.s32", op2<MinRelu, s32, s32, s32>)
+            OP("max.relu.s32", op2<MaxRelu, s32, s32, s32>) OP("abs.s16", op1<Abs, s16, s16>) OP("abs.s32", op1<Abs, s32, s32>)
             OP("abs.s64", op1<Abs, s64, s64>) OP("mulwide.u16", op2<MulWide, u32, u16, u16>) OP(
                 "mulwide.s16", op2<MulWide, s32, s16, s16>) OP("mulwide.u32", op2<MulWide, u64, u32, u32>)
                 OP("mulwide.s32", op2<MulWide, s64, s32, s32>) OP("madwide.u16", op3<MadWide, u32, u16, u16, u32>) OP(

@@ -182,6 +182,8 @@ CASES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "mad_lo_s32": ("mad.lo.s32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: a * b + c),
     "mad_hi_u32": ("mad.hi.u32 %0, %1, %2, %3;", "rrrr", lambda a, b, c: u((wide(a) * wide(b) >> 32) + wide(c), 32)),
     "min_s32": ("min.s32 %0, %1, %2;", "rrr", lambda a, b: np.minimum(s(a), s(b))),
+    "min_relu_s32": ("min.relu.s32 %0, %1, %2;", "rrr", lambda a, b: np.maximum(np.minimum(s(a), s(b)), 0)),
+    "max_relu_s32": ("max.relu.s32 %0, %1, %2;", "rrr", lambda a, b: np.maximum(np.maximum(s(a), s(b)), 0)),
     "max_u32": ("max.u32 %0, %1, %2;", "rrr", np.maximum),
     "max_s64": ("max.s64 %0, %1, %2;", "lll", lambda a, b: np.maximum(s(a), s(b))),
     "div_u32": ("{.reg .u32 t; max.u32 t, %2, 1; div.u32 %0, %1, t;}", "rrr", lambda a, b: a // np.maximum(b, 1)),
