@@ -6,8 +6,6 @@ memory, right, and at half the speed. So each machine has to look for itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from bench import gpu
 
@@ -19,12 +17,7 @@ pytestmark = pytest.mark.gpu
 _LOCAL_SIZE_BYTES = 3  # CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
 
 
-def shapes() -> Iterator[object]:
-    for name, shape in gpu.shapes().items():
-        yield pytest.param(shape, id=name)
-
-
-@pytest.mark.parametrize("shape", shapes())
+@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in gpu.shapes().items()])
 def test_no_local_memory(shape: gpu.Shape) -> None:
     import cupy
     from cupy_backends.cuda.api import driver
