@@ -284,8 +284,8 @@ def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
     )
 
 
-_VIEWS = ("k_cache", "v_cache", "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
 _CACHES = ("k_cache", "v_cache")
+_VIEWS = (*_CACHES, "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
 _RESULTS = ("out", "softmax_lse")  # made if they were not given
 
 

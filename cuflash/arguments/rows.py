@@ -144,7 +144,7 @@ def _appended(operands: Operands) -> list[str]:
     if operands.k is None:
         return []
     scales = (("k_descale", cache.k_scales), ("v_descale", cache.v_scales))
-    names = [name for name, scale in scales[: 2 - cache.joint] if scale.array is not None and scale.per_key]
+    names = [name for name, scale in scales[: 2 - cache.joint] if scale.per_key]
     return ["k_cache", "v_cache"][: 2 - cache.joint] + names
 
 

@@ -100,7 +100,8 @@ def main() -> int:
         command = [*SANITIZER, "--tool", arguments.under, sys.executable, __file__]
         options = [option for option in sys.argv[1:] if option.startswith("--without")]
         with ThreadPoolExecutor(8) as pool:
-            return max(pool.map(subprocess.call, ([*command, str(number), *options] for number in numbers)))
+            codes = pool.map(subprocess.call, ([*command, str(number), *options] for number in numbers))
+            return int(any(codes))  # of what a signal ends they are negative
     import cupy
 
     if arguments.without_wgmma:
