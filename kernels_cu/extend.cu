@@ -99,7 +99,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             } else {
                 loader.convert_values(code_slot, slot);
             }
-            load(keys == (kCodeStages % 2 == 0), code_slot);
+            const bool next = keys == (kCodeStages % 2 == 0);
+            if (next) loader.begin_tile();
+            load(next, code_slot);
             code_slot += kCodeSlotBytes;
             if (code_slot == scales) code_slot -= kCodeRingBytes;
         } else {
@@ -108,8 +110,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     };
     // Waits for all of it, and for all warps to have read the one in `free_slot`, which is filled again.
     const auto begin_half_stage = [&](bool keys) {
+        const bool next = keys == (kStages % 2 == 1);
+        if (!kConvertsTiles && next) loader.begin_tile();
         __syncthreads();
-        if constexpr (!kConvertsTiles) load(keys == (kStages % 2 == 1), free_slot);
+        if constexpr (!kConvertsTiles) load(next, free_slot);
     };
 
     if (p.total_q) clear_rows_of_none(p, block.rows_begin, block.rows_end);
@@ -128,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             loader.start(walker, segment);
 #pragma unroll 1
             for (u32 h = 0; h < kStagesAhead; ++h) {
+                if (h % 2 == 0) loader.begin_tile();
                 load(h % 2 == 0, kConvertsTiles ? code_slot + h * kCodeSlotBytes : ring + h * kSlotBytes);
             }
             cp_async_wait<kStagesAhead>();  // all but the groups of the ring
@@ -141,8 +146,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
         flip_query_rows(p, queries);
 #endif
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
-        Reach reach_of_all(p, segment, 0, kRows);
-        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         __syncthreads();
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
@@ -173,8 +176,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
             advance(true);
 
             receive(false);
-            // What this lane has copied is there; the others see zeros behind the barrier.
-            if (reach_of_all.needs_mask(begin)) loader.clear_values(slot, block.segment, key);
             begin_half_stage(false);
             if (is_seen) math.accumulate(slot, partners, weights);
             advance(false);

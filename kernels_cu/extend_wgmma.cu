@@ -53,18 +53,6 @@ struct BlockState {
 constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' factors, behind the block's state
 static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 
-// Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh.
-__device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, u32 first_key, u32 slot) {
-#pragma unroll 1
-    for (int row = threadIdx.x; row < kTileKeys; row += kThreads) {
-        if (!sees_nothing(p, segment, first_key + row)) continue;
-#pragma unroll 1
-        for (int chunk = 0; chunk < 2 * kColumnPairs; ++chunk) {
-            store_shared(slot + ValueRows::offset(row, chunk), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     extend_wgmma(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -132,8 +120,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         math.begin_item(shared_address(queries) + warp / 4 * 64 * kQueryBytes);
         softmax.reset();
         const Reach reach(p, segment, warp * kWarpRows, kWarpRows);
-        Reach reach_of_all(p, segment, 0, kRows);
-        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         const int first_row = segment.first_row + warp * kWarpRows;
         Scores scores;
         Weights weights;
@@ -168,16 +154,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             }
             leave(keys);
         };
-        // The slot of the values of a tile that begins at `key`, ready to be read.
-        const auto values_of = [&](const Place& place, u32 key) {
-            const u32 slot = full(place);
-            if (reach_of_all.needs_mask(key)) {  // the same for all warps
-                clear_values(p, block.segment, key, slot);
-                fence_for_wgmma();
-                worker_barrier();
-            }
-            return slot;
-        };
         // One warpgroup starts its products while the other makes weights, and so they go on.
         const bool takes_turns = kWarps > 4 && segment.valid_rows > 64;
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
@@ -185,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         if (warp / 4 * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
             for (u32 key = begin; key < end; key += kTileKeys) {
                 full(keys), leave(keys);
-                values_of(values, key), leave(values);
+                full(values), leave(values);
             }
         } else if (begin < end) {
             const u32 first_slot = full(keys);
@@ -194,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             math.wait_for_scores(scores, false);
             weigh(begin, first_slot, true);
             pack_weights(scores, weights);
-            u32 key = begin, values_slot = values_of(values, key), keys_slot = 0;
+            u32 key = begin, values_slot = full(values), keys_slot = 0;
             const auto has_next = [&] { return key + kTileKeys < end; };
             if (has_next()) keys_slot = full(keys);
             fence_for_wgmma();
@@ -211,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 // ptxas would make them behind the wait for the values, where nothing runs beside them.
                 Place next = values;
                 next.advance(2);
-                values_slot = values_of(next, key);
+                values_slot = full(next);
                 if (has_next()) keys_slot = full(keys);
                 math.wait_for_values();
                 leave(values);

@@ -31,7 +31,6 @@ struct BlockState {
     Share share;
     Segment segment;
     MergeState merge;
-    int clear_begin, clear_end;  // tiles that begin before or behind these keys may have some that no row sees
     int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
     float2 scales[kIsQuantised ? kTileKeys : 1];  // of a tile's keys and values
 };
@@ -83,21 +82,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     };
     // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
     const auto begin_tile = [&](int key) {
+        loader.begin_tile();
         if constexpr (kStages == 1) {
             __syncthreads();
             load(slot);
         }
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-        const bool may_see_none = key < block.clear_begin || key > block.clear_end;
         if constexpr (kIsQuantised) {
             __syncthreads();  // all have read the numbers and the scales of the tile before
             if (threadIdx.x < kTileKeys) {
-                block.scales[threadIdx.x] = scales_of_key(p, block.segment, key + threadIdx.x, may_see_none);
+                block.scales[threadIdx.x] = scales_of_key(p, block.segment, key + threadIdx.x);
             }
             __syncthreads();
             convert_tile<CacheElement>(slot, numbers, block.scales);
-        } else if (may_see_none) {
-            loader.clear_rows(slot, block.segment, key);
         }
         __syncthreads();
         if constexpr (kStages > 1) load(free_slot);
@@ -111,10 +108,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         if (threadIdx.x == 0) {
             block.segment = segment;
             start_part(p, block.share, segment);
-            const Reach reach(p, segment, 0, kRows);
-            const bool may_clear = may_see_nothing(p, segment);
-            block.clear_begin = may_clear ? reach.full_begin : 0;
-            block.clear_end = may_clear ? reach.full_end : segment.keys.end;
         }
         if constexpr (kIsQuantised) {
             load_query_numbers(p, segment, shared_address(queries));
@@ -126,7 +119,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             is_first = false;
             loader.start(walker, segment);
 #pragma unroll 1
-            for (u32 tile = 0; tile < kStages - 1; ++tile) load(ring + tile * kSlotBytes);
+            for (u32 tile = 0; tile < kStages - 1; ++tile) {
+                loader.begin_tile();
+                load(ring + tile * kSlotBytes);
+            }
             cp_async_wait<kStages - 1>();  // all but the groups of the ring
         } else {
             cp_async_wait<0>();

@@ -57,6 +57,7 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& bl
     loader.start();
     for (Place place; loader.has_tile(); place.advance()) {
         const u32 slot = ring + place.slot * kSlotBytes;
+        loader.begin_tile();
         const auto load = [&](int part, auto copy) {
             wait_for_phase(block.empty[place.slot][part], place.parity ^ 1);  // of a slot never filled it is over
             copy();
@@ -68,18 +69,6 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& bl
     }
     cp_async_commit();
     cp_async_wait<0>();
-}
-
-// Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh; the threads of a warpgroup share the rows.
-__device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, u32 first_key, u32 slot) {
-#pragma unroll 1
-    for (int row = threadIdx.x % 128; row < kTileKeys; row += 128) {
-        if (!sees_nothing(p, segment, first_key + row)) continue;
-#pragma unroll 1
-        for (int chunk = 0; chunk < kValueBytes / 16; ++chunk) {
-            store_shared(slot + KeyRows::offset(row, chunk), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        }
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
@@ -132,8 +121,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         softmax.reset();
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         const bool has_rows = row_warp * kWarpRows < segment.valid_rows;
-        Reach reach_of_all(p, segment, 0, kRows);
-        if (!may_see_nothing(p, segment)) reach_of_all.full_begin = 0, reach_of_all.full_end = segment.keys.end;
         const int first_row = segment.first_row + row_warp * kWarpRows;
         // Reads a tile that this warpgroup scores.
         const auto weigh = [&](u32 key, u32 slot) {
@@ -146,11 +133,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             math.start_scores<kPaddedHeadDimV, 64>(slot, !p.qv, scores);
             math.wait_for_scores(scores);
             turns.meet();  // all have read the rest of the keys
-            if (reach_of_all.needs_mask(key)) {  // the same for all warps
-                clear_values(p, block.segment, key, slot);
-                fence_for_wgmma();
-                turns.meet();
-            }
             Weights weights = {};
             if (has_rows) {  // what weights of rows that do not exist are, nobody asks
                 if constexpr (kHasSoftcap) cap_scores(p, scores);

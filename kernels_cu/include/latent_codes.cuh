@@ -34,14 +34,15 @@ __device__ __forceinline__ void load_query_numbers(const DecodeParams& p, const 
     }
 }
 
-// The scales of a key and its value; negative infinity for a key that no row sees.
-__device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Segment& s, int key, bool may_see_none) {
-    if (key >= s.keys.end || (may_see_none && sees_nothing(p, s, key))) return make_float2(-infinity(), 0.0f);
+// The scales of a key and its value; negative infinity for a key of which nothing was copied.
+__device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Segment& s, int key) {
+    if (key >= s.keys.end || (kHasTree && hidden_from_all(p, s, key))) return make_float2(-infinity(), 0.0f);
     float2 scales = {p.key_scale, p.value_scale};
     PageCursor place;
     if constexpr (kHasKeyScales || kHasValueScales) {
         place.enter(p.cache, s.sequence);
         place.seek(p.cache, s.lengths.leftpad + key);
+        if (!place.exists()) return make_float2(-infinity(), 0.0f);
     }
     if constexpr (kHasKeyScales) {
         scales.x *= p.k_descale[place.scale(p.k_descale_strides) + s.kv_head * p.k_descale_strides.head];

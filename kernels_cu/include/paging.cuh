@@ -3,9 +3,9 @@
 // A cache is (pages, page_size, heads_kv, dim). Paged caches have a table; without one each sequence owns a row of the cache,
 // which counts as one page that is never left. Attention's loader and the append find keys here.
 //
-// On a page of a negative number there is nothing: the append writes nothing there. Attention reads page 0 in its place, since
-// that costs no test: all rows that see such a key have no meaning, and in tiles where some rows see what others do not, its
-// values become zeros (decode.cu), so that no other row gets any of it.
+// On a page of a negative number there is nothing: the append writes nothing there. All rows that see such a key have no meaning,
+// and no other row may get any of it. The loader of many rows copies zeros instead (rows_loader.cuh). That of few rows reads page 0
+// in its place, since that costs no test, and makes zeros of its values in tiles where some rows see what others do not (decode.cu).
 #pragma once
 #include "descale.cuh"
 #include "fast_divisor.cuh"

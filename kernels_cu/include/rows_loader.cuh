@@ -76,15 +76,25 @@ public:
     // Whether there is another tile.
     __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
 
+    // Comes before the copies of a tile, and before what they wait for: which rows of this warp's part are copied. Zeros stand in place of those behind the segment's end and on
+    // pages of a negative number, and of those that a tree mask hides from all rows: weights of 0 do not hide what may be NaN.
+    __device__ __forceinline__ void begin_tile() {
+        is_tile_ = has_tile();
+        bool is_copied = lane_ < kPartKeys && key_ + part_ + lane_ < end_ && place_.exists();
+        if constexpr (kHasTree) is_copied = is_copied && !hidden_from_all(p_, segment_, key_ + part_ + lane_ - segment_.lengths.leftpad);
+        copied_ = __ballot_sync(kFullWarp, is_copied);
+        // Where ptxas knows it to be uniform, all of the loader is: slower, but for codes and trees (see README.md).
+        if constexpr (!kConvertsTiles && !kHasTree) copied_ |= zero_of_each_lane();
+    }
+
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it. With a
     // quantised cache the ring is that of the codes.
     __device__ __forceinline__ void load_keys(u32 slot) {
         // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
         const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
         value_units_ = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
-        rows_ = rows_of_part();
         copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
-        if (rows_ == kNoTile) return;
+        if (!is_tile_) return;
         copy_scales(slot);
         key_ += kTileKeys;
         find_tile();
@@ -100,7 +110,6 @@ public:
     template <int kFirst, int kCount>
     __device__ __forceinline__ void load_columns(u32 slot) {
         constexpr int kThere = kFirst + kCount < kHeadDimV ? kCount : kHeadDimV - kFirst;
-        rows_ = rows_of_part();
         copy_part<kThere, kCount / kChunkElements, KeyRows>(values_from_ + kFirst * CacheElement::kBytes,
                                                             place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head,
                                                             keys_to_ + slot + column_offset<kFirst>());
@@ -111,7 +120,7 @@ public:
         copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
             keys_from_ + p_.key_column * CacheElement::kBytes, place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head,
             keys_to_ + slot + column_offset<kPaddedHeadDimV>());
-        if (rows_ == kNoTile) return;
+        if (!is_tile_) return;
         key_ += kTileKeys;
         find_tile();
     }
@@ -141,20 +150,6 @@ public:
         convert_rows<CacheElement, kHeadDimV, kValueChunks, ValueRows>(codes, slot, part_, lane_);
     }
 
-    // Makes zeros of the values of a tile that weights of 0 do not hide, see loader.cuh: each lane of those that it has copied.
-    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
-        if constexpr (kConvertsTiles) {
-            clear_numbers(slot, segment, first_key);
-        } else {
-            clear_part<kValueChunks, ValueRows>((kRowsAreAlike ? keys_to_ : values_to_) + slot, segment, first_key);
-        }
-    }
-
-    // The same of a tile whose rows are values and then the rest of the keys.
-    __device__ __forceinline__ void clear_rows(u32 slot, const Segment& segment, u32 first_key) const {
-        clear_part<kValueBytes / 16, KeyRows>(keys_to_ + slot, segment, first_key);
-    }
-
 private:
     // Where a column that begins a line lies in a row of a slot.
     template <int kColumn>
@@ -162,45 +157,11 @@ private:
         return kColumn / (KeyRows::kLanes * kChunkElements) * KeyRows::kLaneStride;
     }
 
-    // Rows of this warp's part of the next tile that there are.
-    __device__ __forceinline__ int rows_of_part() const {
-        return has_tile() ? min(max(static_cast<int>(end_ - key_) - part_, 0), kPartKeys) : kNoTile;
-    }
-
-    template <int kChunks, typename Rows>
-    __device__ __forceinline__ void clear_part(u32 to, const Segment& segment, u32 first_key) const {
-        using C = Copy<Rows>;
-#pragma unroll 1
-        for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
-            if (!sees_nothing(p_, segment, first_key + part_ + lane_ / C::kLanes + i * C::kRowsAtOnce)) continue;
-#pragma unroll 1
-            for (int c = 0; c < kChunks && lane_ % C::kLanes + c < kChunks; c += C::kLanes) {
-                const u32 chunk = C::row_address(to, i) + c / C::kLanes * Rows::kLaneStride;
-                store_shared(chunk, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-            }
-        }
-    }
-
-    // The same of values that this lane has made of codes.
-    __device__ __forceinline__ void clear_numbers(u32 slot, const Segment& segment, u32 first_key) const {
-        using C = Copy<CopiedValues>;
-#pragma unroll 1
-        for (int i = 0; i < kPartKeys / C::kRowsAtOnce; ++i) {
-            const int row = part_ + lane_ / C::kLanes + i * C::kRowsAtOnce;
-            if (!sees_nothing(p_, segment, first_key + row)) continue;
-#pragma unroll 1
-            for (int chunk = lane_ % C::kLanes * 2; chunk < kValueChunks; chunk += C::kLanes * 2) {
-                store_shared(slot + ValueRows::offset(row, chunk), make_uint4(0, 0, 0, 0));
-                store_shared(slot + ValueRows::offset(row, chunk + 1), make_uint4(0, 0, 0, 0));
-            }
-        }
-    }
-
     // Starts the copies of the scales of a tile's keys and values, those of the row that this lane has looked up.
     __device__ __forceinline__ void copy_scales(u32 slot) {
         if constexpr (kConvertsTiles && (kHasKeyScales || kHasValueScales)) {
             if (lane_ >= kPartKeys) return;
-            const bool exists = lane_ < rows_;
+            const bool exists = copied_ >> lane_ & 1;
             const u32 to = slot + kCodesBytes + (part_ + lane_) * 4;
             if constexpr (kHasKeyScales) {
                 cp_async_4_or_zero(exists, to,
@@ -219,6 +180,7 @@ private:
         end_ = first_slot + segment.keys.end;
         kv_head_ = segment.kv_head;
         place_.enter(p_.cache, segment.sequence);
+        if constexpr (kHasTree) segment_ = segment;
     }
 
     // Moves to the tile at key_, or to the first one of the next segments, and starts its page lookup. At the end of the share
@@ -232,7 +194,7 @@ private:
         place_.seek(p_.cache, min(key_ + part_ + lane_ % kPartKeys, end_ - 1));
     }
 
-    // Copies kDim elements of each row that exists; what does not is zeros, as are further chunks up to kFilled, which steps of
+    // Copies kDim elements of each row that is copied; others are zeros, as are further chunks up to kFilled, which steps of
     // an MMA reach. Nothing that no row sees is read.
     template <int kDim, int kFilled, typename Rows>
     __device__ __forceinline__ void copy_part(const char* lane_from, u32 units, u32 lane_to) {
@@ -253,7 +215,7 @@ private:
                      c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks));
             }
         };
-        const bool all = rows_ == kPartKeys;
+        const bool all = copied_ == ~0u >> (32 - kPartKeys);
         // Addresses before copies: ptxas puts a guard around every run of copies. Conversions leave registers for four.
         constexpr int kAtOnce = kConvertsTiles && kPasses > 4 ? 4 : kPasses;
         for_each<kPasses / kAtOnce>([&](int group) {
@@ -270,20 +232,17 @@ private:
                 });
             });
         });
-        if (all || rows_ == kNoTile) return;  // the same in all lanes
+        if (all || !is_tile_) return;  // the same in all lanes
 #pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
             const char* const from = from_of(i);
             const u32 to = C::row_address(lane_to, i);
-            const bool row_exists = lane_ / C::kLanes + i * C::kRowsAtOnce < rows_;
+            const bool is_copied = copied_ >> (lane_ / C::kLanes + i * C::kRowsAtOnce) & 1;
             for_runs([&](int in_row, int in_slot, bool wanted, bool of_row) {
-                cp_async_16_if(row_exists && of_row && wanted, to + in_slot, from + in_row, policy_);
-                cp_async_zero_if(!(row_exists && of_row) && wanted, to + in_slot, lane_from);
+                if (wanted) cp_async_16_or_zero(is_copied && of_row, to + in_slot, from + in_row);
             });
         }
     }
-
-    static constexpr int kNoTile = -1;
 
     const DecodeParams& p_;
     const Share& share_;
@@ -298,5 +257,7 @@ private:
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     int kv_head_;
     u32 value_units_;
-    int rows_ = kNoTile;  // of this warp's in the tile loaded last
+    bool is_tile_ = false;     // whether there is one, of the tile that was begun last
+    u32 copied_;               // its rows of this warp's part that are copied, a bit each
+    [[maybe_unused]] Segment segment_;  // of the next tile
 };

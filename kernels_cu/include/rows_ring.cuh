@@ -48,6 +48,7 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, RingState& sta
         place.advance(1);
     };
     while (loader.has_tile()) {
+        loader.begin_tile();
         load([&](u32 slot) { loader.load_keys(slot); });
         load([&](u32 slot) { loader.load_values(slot); });
     }
@@ -64,6 +65,7 @@ __device__ __forceinline__ void load_share_of_codes(const DecodeParams& p, RingS
     const auto load = [&](bool keys, u32 to) {
         if (keys) {
             tiles += loader.has_tile();
+            loader.begin_tile();
             loader.load_keys(to);
         } else {
             loader.load_values(to);

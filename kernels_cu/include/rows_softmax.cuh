@@ -16,41 +16,73 @@
 
 using RowStates = RowState[kRowTiles][2];  // of a lane's rows; the four lanes of a row know the same
 
-// Which of a lane's keys of a tile the tree mask hides from a query, a bit each: bit 2 n + c is that of key lane_key + 8 n + c.
-__device__ __forceinline__ u32 hidden_by_tree(const DecodeParams& p, const Segment& segment, int query, u32 lane_key) {
-    static_assert(kKeyTiles <= 16, "a bit for each key");
-    constexpr int kAtOnce = kKeyTiles < 4 ? kKeyTiles : 4;  // more loads under way would take too many registers
-    const unsigned char* const row = tree_row(p, segment, query);
-    u32 hidden = 0;
+// Bits of keys: bit 2 n + c of a lane's word is that of its key 8 n + c, counted from its first one.
+static_assert(kKeyTiles <= 16, "a bit for each key");
+
+// The bits of a lane's keys before `end`.
+__device__ __forceinline__ u32 keys_before(int end) {
+    const int inside = max(0, min(end, kKeyTiles * 8)), count = inside / 8 * 2 + min(inside % 8, 2);
+    return count == 32 ? ~0u : (1u << count) - 1;
+}
+
+// The same of 32 keys, of which bit k is that of key k.
+__device__ __forceinline__ u32 keys_of_lane(u32 word, int lane) {
+    word = word >> lane % 4 * 2 & 0x03030303;
+    word |= word >> 6;
+    return (word | word >> 12) & 0xff;
+}
+
+// Which keys from `first_key` on the tree mask hides from queries, those of two rows of a lane. The warp looks at all keys of one
+// query together, and votes: `first_query` to `last_query` are those of its rows.
+__device__ __forceinline__ void hidden_by_tree(const DecodeParams& p, const Segment& segment, int first_query, int last_query,
+                                               const int (&query)[2], u32 first_key, int lane, u32 (&hidden)[2]) {
+    constexpr int kAtOnce = 4;  // loads under way
+    hidden[0] = hidden[1] = 0;
 #pragma unroll 1
-    for (int n = 0; n < kKeyTiles; n += kAtOnce) {
-        u32 some = 0;
-        for_each<kAtOnce, 2>([&](int i, int column) {
-            some |= static_cast<u32>(tree_hides(p, segment, row, lane_key + (n + i) * 8 + column)) << (2 * i + column);
-        });
-        hidden |= some << 2 * n;
+    for (int word = (kKeyTiles - 1) / 4; word >= 0; --word) {
+        const u32 key = first_key + word * 32;
+        u32 hides[2] = {0, 0};
+        if (tree_column(p, segment, key + 31) >= 0) {
+#pragma unroll 1
+            for (int first = first_query; first <= last_query; first += kAtOnce) {
+                bool is_hidden[kAtOnce];
+                for_each<kAtOnce>([&](int i) {
+                    is_hidden[i] = tree_hides(p, segment, tree_row(p, segment, min(first + i, last_query)), key + lane);
+                });
+                for_each<kAtOnce>([&](int i) {
+                    const u32 votes = __ballot_sync(kFullWarp, is_hidden[i]);
+                    for_each<2>([&](int half) {
+                        if (query[half] == first + i) hides[half] = votes;
+                    });
+                });
+            }
+        }
+        for_each<2>([&](int half) { hidden[half] = hidden[half] << 8 | keys_of_lane(hides[half], lane); });
     }
-    return hidden;
 }
 
 // Hides from each row the keys that it does not see; for the tiles in which that differs from row to row. The scores begin at
 // `first_key`, and at packed row `first_row`.
 __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
                                             int lane, Scores& s) {
-    for_each<kRowTiles, 2>([&](int t, int half) {
-        const int row = first_row + t * 16 + half * 8 + lane / 4, query = query_of(p, row);
-        const bool exists = row < segment.first_row + segment.valid_rows;  // has a row of the tree mask
-        // Relative to the lane's first key, which may be near 2^31; then its keys are constants.
-        const u32 lane_key = first_key + lane % 4 * 2;
-        const int begin = mask_of(p).first_visible(segment.lengths, query) - lane_key;
-        const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query)) - lane_key;
-        u32 hidden = 0;
-        if constexpr (kHasTree) hidden = exists ? hidden_by_tree(p, segment, query, lane_key) : ~0u;
-        for_each<kKeyTiles, 2>([&](int n, int column) {
-            const int key = n * 8 + column;
-            bool is_hidden = key < begin || key >= end;
-            if constexpr (kHasTree) is_hidden |= hidden >> (2 * n + column) & 1;
-            if (is_hidden) s[t][n][half * 2 + column] = -infinity();
+    for_each<kRowTiles>([&](int t) {
+        const int row = first_row + t * 16, last_row = segment.first_row + segment.valid_rows - 1;
+        const int query[2] = {query_of(p, row + lane / 4), query_of(p, row + 8 + lane / 4)};
+        u32 hidden[2] = {0, 0};
+        if constexpr (kHasTree) {
+            const int last_query = query_of(p, min(row + 15, last_row));
+            hidden_by_tree(p, segment, query_of(p, row), last_query, query, first_key, lane, hidden);
+        }
+        for_each<2>([&](int half) {
+            // Relative to the lane's first key, which may be near 2^31.
+            const u32 lane_key = first_key + lane % 4 * 2;
+            const int begin = mask_of(p).first_visible(segment.lengths, query[half]) - lane_key;
+            const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query[half])) - lane_key;
+            hidden[half] |= keys_before(begin) | ~keys_before(end);
+            if (kHasTree && row + half * 8 + lane / 4 > last_row) hidden[half] = ~0u;  // has no row of the tree mask
+            for_each<kKeyTiles, 2>([&](int n, int column) {
+                if (hidden[half] >> (2 * n + column) & 1) s[t][n][half * 2 + column] = -infinity();
+            });
         });
     });
 }

@@ -74,18 +74,19 @@ __device__ __forceinline__ bool tree_hides(const DecodeParams& p, const Segment&
     return column >= 0 & !p.tree.sees(row, max(0, min(column, s.lengths.seqlen_q - 1)));
 }
 
+// Whether a tree mask hides a key of a segment from all of its rows.
+__device__ __forceinline__ bool hidden_from_all(const DecodeParams& p, const Segment& s, int key) {
+    const int first_query = query_of(p, s.first_row), last_query = query_of(p, s.first_row + s.valid_rows - 1);
+    const int column = tree_column(p, s, key);  // the number of the query that mostly sees it
+    return column >= 0 && !p.tree.sees(tree_row(p, s, max(first_query, min(column, last_query))), column) &&
+           p.tree.hides_from_all(tree_row(p, s, first_query), last_query - first_query + 1, column);
+}
+
 // Whether the key of a segment is one whose values may be anything though only some rows do not see it: one on a page of a
 // negative number, in whose place another page was read, or one that a tree mask hides from all rows.
 __device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, int key) {
     key = min(key, s.keys.end - 1);  // as the loader repeats it
-    if constexpr (kHasTree) {
-        const int first_query = query_of(p, s.first_row), last_query = query_of(p, s.first_row + s.valid_rows - 1);
-        const int column = tree_column(p, s, key);  // the number of the query that mostly sees it
-        if (column >= 0 && !p.tree.sees(tree_row(p, s, max(first_query, min(column, last_query))), column) &&
-            p.tree.hides_from_all(tree_row(p, s, first_query), last_query - first_query + 1, column)) {
-            return true;
-        }
-    }
+    if (kHasTree && hidden_from_all(p, s, key)) return true;
     if (!p.cache.page_table) return false;
     PageCursor place;
     place.enter(p.cache, s.sequence);
