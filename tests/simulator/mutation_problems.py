@@ -182,48 +182,8 @@ def _has_64_rows(mutant: Mutant) -> bool:
     return mutant.kernel == "extend_wgmma" and mutant.threads == 256
 
 
-def _edge(mutant: Mutant) -> tuple[int, int]:
-    """Where extend_wgmma.cu makes a comparison that it makes for every key of a lane and each of its two rows.
-
-    Which tile: 0 for an item's first one, 1 for others, 2 for those that are scored again. Which of its comparisons.
-    """
-    return divmod(mutant.copy, 32 if _has_64_rows(mutant) else 64)
-
-
 SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
 EQUIVALENT = (
-    Equivalent(
-        "a window of any row begins less than a tile behind the segment's first key: in its first tile",
-        file=r"rows_softmax\.cuh",
-        source=r"key < begin \|\|",
-        kind="gt -> ge",
-        kernel="extend_wgmma",
-        variants=lambda mutant: _edge(mutant)[0] > 0,
-    ),
-    Equivalent(
-        "the window of row r begins at most r keys behind the segment's first key: of the last 8 keys of a tile, which "
-        "has as many keys as the block has rows, none is the first one of a row of the first half of a warp's",
-        file=r"rows_softmax\.cuh",
-        source=r"key < begin \|\|",
-        kind="gt -> ge",
-        kernel="extend_wgmma",
-        variants=lambda mutant: _edge(mutant)[1] in ((14, 15) if _has_64_rows(mutant) else (30, 31)),
-    ),
-    Equivalent(
-        "with a tree mask there is no window: what rows see begins with the first key",
-        file=r"rows_softmax\.cuh",
-        source=r"key < begin \|\|",
-        kind="gt -> ge",
-        context=r"or\.b32 .*\nsetp\.eq\.s32 .*, 0\nselp\.f32 ",
-        kernel="extend_wgmma",
-    ),
-    Equivalent(
-        "a block has more threads than a tile has keys: one pass",
-        file=r"extend_wgmma\.cu",
-        source=r"row < kTileKeys; row \+= kThreads",
-        kind="lt -> le",
-        instruction=r", -(64|128)$",
-    ),
     Equivalent(
         "one warpgroup has all rows: none lets tiles pass",
         unreached=True,
@@ -321,13 +281,6 @@ EQUIVALENT = (
         source=r"p > window_left",
         kind="gt -> ge",
         instruction=r"setp\.gt\.s32 %p\d+, %r\d+, %r\d+",
-    ),
-    Equivalent(
-        "a variant of 8 rows has one row block, whose first row is 0",
-        file="segment.cuh",
-        source=r"s\.lengths\.seqlen_q \* p\.group - s\.first_row",
-        kind="sub -> add",
-        variants=_has_8_rows,
     ),
     Equivalent(
         "the larger of 1 and the number of rows is 1 either way where that is 1",
@@ -460,12 +413,6 @@ EQUIVALENT = (
         operands=r"(^|\n)and\.b32 %r\d+, %r\d+, %r\d+$",
     ),
     Equivalent(
-        "all lanes that hold a piece of a row hold its state: which of them stores it is the same",
-        file="cluster.cuh",
-        source=r"if \(vector == 0\)",
-        kind="ne -> eq|invert a branch",
-    ),
-    Equivalent(
         "h is even",
         file="loader.cuh",
         source=r"exists = is_tile &&",
@@ -485,13 +432,6 @@ EQUIVALENT = (
         kind="and -> or",
         context=r"add\.s32 .*\nshr\.s32 .*, 3\nshl\.b32 .*, 7\nand\.b32 .*, 7$",
         variants=_has_two_buffers,
-    ),
-    Equivalent(
-        "an item that is cut has two parts or more",
-        file="combine.cuh",
-        source=r"lse = s\.sequence \*",
-        kind="lt -> le",
-        instruction=", 0$",
     ),
     Equivalent(
         "a part that begins at the item's end is empty: it ends there, or where it begins",
@@ -561,13 +501,6 @@ EQUIVALENT = (
         source=r"item (>|==) share\.end\.item",
         kind="lt -> le",
         instruction=", 1$",
-    ),
-    Equivalent(
-        "the smaller of equal numbers, for the arithmetic's walker; whether more follows is another comparison there",
-        file="segment.cuh",
-        source=r"split_end < s\.keys\.end",
-        kind="lt -> le",
-        variants=lambda mutant: mutant.copy == 0,
     ),
     Equivalent(
         "a window begins at most 7 keys behind the beginning of a segment of 8 rows: further keys are not its first",

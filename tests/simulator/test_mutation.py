@@ -41,6 +41,16 @@ def test_a_class_of_equivalent_mutants() -> None:
     assert not Equivalent("why", variants=lambda m: m.cluster > 1).matches(mutant, line_of, False)
 
 
+def test_equivalent_mutants_are_of_lines_that_there_are() -> None:
+    """An entry whose line is gone hides nothing today, and a mutant of another line tomorrow."""
+    files = [file for folder in mutation_problems.SOURCES for file in folder.glob("*.cu*")]
+    lines = {file.name: file.read_text(encoding="utf-8").splitlines() for file in files}
+    for entry in mutation_problems.EQUIVALENT:
+        own = [line for name, text in lines.items() if re.fullmatch(entry.file, name) for line in text]
+        assert any(re.search(entry.source, line) for line in own), entry
+        assert any(re.search(entry.call, line) for text in lines.values() for line in text), entry
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "only"), [("decode", "attention|negative"), ("plan", ".*plan "), ("merge", "merge")]
