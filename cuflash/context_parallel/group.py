@@ -15,6 +15,7 @@ from .. import arguments, backends
 from ..arguments.common import import_codes, output
 from ..arrays import (
     NativeArray,
+    check_way_back,
     checks_values,
     empty,
     exporter,
@@ -285,6 +286,9 @@ class ContextParallel:
         packing = Packing(q.shape[:-2], num_heads // parts, headdim_v, self._wire_dtype(dtype))
         out = output("out", given["out"], q, packing.out_shape, dtype)
         lse = output("softmax_lse", given["softmax_lse"], q, packing.lse_shape, np.dtype(np.float32))
+        for name, array in (("out", out), ("softmax_lse", lse)):
+            if given[name] is None:
+                check_way_back("q", like, array)
 
         blocks = self._kept("send", (parts, packing.nbytes), np.uint8, q)
         partial, partial_lse = packing.in_place(blocks)
