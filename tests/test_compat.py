@@ -357,3 +357,33 @@ def test_captured_calls_without_a_plan(torch: Any, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(fa3.flash_attn_with_kvcache(*tensors[:1], *map(torch.from_numpy, caches)), answer.out,
                                atol=2e-5)  # fmt: skip
     assert len(made) == 6
+
+
+class Bare:
+    """What DLPack asks of an object, and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_packed_keys_of_any_kind() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, heads, 64), np.float32) for heads in (4, 2, 2))
+    starts = np.array([0, 13, 20], np.int32)
+    wanted = fa3.flash_attn_varlen_func(q, k, v, starts, starts, 13, 13, causal=True)
+    bare = [Bare(x) for x in (q, k, v, starts, starts)]
+    np.testing.assert_array_equal(fa3.flash_attn_varlen_func(*bare, 13, 13, causal=True), wanted)
+    np.testing.assert_array_equal(
+        fa3.flash_attn_func(*map(Bare, (q[None], k[None], v[None])))[0],
+        fa3.flash_attn_func(q[None], k[None], v[None])[0],
+    )
+    with pytest.raises(TypeError, match="^k must be an array"):
+        fa3.flash_attn_varlen_func(q, k.tolist(), v, starts, starts, 13, 13)
+    with pytest.raises(TypeError, match="^v must be an array"):
+        fa3.flash_attn_func(q[None], k[None], 3)

@@ -93,6 +93,8 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
     if seqused_q is not None:
         raise NotImplementedError("flash_attn_varlen_func: seqused_q is not implemented")
     q, k, v = (torch_tensors.without_gradient(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    named = {"k": k, "v": v, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    k, v, cu_seqlens_k, seqused_k = (_indexable(name, x) for name, x in named.items())
     if options.get("page_table") is not None:
         if seqused_k is None:
             raise ValueError("seqused_k must be given with page_table, got None")
@@ -107,6 +109,11 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
         q=q, k_cache=k[None], v_cache=v[None], cache_seqlens=ends, cache_leftpad=starts, cache_batch_idx=starts * 0,
         **options,
     )  # fmt: skip
+
+
+def _indexable(name: str, x: Any) -> Any:
+    """Return an array of which views can be made: DLPack does not ask for that."""
+    return x if x is None or torch_tensors.is_tensor(x) else import_array(name, x)
 
 
 def _plan_of(given: Given) -> SchedulerMetadata:
