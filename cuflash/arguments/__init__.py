@@ -15,6 +15,7 @@ from ..problem import (
     boolean,
     check_headdims,
     check_heads,
+    factor,
     first_difference,
     integer,
     make_problem,
@@ -79,9 +80,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
     scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
     if given["softmax_scale"] is not None:
-        scale = real("softmax_scale", given["softmax_scale"])
-        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
-            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
+        scale = factor("softmax_scale", given["softmax_scale"])
     sinks = sinks_of(problem, given["sinks"])
     out, lse = outputs(problem, q, given)
     tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, given)

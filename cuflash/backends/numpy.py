@@ -149,7 +149,8 @@ def _attend(
     kv_heads = slice(head, end_head)
     k_scale, v_scale = (scales.of_heads(b, kv_heads)[:, None, None] for scales in (cache.k_scales, cache.v_scales))
     packed = pack(_queries(problem, operands, operands.q[tokens][:, q_heads], b))
-    packed *= k_scale * operands.q_scales.of_heads(b, kv_heads)[:, None, None]
+    # Two scales that float32 holds may have a product that only a small softmax_scale, applied already, brings back.
+    packed *= np.multiply(k_scale, operands.q_scales.of_heads(b, kv_heads)[:, None, None], dtype=np.float64)
     packed_qv = None
     if operands.qv is not None:
         packed_qv = pack(to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands)) * v_scale
