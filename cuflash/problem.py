@@ -278,6 +278,14 @@ def factor(name: str, value: Any) -> float:
     return number
 
 
+def cap(softcap: Any) -> float:
+    """Return the cap of the scores, 0 for none; None says none, too."""
+    number = 0.0 if softcap is None else real("softcap", softcap)
+    if number < 0:
+        raise ValueError(f"softcap must be at least 0, got {number}")
+    return number
+
+
 def check_heads(name: str, heads: int, kv_name: str, heads_kv: int, hint: str = "") -> None:
     """Refuse query heads that KV heads cannot be shared by, naming the arguments."""
     if not heads_kv or not heads or heads % heads_kv:

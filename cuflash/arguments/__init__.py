@@ -13,13 +13,13 @@ from ..operands import Operands
 from ..problem import (
     Problem,
     boolean,
+    cap,
     check_headdims,
     check_heads,
     factor,
     first_difference,
     integer,
     make_problem,
-    real,
 )
 from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given, import_codes
@@ -111,9 +111,7 @@ def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
     q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
-    softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0, got {softcap}")
+    softcap = cap(given["softcap"])
     check_heads(
         "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
         other_layout(given["layout"], q.shape[-2], cache),
