@@ -359,6 +359,18 @@ def test_captured_calls_without_a_plan(torch: Any, monkeypatch: pytest.MonkeyPat
     assert len(made) == 6
 
 
+@pytest.mark.parametrize("lengths", [{}, {"cache_seqlens": 2**31}], ids=["none", "one"])
+def test_more_keys_than_can_be_counted_on_a_bare_plan(lengths: dict[str, int]) -> None:
+    q, cache = np.zeros((1, 1, 1, 8), np.float32), np.zeros((1, 2**16, 1, 8), np.float32)
+    metadata = fa3.get_scheduler_metadata(
+        1, 1, 100, 1, 1, 8, np.array([50], np.int32), qkv_dtype="float32", page_size=2**16
+    )
+    with pytest.raises(ValueError, match="^cache_seqlens must be"):
+        fa3.flash_attn_with_kvcache(
+            q, cache, cache, page_table=np.zeros((1, 2**15), np.int32), scheduler_metadata=metadata, **lengths
+        )
+
+
 class Bare:
     """What DLPack asks of an object, and nothing else."""
 

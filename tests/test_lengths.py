@@ -60,6 +60,30 @@ def test_room_for_too_many_keys(pages: int, page_size: int, planned: bool, backe
     assert not backend.to_numpy(out).any()
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["", "ragged"])
+def test_new_keys_behind_the_last_that_can_be_counted(
+    ragged: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for them, but an int32 cannot say where they end."""
+    monkeypatch.setenv("CUFLASH_VALIDATE", "1")
+    page_size, most = 2**16, 2**31 - 1
+    q = np.ones((1, 1, 1, 8), np.float32)
+    k_cache, v_cache = np.zeros((2, 1, page_size, 1, 8), np.float32)
+    table = np.zeros((1, 2**15), np.int32)
+    new: dict[str, Any] = {"k": q, "v": q}
+    if ragged:
+        new = {"k": q[0], "v": q[0], "cu_seqlens_k_new": np.array([0, 1], np.int32)}
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "page_table": table, "window_size": (0, 0), **new}
+    for length in (most - 1, most):
+        arguments = native(given | {"cache_seqlens": np.array([length], np.int32)}, backend)
+        if length < most:
+            np.testing.assert_array_equal(call(arguments, backend)[0], 1)
+            continue
+        with pytest.raises(ValueError, match="^cache_seqlens must be less than"):
+            call(arguments, backend)
+        assert not backend.to_numpy(arguments["k_cache"]).any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, 65504.0])
 @pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])

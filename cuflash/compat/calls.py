@@ -134,6 +134,7 @@ def _take_lengths(given: Given) -> None:
         number = given["page_table"].shape[1] * given["k_cache"].shape[1]
     if not isinstance(number, int):
         return
+    number = integer("cache_seqlens", number, 0)
     size = q.shape[0] if given["cu_seqlens_q"] is None else given["cu_seqlens_q"].shape[0] - 1
     is_tensor = torch_tensors.is_tensor(q)
     given["cache_seqlens"] = (
