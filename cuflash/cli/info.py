@@ -308,7 +308,7 @@ def _wrong(name: str, value: str) -> str:
     if name == "CUFLASH_VALIDATE":
         return "" if value in ("0", "1") else "0 or 1"
     if name == "CUFLASH_LOG":
-        can_be = value in ("1", "stderr") or os.access(Path(value).absolute().parent, os.W_OK)
+        can_be = value in ("1", "stderr") or os.access(Path(os.path.expanduser(value)).absolute().parent, os.W_OK)
         return "" if can_be else "1, stderr or a file that can be written"
     if name == "CUFLASH_CACHE_DIR":
         path = Path(value)
