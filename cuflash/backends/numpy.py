@@ -64,7 +64,7 @@ class Numpy:
     def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
         """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
         if operands.k is not None:
-            with np.errstate(invalid="ignore", over="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 append(problem, operands)
         if operands.lengths.cu_seqlens_q is not None:
             _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
