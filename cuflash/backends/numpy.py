@@ -130,8 +130,8 @@ def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
 # ------------------------------------------------------------------------------------------------ one sequence
 def _attend(
     problem: Problem, operands: Operands, b: int, leftpad: int, seqlen_k: int, seqlen_q: int, head: int, end_head: int
-) -> None:
-    """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
+) -> Iterator[None]:
+    """Attend for all rows of sequence ``b`` and the KV heads [head, end_head); pause between blocks of rows."""
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
     cache = operands.cache
@@ -185,6 +185,7 @@ def _attend(
                 hidden,
                 None if sinks is None else sinks[part],
             )
+        yield
 
     packed_out *= v_scale
     result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
@@ -378,15 +379,18 @@ def _num_threads() -> int:
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
-def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
-    """Run tasks on this thread and ``workers - 1`` others."""
+def _run(tasks: Sequence[Callable[[], Iterator[None]]], workers: int) -> None:
+    """Run tasks on this thread and ``workers - 1`` others, which give theirs up where they pause if this one raises."""
     global _pool
     queue = iter(tasks)  # next() of a list's iterator is atomic
+    given_up = False
 
     def work() -> None:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log(0) is the LSE of no keys
             for task in queue:
-                task()
+                for _ in task():
+                    if given_up:
+                        return
 
     if workers > 1 and len(tasks) > 1:
         if _pool is None:
@@ -394,6 +398,9 @@ def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
         others = [_pool.submit(work) for _ in range(min(workers, len(tasks)) - 1)]
         try:
             work()
+        except BaseException:  # Ctrl-C, too
+            given_up = True
+            raise
         finally:
             for other in others:
                 other.result()
