@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from .arguments.common import renamed
 from .array_types import Array
 from .arrays import NativeArray, exporter, import_array, overlaps
 from .attention import flash_attn_with_kvcache
@@ -109,7 +107,7 @@ def shared_prefix_attention(
     given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
     if given["out"] is not None and overlaps(import_array("out", given["out"]), native):
         raise ValueError("out must share no memory with q, which the suffixes read, too, got overlapping arrays")
-    with _names_of_prefix():
+    with renamed(_PREFIX):
         rows_out, lse = flash_attn_with_kvcache(
             k_cache=k_cache,
             v_cache=v_cache,
@@ -129,16 +127,6 @@ def shared_prefix_attention(
     if suffix.get("out") is None:
         suffix["out"] = exporter(q)(rows_out)
     return flash_attn_with_kvcache(q, k_cache, v_cache, merge_with=(rows_out, lse), **suffix)
-
-
-@contextmanager
-def _names_of_prefix() -> Iterator[None]:
-    """Let errors of the first call name what its caller gave."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        text = re.sub(rf"\b({'|'.join(_PREFIX)})\b", lambda name: _PREFIX[name[0]], str(error))
-        raise type(error)(text) from error
 
 
 def _rows(name: str, array: Any) -> NativeArray:

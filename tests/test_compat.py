@@ -395,7 +395,22 @@ def test_packed_keys_of_any_kind() -> None:
         fa3.flash_attn_func(*map(Bare, (q[None], k[None], v[None])))[0],
         fa3.flash_attn_func(q[None], k[None], v[None])[0],
     )
-    with pytest.raises(TypeError, match="^k must be an array"):
-        fa3.flash_attn_varlen_func(q, k.tolist(), v, starts, starts, 13, 13)
-    with pytest.raises(TypeError, match="^v must be an array"):
-        fa3.flash_attn_func(q[None], k[None], 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": [1.0]}, {"k": np.zeros((1, 20, 2, 64), np.float32)}, {"k": np.zeros((20, 2, 32), np.float32)}, {"v": 3},
+        {"cu_seqlens_k": np.array(0)}, {"cu_seqlens_k": np.array([0.0, 13, 20])}, {"cu_seqlens_k": np.array([0, 20])},
+        {"cu_seqlens_k": np.array([0, 13, 21])}, {"seqused_k": np.array([1, 2, 3])}, {"seqused_k": np.array([3, 20])},
+        {"seqused_k": np.array(3)}, {"return_attn_probs": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_about_packed_keys_name_them(wrong: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, heads, 64), np.float32) for heads in (4, 2, 2))
+    starts = np.array([0, 13, 20], np.int32)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(wrong))} must "):
+        fa3.flash_attn_varlen_func(**given | {"max_seqlen_q": 13, "max_seqlen_k": 13} | wrong)

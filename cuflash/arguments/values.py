@@ -95,7 +95,7 @@ def check_call(problem: Problem, operands: Operands) -> None:
     if (held > capacity).any():
         worst = int((held - capacity).argmax())
         more = f" + {new[worst]} new keys" if new[worst] else ""
-        pages = "" if cache.is_paged else "; if these are pages, page_table is missing"
+        pages = "" if cache.is_paged or cache.is_packed else "; if these are pages, page_table is missing"
         raise ValueError(
             f"cache_seqlens must fit the capacity {capacity[worst]}, got {seqlens[worst]}{more} at [{worst}]{pages}"
         )
