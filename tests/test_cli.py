@@ -349,6 +349,15 @@ def test_info_checks_its_variables(name, wrong, right, must, monkeypatch):
     assert info_command._variable(name) == ("ok", right, "")
 
 
+@pytest.mark.parametrize("name", ["CUFLASH_CACHE_DIR", "CUFLASH_LOG"])
+def test_info_knows_the_home(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "~/here")
+    assert info_command._variable(name).state == "ok"
+    monkeypatch.setenv("HOME", __file__)  # nothing can be written below a file
+    assert info_command._variable(name).state == "!!"
+
+
 def test_info_knows_every_variable(capsys, monkeypatch):
     named = {
         name for path in (ROOT / "cuflash").rglob("*.py") for name in re.findall(r"CUFLASH_[A-Z_]+\b", path.read_text())

@@ -270,6 +270,24 @@ def test_merge_state(torch: Any) -> None:
         np.testing.assert_array_equal(given[1], lse)
 
 
+@pytest.mark.parametrize("name", ["v_a", "s_a", "v_b", "s_b", "v_merged", "s_merged"])
+@pytest.mark.parametrize("kind", ["list", "shape", "other kind"])
+def test_merge_state_names_what_is_wrong(kind: str, name: str, torch: Any) -> None:
+    """Before anything is written."""
+    given = {n: torch.ones((5, 4, 64) if n.startswith("v") else (5, 4)) for n in ("v_a", "s_a", "v_b", "s_b")}
+    given |= {"v_merged": torch.full((5, 4, 64), 7.0), "s_merged": torch.full((5, 4), 7.0)}
+    written = given["v_merged"]
+    wrong = {"list": [1.0], "shape": torch.ones(3), "other kind": given[name].numpy()}[kind]
+    if (kind, name) == ("other kind", "v_a"):
+        name = "s_a"  # is then the first of another kind
+        given["v_a"] = wrong
+    else:
+        given[name] = wrong
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+        sgl_kernel.merge_state(**given)
+    assert (written == 7).all()
+
+
 def test_names_and_order_are_theirs() -> None:
     ours = list(inspect.signature(cuflash.flash_attn_with_kvcache).parameters)
     theirs = list(inspect.signature(fa3.flash_attn_with_kvcache).parameters)
