@@ -80,7 +80,7 @@ def renamed(names: dict[str, str]) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         text = re.sub(rf"\b({'|'.join(names)})\b", lambda name: names[name[0]], str(error))
-        raise type(error)(text) from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
 
 
 def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -> None:
