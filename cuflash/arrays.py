@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, check_memory, float8_name, import_host
+from .dlpack import CUDA_DEVICES, HOST_DEVICES, AsBytes, Exporter, check_memory, device_type, float8_name, import_host
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
@@ -54,7 +54,7 @@ def import_device_array(name: str, x: Any) -> NativeArray | None:
     kind = type(x)
     if not hasattr(kind, "__dlpack_device__") or isinstance(x, np.ndarray):
         return None
-    if x.__dlpack_device__()[0] not in CUDA_DEVICES:
+    if device_type(name, x) not in CUDA_DEVICES:
         return None
     return _import_cuda(name, x) if _importers.get(kind) is _import_dlpack else import_array(name, x)
 
@@ -95,9 +95,9 @@ def import_index(name: str, x: Any, wraps: bool = False) -> NativeArray:
 def exporter(like: Any) -> Callable[[NativeArray], Any]:
     """Return what makes arrays of the kind of ``like`` of native ones, on the same memory.
 
-    It is chosen before a call writes anything. NumPy and CuPy callers get native arrays; those of a framework its own
-    view (JAX may copy memory that does not begin at a multiple of 64 bytes: what :func:`empty` allocates does). Who
-    hands over an object of a kind that nobody can make gets the native array.
+    NumPy and CuPy callers get native arrays; those of a framework its own view (JAX may copy memory that does not begin
+    at a multiple of 64 bytes: what :func:`empty` allocates does). Who hands over an object of a kind that nobody can
+    make gets the native array. :func:`check_way_back` says beforehand whether it works.
 
     Args:
         like: An array of the caller's.
@@ -107,6 +107,30 @@ def exporter(like: Any) -> Callable[[NativeArray], Any]:
     if found is None:
         found = _exporters[kind] = _exporter(like)
     return found
+
+
+def check_way_back(name: str, like: Any, native: NativeArray) -> None:
+    """Find before a call writes anything whether a result can be handed over as an array of the kind of ``like``.
+
+    Args:
+        name: The argument's name, for the error.
+        like: An array of the caller's.
+        native: Where the result goes.
+
+    Raises:
+        TypeError: If the framework of ``like`` does not take it.
+    """
+    key = type(like), native.dtype
+    if key in _taken:
+        return
+    try:
+        exporter(like)(native)
+    except Exception as error:
+        raise TypeError(
+            f"{name} must be of a kind that an array of {native.dtype} can be returned in, got "
+            f"{type(like).__name__}: {error}"
+        ) from error
+    _taken.add(key)
 
 
 def strides_of(array: NativeArray) -> tuple[int, ...]:
@@ -318,15 +342,14 @@ def _import_numpy(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _import_dlpack(name: str, x: Any) -> NativeArray:
-    device, _ = x.__dlpack_device__()
+    device = device_type(name, x)
+    if getattr(x, "is_neg", bool)():  # torch hands over what lies in memory, and its values are the negative ones
+        raise ValueError(f"{name} must have its values in memory, got a negated view: resolve_neg() makes them")
     if device in CUDA_DEVICES:
         return _import_cuda(name, x)
     if device not in HOST_DEVICES:
-        raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(device)}")
-    try:
-        return import_host(name, x, _is_immutable(x))
-    except BufferError as error:
-        raise ValueError(f"{name} cannot be shared: {error}") from error
+        raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {device}")
+    return import_host(name, x, _is_immutable(x))
 
 
 def _import_cuda(name: str, x: Any) -> NativeArray:
@@ -387,3 +410,4 @@ def _itself(native: NativeArray) -> NativeArray:
 
 _importers: dict[type, Callable[[str, Any], NativeArray]] = {}
 _exporters: dict[type, Callable[[NativeArray], Any]] = {}
+_taken: set[tuple[type, Any]] = set()  # kinds, and element types of native arrays that they have taken over

@@ -1,31 +1,35 @@
-"""The folder of what compilers made: each file is whole or not there, and named after what it was made of."""
+"""The folder of what compilers made, which is the simulator's: it knows nothing of the rest, so that it says where."""
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 
-# NAME-DIGEST.KIND: nothing else in the folder is the library's.
-_OURS = re.compile(r"[a-z_]+-[0-9a-f]{32,64}\.(cubin|json|pickle|ptx|so)")
+# NAME-DIGEST.KIND, or what a process that was killed has left of one: nothing else in the folder is the library's.
+_NAME = r"[a-z_]+-[0-9a-f]{32,64}\.(cubin|json|pickle|ptx|so)"
+_OURS = re.compile(rf"{_NAME}|\.{_NAME}\.\d+\.[0-9a-f]{{8}}")
 
 
 def folder() -> Path:
-    """Return the folder: ``CUFLASH_CACHE_DIR``, else ``cuflash`` in the platform's cache folder."""
-    named = os.environ.get("CUFLASH_CACHE_DIR")
-    if named:
-        return Path(named)
-    try:
-        import platformdirs
+    """Return the folder: ``CUFLASH_CACHE_DIR``, else ``cuflash`` in the platform's cache folder.
 
-        return Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
-    except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuflash"
+    Raises:
+        RuntimeError: If nobody knows the user's home.
+    """
+    from .simulator import cache  # 60 ms, which only these functions need
+
+    found = cache.folder()
+    if found is None:
+        raise RuntimeError("there is no home folder for a cache: set CUFLASH_CACHE_DIR to a folder that can be written")
+    return found
 
 
 def files() -> list[Path]:
-    """Return the library's own files in the folder; whatever else lies there, and folders, are not among them."""
+    """Return the library's own files in the folder; whatever else lies there, and folders, are not among them.
+
+    Raises:
+        OSError: If the folder cannot be read.
+    """
     place = folder()
     if not place.is_dir():
         return []
@@ -33,9 +37,11 @@ def files() -> list[Path]:
 
 
 def store(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, whoever else does the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    """Write a file whole or not at all, whoever else does the same.
+
+    Raises:
+        OSError: If it cannot be written. Nothing is left behind.
+    """
+    from .simulator import cache
+
+    cache.store(path, data)

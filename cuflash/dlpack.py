@@ -98,6 +98,18 @@ class _Foreign:
             self._deleter(self._managed)
 
 
+def device_type(name: str, x: Any) -> int:
+    """Return in which kind of memory an array lies.
+
+    Raises:
+        TypeError: If it does not say so.
+    """
+    try:
+        return int(x.__dlpack_device__()[0])
+    except Exception as error:  # whatever a framework raises
+        raise TypeError(f"{name} must say in which memory it lies, got {type(x).__name__}: {error}") from error
+
+
 def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
     """View the host memory behind ``x.__dlpack__()`` as a NumPy array.
 
@@ -107,13 +119,16 @@ def import_host(name: str, x: Any, is_immutable: bool) -> np.ndarray:
         is_immutable: Whether it must not be written, if DLPack cannot say so.
 
     Raises:
-        ValueError: If its element type has no name in NumPy, or if it has no memory.
+        ValueError: If its framework refuses, if its element type has no name in NumPy, or if it has no memory.
     """
     try:
-        capsule = x.__dlpack__(max_version=(1, 1))
-    except TypeError:  # older than DLPack 1.0
-        capsule = x.__dlpack__()
-    capsule_name, managed = _managed(capsule)
+        try:
+            capsule = x.__dlpack__(max_version=(1, 1))
+        except TypeError:  # older than DLPack 1.0
+            capsule = x.__dlpack__()
+        capsule_name, managed = _managed(capsule)
+    except Exception as error:  # whatever a framework raises
+        raise ValueError(f"{name} cannot be shared: {error}") from error
     tensor = managed.tensor
     dtype = _DTYPES.get((tensor.code, tensor.bits))
     if dtype is None or tensor.lanes != 1:

@@ -47,7 +47,7 @@ def dtype_name(name: str, dtype: Any, allowed: tuple[str, ...] = FLOAT_DTYPES + 
     else:
         try:
             text = np.dtype(dtype).name
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: it has a dtype, which is none of NumPy's
             # torch.bfloat16 prints as "torch.bfloat16": take it without importing torch.
             text = str(dtype).rpartition(".")[2] if type(dtype).__name__ == "dtype" else ""
             if not text:

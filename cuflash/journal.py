@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import NativeArray, import_array, is_on_device, memory_of, to_host
+from .dtypes import dtype_name, numpy_dtype
+from .kv_cache import KVCache
 from .metadata import SchedulerMetadata
 
 VARIABLE = "CUFLASH_LOG"
@@ -37,7 +40,7 @@ def write(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     Returns:
         What it returns.
     """
-    line: dict[str, Any] = {"call": function.__name__, "arguments": {k: _described(x) for k, x in arguments.items()}}
+    line: dict[str, Any] = {"call": function.__name__, "arguments": _all_described(arguments)}
     ran = launches[threading.get_ident()] = []
     begin = time.perf_counter()
     try:
@@ -59,12 +62,43 @@ def _append(text: str) -> None:
     if where in ("1", "stderr"):
         sys.stderr.write(text)
     elif where:
-        with open(where, "a") as file:  # opened anew, so that processes can share it
-            file.write(text)
+        try:
+            with open(os.path.expanduser(where), "a") as file:  # opened anew, so that processes can share it
+                file.write(text)
+        except OSError as error:  # the call is done, and its caller needs the result
+            text = f"{VARIABLE} must name a file that can be written, got {where}: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _all_described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as what JSON can say: each by itself, and which of them are one."""
+    described = {name: _described(x) for name, x in arguments.items()}
+    first: dict[int, str] = {}
+    for name, x in arguments.items():
+        if _is_array(described[name]) and first.setdefault(id(x), name) != name:
+            described[name]["same_as"] = first[id(x)]
+    caches = ("k_cache", "v_cache")
+    if all(_is_array(described.get(name)) for name in caches) and _share_rows(*map(arguments.get, caches)):
+        described["v_cache"].setdefault("columns_of", "k_cache")
+    return described
+
+
+def _is_array(described: Any) -> bool:
+    return isinstance(described, dict) and "array" in described
+
+
+def _share_rows(k: Any, v: Any) -> bool:
+    """Whether values are the first columns of the keys' own rows."""
+    try:
+        return KVCache(import_array("k_cache", k), import_array("v_cache", v)).joint
+    except (TypeError, ValueError, IndexError):
+        return False
 
 
 def _described(x: Any) -> Any:
     """Return an argument as what JSON can say."""
+    if isinstance(x, np.generic):
+        x = x.item()
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     if isinstance(x, SchedulerMetadata):
@@ -74,11 +108,20 @@ def _described(x: Any) -> Any:
     try:
         array = import_array("argument", x)
     except (TypeError, ValueError):
-        return {"other": str(x)}
+        return _name_of(x)
     kind = {"array": array.dtype.name, "shape": list(array.shape), "strides": list(array.strides)}
-    if array.dtype.kind in "iub" and array.dtype.itemsize > 1 and array.size <= _MOST_VALUES and not _captures(array):
+    is_index = array.dtype.kind in "iub" and (array.dtype.itemsize > 1 or array.ndim < 3)  # and no cache of 8 bits
+    if is_index and array.size <= _MOST_VALUES and not _captures(array):
         kind["values"] = to_host(array).tolist()
     return {**kind, "memory": memory_of(array), "of": type(x).__module__.partition(".")[0]}
+
+
+def _name_of(x: Any) -> Any:
+    """Return the name of an element type, or what else there is to say of something."""
+    try:
+        return {"other": str(x)} if hasattr(type(x), "__dlpack__") else dtype_name("argument", x)
+    except (TypeError, ValueError):
+        return {"other": str(x)}
 
 
 def _captures(array: NativeArray) -> bool:
@@ -87,6 +130,20 @@ def _captures(array: NativeArray) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- running it again
+def all_rebuilt(described: Mapping[str, Any], xp: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """Return the arguments that a line describes, but for its plan; see :func:`rebuilt`."""
+    given: dict[str, Any] = {}
+    for name, x in described.items():
+        about = x if isinstance(x, dict) else {}
+        if "same_as" in about:
+            given[name] = given[about["same_as"]]
+        elif "columns_of" in about:
+            given[name] = given[about["columns_of"]][..., : about["shape"][-1]]
+        elif "plan" not in about:
+            given[name] = rebuilt(x, xp, rng)
+    return given
+
+
 def rebuilt(described: Any, xp: Any, rng: np.random.Generator) -> Any:
     """Return an argument made of what a line says about it.
 
@@ -105,8 +162,6 @@ def rebuilt(described: Any, xp: Any, rng: np.random.Generator) -> Any:
     if "other" in described:
         return described["other"]
     name, shape, strides = described["array"], tuple(described["shape"]), described["strides"]
-    from .dtypes import numpy_dtype
-
     dtype = numpy_dtype(name)
     if "values" in described:
         return xp.asarray(np.array(described["values"], dtype).reshape(shape))

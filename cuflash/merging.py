@@ -14,6 +14,7 @@ from .arrays import (
     NativeArray,
     address_of,
     aligned,
+    check_way_back,
     copy_into,
     empty,
     exporter,
@@ -89,6 +90,8 @@ def merge_attn_states(
             raise ValueError(f"{name} must be in {memory_of(stacked)} like outs, got one in {memory_of(array)}")
     merged = _target("out", out, stacked, stacked, shape[1:], (stacked_lses, parts))
     merged_lse = _target("lse", lse, stacked_lses, stacked, expected[1:], (stacked, parts, merged))
+    for name, given, native in (("out", out, merged), ("lse", lse, merged_lse)):
+        check_way_back("outs" if given is None else name, like if given is None else given, native)
     arrays = [stacked, stacked_lses, parts, merged, merged_lse]
     if ragged:
         arrays = [array if array is None else array[:, None] for array in arrays[:3]] + [merged[None], merged_lse[None]]

@@ -69,7 +69,7 @@ class SchedulerMetadata(Plan):
     kept: dict[tuple[int, int], NativeArray] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._first_max_seqlen_k = self.max_seqlen_k
+        self._first_max_seqlen_k, self._has_warned = self.max_seqlen_k, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "calls": Calls(), "kept": {}}  # a copy remembers no calls: they hold functions
@@ -82,11 +82,11 @@ class SchedulerMetadata(Plan):
     def lengthen(self, max_seqlen_k: int) -> None:
         """Take the bound of a refill; warn once if it exceeds that which the plan's tiles were chosen for."""
         self.max_seqlen_k = max_seqlen_k
-        if max_seqlen_k > self._first_max_seqlen_k:
-            first, self._first_max_seqlen_k = self._first_max_seqlen_k, max_seqlen_k
+        if max_seqlen_k > self._first_max_seqlen_k and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
-                f"max_seqlen_k={max_seqlen_k} exceeds {first}, for which this plan chose its tiles: it stays right, "
-                f"but a plan made for the longest keys to come may be much faster",
+                f"max_seqlen_k={max_seqlen_k} exceeds {self._first_max_seqlen_k}, for which this plan chose its tiles: "
+                f"it stays right, but a plan made for the longest keys to come may be much faster",
                 RuntimeWarning,
                 stacklevel=5,
             )

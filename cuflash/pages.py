@@ -106,7 +106,7 @@ class PageTable:
             (from, to): pages whose contents somebody has to copy before the tokens are written.
         """
         rows = self._distinct(sequences)
-        return self._extend(rows, np.broadcast_to(integers("num_tokens", num_tokens), rows.shape))
+        return self._extend(rows, _for_each("num_tokens", num_tokens, rows))
 
     def fork(self, sequence: ArrayLike) -> int:
         """Add a sequence with the tokens of another, on the same pages; return its handle."""
@@ -118,14 +118,14 @@ class PageTable:
         self.lengths[new], self.counts[new], self.changed[new] = self.lengths[row], used, True
         return fork
 
-    def truncate(self, sequences: ArrayLike, lengths: ArrayLike) -> None:
-        """Cut sequences off at ``lengths``; pages behind are no longer theirs."""
+    def truncate(self, sequences: ArrayLike, seqlens: ArrayLike) -> None:
+        """Cut sequences off at ``seqlens``; pages behind are no longer theirs."""
         rows = self._distinct(sequences)
-        cut = np.broadcast_to(integers("lengths", lengths), rows.shape)
+        cut = _for_each("seqlens", seqlens, rows)
         if (cut > self.lengths[rows]).any():
             i = int((cut > self.lengths[rows]).argmax())
             raise ValueError(
-                f"lengths must be at most those of the sequences, got {cut[i]} for {self.lengths[rows[i]]}"
+                f"seqlens must be at most those of the sequences, got {cut[i]} for {self.lengths[rows[i]]}"
             )
         self._drop(rows, -(-cut // self.page_size))
         self.lengths[rows] = cut
@@ -200,6 +200,14 @@ def _runs(rows: Rows, begin: NDArray[np.int64], count: NDArray[np.int64]) -> tup
     """Index ``count[i]`` entries of row ``rows[i]`` from column ``begin[i]`` on."""
     first = np.cumsum(count) - count
     return np.repeat(rows, count), np.arange(int(count.sum())) - np.repeat(first - begin, count)
+
+
+def _for_each(name: str, values: ArrayLike, rows: NDArray[Any]) -> NDArray[np.int64]:
+    """Return integers, one for each of the rows, or raise naming the argument."""
+    array = integers(name, values)
+    if array.shape not in ((), rows.shape):
+        raise ValueError(f"{name} must be one number or one per sequence ({len(rows)}), got {array.shape}")
+    return np.broadcast_to(array, rows.shape)
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:

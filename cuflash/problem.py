@@ -263,8 +263,26 @@ def real(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def factor(name: str, value: Any) -> float:
+    """Return ``value`` as a float that kernels multiply by, or raise naming the argument."""
+    number = real(name, value)
+    if number and not 2.0**-126 <= abs(number) <= 2.0**127:  # kernels take smaller numbers for 0
+        raise ValueError(f"{name} must be 0 or between 2**-126 and 2**127 in size, got {number}")
+    return number
+
+
+def cap(softcap: Any) -> float:
+    """Return the cap of the scores, 0 for none; None says none, too."""
+    number = 0.0 if softcap is None else real("softcap", softcap)
+    if number < 0:
+        raise ValueError(f"softcap must be at least 0, got {number}")
     return number
 
 

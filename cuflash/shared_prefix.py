@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .arguments.common import renamed
 from .array_types import Array
-from .arrays import NativeArray, exporter, import_array
+from .arrays import NativeArray, exporter, import_array, overlaps
 from .attention import flash_attn_with_kvcache
 from .metadata import SchedulerMetadata
 from .problem import window_bounds
@@ -15,6 +16,15 @@ _COMMON = (
     "softmax_scale", "softcap", "layout", "kv_dtype", "q_descale", "k_descale", "v_descale",
     "num_splits", "split_size", "sm_margin",
 )  # fmt: skip
+# What the first call is given under other names.
+_PREFIX = {
+    "page_table": "prefix_page_table",
+    "cache_seqlens": "prefix_seqlens",
+    "cu_seqlens_q": "prefix_cu_seqlens_q",
+    "max_seqlen_q": "prefix_max_seqlen_q",
+    "scheduler_metadata": "prefix_metadata",
+    "softmax_lse": "prefix_lse",
+}
 
 
 def shared_prefix_attention(
@@ -53,14 +63,15 @@ def shared_prefix_attention(
         prefix_lse: Where to write the prefix's LSE, (heads_q, total_q) float32; default: new memory.
         **suffix: Arguments of ``flash_attn_with_kvcache`` for the suffixes: ``page_table``, ``cache_seqlens``,
             ``causal``, ``k`` and ``v``, ``sinks``, ``scheduler_metadata``, ``out`` and so on. Lengths and positions are
-            those of the suffixes. Numbers such as ``softmax_scale`` hold for both calls.
+            those of the suffixes. Numbers such as ``softmax_scale`` hold for both calls. ``out`` holds the prefix's
+            results in between.
 
     Returns:
         What ``flash_attn_with_kvcache`` returns.
 
     Raises:
         ValueError: For windows, chunks, rotary embedding and context parallelism, which count positions from the
-            beginning of the prefix, and for ``merge_with``.
+            beginning of the prefix, for ``merge_with``, and for an ``out`` in the memory of q.
 
     Example:
         >>> # Three sequences share the 32 keys of pages 0 and 1; their own are in pages 2, 3 and 4.
@@ -94,19 +105,22 @@ def shared_prefix_attention(
     if native.ndim not in (3, 4):
         raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")
     given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
-    rows_out, lse = flash_attn_with_kvcache(
-        k_cache=k_cache,
-        v_cache=v_cache,
-        page_table=prefix_page_table,
-        cache_seqlens=prefix_seqlens,
-        cu_seqlens_q=prefix_cu_seqlens_q,
-        max_seqlen_q=prefix_max_seqlen_q,
-        scheduler_metadata=prefix_metadata,
-        softmax_lse=None if prefix_lse is None else import_array("prefix_lse", prefix_lse),
-        return_softmax_lse=True,
-        **{name: _rows(name, array) for name, array in given.items() if array is not None},
-        **{name: suffix[name] for name in _COMMON if name in suffix},
-    )
+    if given["out"] is not None and overlaps(import_array("out", given["out"]), native):
+        raise ValueError("out must share no memory with q, which the suffixes read, too, got overlapping arrays")
+    with renamed(_PREFIX):
+        rows_out, lse = flash_attn_with_kvcache(
+            k_cache=k_cache,
+            v_cache=v_cache,
+            page_table=prefix_page_table,
+            cache_seqlens=prefix_seqlens,
+            cu_seqlens_q=prefix_cu_seqlens_q,
+            max_seqlen_q=prefix_max_seqlen_q,
+            scheduler_metadata=prefix_metadata,
+            softmax_lse=None if prefix_lse is None else import_array("prefix_lse", prefix_lse),
+            return_softmax_lse=True,
+            **{name: _rows(name, array) for name, array in given.items() if array is not None},
+            **{name: suffix[name] for name in _COMMON if name in suffix},
+        )
     if native.ndim == 4:
         rows_out = rows_out.reshape(*native.shape[:3], -1)
         lse = lse.reshape(lse.shape[0], *native.shape[:2]).swapaxes(0, 1)  # (batch, heads, seqlen_q)

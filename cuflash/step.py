@@ -13,7 +13,7 @@ from .array_types import Array, ArrayT
 from .memo import Rest
 from .paged import PagedKVCache
 from .pages import integers
-from .problem import integer, real
+from .problem import cap, integer
 from .public import is_written_down
 from .step_shape import NativeArray, StepArrays, StepShape
 
@@ -82,9 +82,9 @@ class DecodeStep:
         num_heads_q: int,
         *,
         causal: bool = True,
-        window_size: tuple[int, int] = (-1, -1),
-        attention_chunk: int = 0,
-        softcap: float = 0.0,
+        window_size: tuple[int | None, int | None] | None = (-1, -1),
+        attention_chunk: int | None = 0,
+        softcap: float | None = 0.0,
         softmax_scale: float | None = None,
         rotary_cos: Array | None = None,
         rotary_sin: Array | None = None,
@@ -101,7 +101,7 @@ class DecodeStep:
         self._planned: dict[str, Any] = mask | {
             "max_seqlen_k": cache.max_seqlen, "num_heads_q": num_heads_q, "num_heads_kv": cache.num_heads_kv,
             "headdim": cache.headdim, "headdim_v": cache.headdim_v, "qkv_dtype": cache.dtype, "kv_dtype": kv_dtype,
-            "page_size": cache.page_size, "has_softcap": real("softcap", softcap) > 0, "num_splits": num_splits,
+            "page_size": cache.page_size, "has_softcap": cap(softcap) > 0, "num_splits": num_splits,
             "split_size": split_size, "sm_margin": sm_margin,
         }  # fmt: skip
         self._called: dict[str, Any] = mask | {
@@ -262,8 +262,11 @@ class DecodeStep:
     def _rest(self, layer: int) -> Rest:
         """Return the arguments that all calls of a layer have in common, for steps of this shape."""
         arrays, cache = self._begun, self.cache
-        rest = arrays.rests.get(layer) if type(layer) is int else None
+        if type(layer) is not int:
+            layer = integer("layer", layer, 0)
+        rest = arrays.rests.get(layer)
         if rest is None:
+            layer = integer("layer", layer, 0, cache.num_layers - 1)
             called = self._called | {
                 "k_cache": cache.k[layer],
                 "v_cache": cache.v[layer],
@@ -277,9 +280,7 @@ class DecodeStep:
                 "v_descale": None if cache.v_scale is None else cache.v_scale[layer],
                 "scheduler_metadata": arrays.meta,
             }
-            rest = Rest(cuflash.flash_attn_with_kvcache, called)
-            if type(layer) is int:
-                arrays.rests[layer] = rest
+            rest = arrays.rests[layer] = Rest(cuflash.flash_attn_with_kvcache, called)
         return rest
 
     def commit(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import import_array
 from .memo import Rest
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
@@ -37,6 +38,8 @@ class StepShape(NamedTuple):
     def split(self, name: str, x: Any) -> Any:
         """View (tokens, heads, dim) as (batch_size, max_seqlen_q, heads, dim)."""
         batch, seqlen = self.batch_size, self.max_seqlen_q
+        if not hasattr(x, "reshape"):  # DLPack asks for no views
+            x = import_array(name, x)
         if len(x.shape) != 3 or x.shape[0] != batch * seqlen:
             raise ValueError(f"{name} must have shape ({batch} * {seqlen}, heads, dim), got {tuple(x.shape)}")
         return x.reshape(batch, seqlen, *x.shape[1:])

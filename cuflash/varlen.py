@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .arguments.common import renamed
 from .array_types import Array
 from .arrays import import_array
 from .attention import DEFAULTS, attend_once
@@ -113,4 +114,5 @@ def flash_attn_varlen_func(
         "split_size": split_size, "kv_dtype": kv_dtype, "out": out, "softmax_lse": softmax_lse,
         "return_softmax_lse": return_softmax_lse,
     }  # fmt: skip
-    return attend_once(given, longest)
+    with renamed({"k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"}):
+        return attend_once(given, longest)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from problems import DTYPES, Backend, Case, all_pairs, check, check_lse, check_out, expected, make_inputs, run
 
 import cuflash
+from cuflash.backends import numpy as numpy_backend
 
 HEADDIMS = [(64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 40), (72, 72), (200, 200)]
 TWO_HEADDIMS = [(64, 128), (192, 128), (128, 72), (8, 256), (256, 8)]
@@ -410,3 +413,31 @@ def test_lengths_up_to_2_31(short: int, backend: Backend) -> None:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     wanted = weights / weights.sum(axis=-1, keepdims=True) @ v[0, seen, 0]
     np.testing.assert_allclose(backend.to_numpy(out)[0, 0], wanted, atol=1e-5)
+
+
+def test_an_interrupted_call_ends_on_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the calling thread alone; the others stop at their next block of rows, not at the end."""
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    monkeypatch.setattr(numpy_backend, "_THREAD_ELEMENTS", 0)
+    monkeypatch.setattr(numpy_backend, "_num_threads", lambda: 3)
+    monkeypatch.setattr(numpy_backend, "_pool", None)
+    attended, caller, others_run = [], threading.get_ident(), threading.Event()
+    attend_rows = numpy_backend._attend_rows
+
+    def interrupted(*arguments: Any) -> Any:
+        if threading.get_ident() == caller:
+            others_run.wait(10)
+            raise KeyboardInterrupt
+        attended.append(threading.get_ident())
+        others_run.set()
+        time.sleep(0.05)
+        return attend_rows(*arguments)
+
+    monkeypatch.setattr(numpy_backend, "_attend_rows", interrupted)
+    q, cache = np.ones((4, 32 * 40, 1, 8), np.float32), np.ones((4, 50, 1, 8), np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        cuflash.flash_attn_with_kvcache(q, cache, cache)
+    seen = len(attended)
+    assert 0 < seen < 20  # of 160
+    time.sleep(0.2)
+    assert len(attended) == seen

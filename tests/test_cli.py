@@ -349,6 +349,15 @@ def test_info_checks_its_variables(name, wrong, right, must, monkeypatch):
     assert info_command._variable(name) == ("ok", right, "")
 
 
+@pytest.mark.parametrize("name", ["CUFLASH_CACHE_DIR", "CUFLASH_LOG"])
+def test_info_knows_the_home(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "~/here")
+    assert info_command._variable(name).state == "ok"
+    monkeypatch.setenv("HOME", __file__)  # nothing can be written below a file
+    assert info_command._variable(name).state == "!!"
+
+
 def test_info_knows_every_variable(capsys, monkeypatch):
     named = {
         name for path in (ROOT / "cuflash").rglob("*.py") for name in re.findall(r"CUFLASH_[A-Z_]+\b", path.read_text())
@@ -365,8 +374,8 @@ def test_info_lists_optional_tools(capsys):
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
-OURS = ("ptx-" + "0" * 32 + ".ptx", "machine-" + "a1" * 16 + ".so", "decode-" + "f" * 32 + ".cubin")
-NOT_OURS = ("notes.txt", "ptx-short.ptx", "my-" + "0" * 32 + ".py", OURS[0] + ".txt", "thesis.ptx")
+OURS = ("ptx-" + "0" * 32 + ".ptx", "machine-" + "a1" * 16 + ".so", ".decode-" + "f" * 32 + ".cubin.17.0123abcd")
+NOT_OURS = (".ptx", "notes.txt", "ptx-short.ptx", "my-" + "0" * 32 + ".py", OURS[0] + ".txt", "thesis.ptx")
 
 
 @pytest.fixture
@@ -414,10 +423,35 @@ def test_cache_without_a_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_simulator_and_library_have_one_cache_folder(monkeypatch):
-    """The simulator knows nothing of the rest, so it says so itself."""
-    for named in ("", "/some/where"):
+    monkeypatch.setenv("HOME", "/at/home")
+    for named in ("", "/some/where", "~/kernels", "here"):
         monkeypatch.setenv("CUFLASH_CACHE_DIR", named)
         assert cache.folder() == simulator.cache_dir()
+        assert cache.folder().is_absolute() and "~" not in str(cache.folder())
+
+
+@pytest.mark.parametrize("action", ["unlink", "iterdir"])
+def test_cache_that_may_not_be_touched(action, capsys, kernels, monkeypatch):
+    """What the system says, and no traceback."""
+
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, action, refused)
+    assert main(["cache", "clear", "--yes"]) == 1
+    assert f"error: [Errno 13] Permission denied: '{kernels}" in unwrapped(capsys.readouterr().err)
+
+
+def test_cache_without_a_home(capsys, monkeypatch):
+    monkeypatch.setattr(simulator.cache, "folder", lambda: None)
+    assert main(["cache"]) == 1
+    assert "set CUFLASH_CACHE_DIR" in unwrapped(capsys.readouterr().err)
+
+
+def test_cache_of_cupy_that_cannot_be_read(capsys, kernels, tmp_path, monkeypatch):
+    (tmp_path / "of cupy").write_text("a file, where a folder should be")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "of cupy" / "kernels"))
+    assert "CuPy     0 files" in call(capsys, "cache")
 
 
 # -------------------------------------------------------------------------------------------------------------- bench

@@ -270,6 +270,24 @@ def test_merge_state(torch: Any) -> None:
         np.testing.assert_array_equal(given[1], lse)
 
 
+@pytest.mark.parametrize("name", ["v_a", "s_a", "v_b", "s_b", "v_merged", "s_merged"])
+@pytest.mark.parametrize("kind", ["list", "shape", "other kind"])
+def test_merge_state_names_what_is_wrong(kind: str, name: str, torch: Any) -> None:
+    """Before anything is written."""
+    given = {n: torch.ones((5, 4, 64) if n.startswith("v") else (5, 4)) for n in ("v_a", "s_a", "v_b", "s_b")}
+    given |= {"v_merged": torch.full((5, 4, 64), 7.0), "s_merged": torch.full((5, 4), 7.0)}
+    written = given["v_merged"]
+    wrong = {"list": [1.0], "shape": torch.ones(3), "other kind": given[name].numpy()}[kind]
+    if (kind, name) == ("other kind", "v_a"):
+        name = "s_a"  # is then the first of another kind
+        given["v_a"] = wrong
+    else:
+        given[name] = wrong
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+        sgl_kernel.merge_state(**given)
+    assert (written == 7).all()
+
+
 def test_names_and_order_are_theirs() -> None:
     ours = list(inspect.signature(cuflash.flash_attn_with_kvcache).parameters)
     theirs = list(inspect.signature(fa3.flash_attn_with_kvcache).parameters)
@@ -357,3 +375,60 @@ def test_captured_calls_without_a_plan(torch: Any, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(fa3.flash_attn_with_kvcache(*tensors[:1], *map(torch.from_numpy, caches)), answer.out,
                                atol=2e-5)  # fmt: skip
     assert len(made) == 6
+
+
+@pytest.mark.parametrize("lengths", [{}, {"cache_seqlens": 2**31}], ids=["none", "one"])
+def test_more_keys_than_can_be_counted_on_a_bare_plan(lengths: dict[str, int]) -> None:
+    q, cache = np.zeros((1, 1, 1, 8), np.float32), np.zeros((1, 2**16, 1, 8), np.float32)
+    metadata = fa3.get_scheduler_metadata(
+        1, 1, 100, 1, 1, 8, np.array([50], np.int32), qkv_dtype="float32", page_size=2**16
+    )
+    with pytest.raises(ValueError, match="^cache_seqlens must be"):
+        fa3.flash_attn_with_kvcache(
+            q, cache, cache, page_table=np.zeros((1, 2**15), np.int32), scheduler_metadata=metadata, **lengths
+        )
+
+
+class Bare:
+    """What DLPack asks of an object, and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_packed_keys_of_any_kind() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, heads, 64), np.float32) for heads in (4, 2, 2))
+    starts = np.array([0, 13, 20], np.int32)
+    wanted = fa3.flash_attn_varlen_func(q, k, v, starts, starts, 13, 13, causal=True)
+    bare = [Bare(x) for x in (q, k, v, starts, starts)]
+    np.testing.assert_array_equal(fa3.flash_attn_varlen_func(*bare, 13, 13, causal=True), wanted)
+    np.testing.assert_array_equal(
+        fa3.flash_attn_func(*map(Bare, (q[None], k[None], v[None])))[0],
+        fa3.flash_attn_func(q[None], k[None], v[None])[0],
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": [1.0]}, {"k": np.zeros((1, 20, 2, 64), np.float32)}, {"k": np.zeros((20, 2, 32), np.float32)}, {"v": 3},
+        {"cu_seqlens_k": np.array(0)}, {"cu_seqlens_k": np.array([0.0, 13, 20])}, {"cu_seqlens_k": np.array([0, 20])},
+        {"cu_seqlens_k": np.array([0, 13, 21])}, {"seqused_k": np.array([1, 2, 3])}, {"seqused_k": np.array([3, 20])},
+        {"seqused_k": np.array(3)}, {"return_attn_probs": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_about_packed_keys_name_them(wrong: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, heads, 64), np.float32) for heads in (4, 2, 2))
+    starts = np.array([0, 13, 20], np.int32)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(wrong))} must "):
+        fa3.flash_attn_varlen_func(**given | {"max_seqlen_q": 13, "max_seqlen_k": 13} | wrong)

@@ -147,3 +147,14 @@ def test_swapped_bounds() -> None:
 def test_bounds_that_are_not_swapped(most_q: int, most_k: int) -> None:
     """Lengths beyond max_seqlen_k are legal, and so are many queries on few keys."""
     cuflash.get_scheduler_metadata(BATCH, most_q, most_k, HEADS, KV_HEADS, DIM, LENGTHS, "float32")
+
+
+def test_arrays_where_names_belong() -> None:
+    """Comparing them with names raises errors of its own."""
+    arguments = contiguous()
+    for array in (np.zeros(2), np.zeros(0)):
+        with pytest.raises(TypeError, match="^layout must be"):
+            cuflash.flash_attn_with_kvcache(**arguments, layout=array)
+    torch = pytest.importorskip("torch")
+    with pytest.raises((TypeError, ValueError), match="^kv_dtype must be"):
+        cuflash.flash_attn_with_kvcache(**arguments, kv_dtype=torch.zeros(3))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import BACKENDS, on
@@ -70,6 +71,62 @@ def test_errors_are_written(log: Path, capsys: Any) -> None:
     assert "softcap must be at least 0" in capsys.readouterr().out
 
 
+SMALL = {"q": np.ones((2, 1, 4, 64), np.float32), "k_cache": np.ones((2, 9, 2, 64), np.float32)}
+JOINT = np.ones((2, 9, 1, 576), np.float16)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        SMALL | {"v_cache": SMALL["k_cache"], "softmax_scale": np.float32(0.1), "cache_seqlens": np.int64(5)},
+        SMALL | {"v_cache": SMALL["k_cache"], "causal": np.bool_(True), "num_splits": np.int64(2)},
+        SMALL | {"v_cache": SMALL["k_cache"].copy(), "cache_seqlens": np.array([5, 7], np.int8)},
+        SMALL | {"v_cache": SMALL["k_cache"].copy(), "cache_batch_idx": np.array([1, 0], np.uint8)},
+        {"q": JOINT[:, :1].repeat(4, 2), "k_cache": JOINT, "v_cache": JOINT[..., :512]},
+        {"q": JOINT[:, :1, :, :64], "kv_dtype": np.int8}
+        | {name: np.ones((2, 9, 1, 64), np.int8) for name in ("k_cache", "v_cache")},
+    ],
+    ids=["numbers", "bools", "int8", "uint8", "joint", "dtype"],
+)  # fmt: skip
+def test_whatever_runs_runs_again(arguments: dict[str, Any], log: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    cuflash.flash_attn_with_kvcache(**arguments)
+    assert main(["replay", str(log)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["class", "ml_dtypes", "torch"])
+def test_plans_of_any_spelling_run_again(kind: str, log: Path, capsys: Any) -> None:
+    torch = pytest.importorskip("torch") if kind == "torch" else None
+    dtype = {"class": np.float16, "ml_dtypes": ml_dtypes.bfloat16, "torch": getattr(torch, "bfloat16", None)}[kind]
+    cuflash.get_scheduler_metadata(**planning() | {"qkv_dtype": dtype})
+    assert main(["replay", str(log)]) == 0, capsys.readouterr().out
+
+
+def test_joint_rows_stay_joint(log: Path) -> None:
+    keys = np.ones((2, 9, 1, 96), np.float16)
+    cuflash.flash_attn_with_kvcache(keys[:, :1].repeat(4, 2), keys, keys[..., :64], sinks=np.ones(4, np.float32))
+    (line,) = lines(log)
+    again = journal.all_rebuilt(line["arguments"], np, np.random.default_rng(0))
+    assert again["v_cache"].shape == (2, 9, 1, 64)
+    assert again["v_cache"].__array_interface__["data"] == again["k_cache"].__array_interface__["data"]
+
+
+@pytest.mark.parametrize("place", ["none/log", "."])
+def test_a_log_that_cannot_be_written(place: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The call is done all the same: its caller has nothing else of it, and the cache has been appended to."""
+    monkeypatch.setenv("CUFLASH_LOG", str(tmp_path / place))
+    arguments = SMALL | {"v_cache": SMALL["k_cache"].copy(), "out": np.full_like(SMALL["q"], np.nan)}
+    with pytest.warns(RuntimeWarning, match="^CUFLASH_LOG must name a file that can be written"):
+        assert cuflash.flash_attn_with_kvcache(**arguments) is arguments["out"]
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUFLASH_LOG", "~/log")
+    cuflash.get_scheduler_metadata(**planning())
+    assert len(lines(tmp_path / "log")) == 1
+
+
 def test_the_standard_error(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("CUFLASH_LOG", "stderr")
     cuflash.get_scheduler_metadata(**planning())
@@ -89,7 +146,12 @@ def test_nothing_is_kept_when_nobody_asks(monkeypatch: Any) -> None:
     assert not journal.launches
 
 
-@pytest.mark.parametrize("text", ["nonsense", "{}", '{"call": "os.system", "arguments": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", "{}", '{"call": "os.system", "arguments": {}}', "[" * 10**5,
+     '{"call": "flash_attn_with_kvcache", "arguments": [1]}', '{"call": "get_scheduler_metadata", "arguments": null}'],
+    ids=lambda text: text[:60],
+)  # fmt: skip
 def test_other_files(text: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "log").write_text(text)
     with pytest.raises(SystemExit):

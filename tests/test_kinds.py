@@ -42,6 +42,37 @@ class Broken(Bare):
         raise RuntimeError("no")
 
 
+class NoWayBack(Bare):
+    """An object whose framework has a namespace that takes nothing back."""
+
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        return self
+
+    def from_dlpack(self, x: Any) -> Any:
+        raise RuntimeError("no")
+
+
+class NoNamespace(Bare):
+    """An object that does not tell its namespace."""
+
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        raise ValueError("no")
+
+
+class Nowhere(Bare):
+    """An object that does not say where it lies."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise RuntimeError("no")
+
+
+class NoCapsule(Bare):
+    """An object that exports something else."""
+
+    def __dlpack__(self, **_: Any) -> Any:  # type: ignore[override]
+        return None
+
+
 class MyArray(np.ndarray):
     """An array class of a user."""
 
@@ -109,12 +140,23 @@ def test_bare_outputs() -> None:
     assert np.isfinite(out.array).all()
 
 
+@pytest.mark.parametrize("kind", [Broken, Nowhere, NoCapsule])
 @pytest.mark.parametrize("name", ARRAYS)
-def test_objects_that_do_not_export(name: str) -> None:
-    """Whatever is raised, it is raised before anything is written."""
+def test_objects_that_do_not_export(name: str, kind: type) -> None:
+    """Whatever they raise, the error names the argument, before anything is written."""
     arguments, before = copied(), appending()
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
-        cuflash.flash_attn_with_kvcache(**arguments | {name: Broken(arguments[name])})
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        cuflash.flash_attn_with_kvcache(**arguments | {name: kind(arguments[name])})
+    for cache in ("k_cache", "v_cache"):
+        np.testing.assert_array_equal(arguments[cache], before[cache])
+
+
+@pytest.mark.parametrize("kind", [NoWayBack, NoNamespace])
+def test_what_cannot_be_returned_is_found_at_once(kind: type) -> None:
+    arguments, before = copied(), appending()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"^q must be of a kind.* got {kind.__name__}: no"):
+            cuflash.flash_attn_with_kvcache(**arguments | {"q": kind(arguments["q"])})
     for cache in ("k_cache", "v_cache"):
         np.testing.assert_array_equal(arguments[cache], before[cache])
 
@@ -144,6 +186,15 @@ def test_subclasses_of_tensor(names: list[str], module: str) -> None:
     given = arguments | {name: torch.from_numpy(arguments[name]).as_subclass(mine) for name in names}
     out = check_call(given, arguments)
     assert isinstance(out, torch.Tensor)
+
+
+def test_negated_tensors() -> None:
+    """What such a view means is not what its memory holds."""
+    torch = pytest.importorskip("torch")
+    arguments = copied()
+    arguments["q"] = torch.complex(torch.from_numpy(arguments["q"]), torch.from_numpy(arguments["q"])).conj().imag
+    with pytest.raises(ValueError, match="^q must have its values in memory"):
+        cuflash.flash_attn_with_kvcache(**arguments)
 
 
 @pytest.mark.parametrize("kind", [Bare, Old, named_like(Bare, "torch.mine")])

@@ -430,6 +430,14 @@ def test_what_a_step_refuses():
     step.begin([a, b])
     with pytest.raises(ValueError, match=r"q must have shape \(2 \* 1, heads, dim\)"):
         step(0, q[:1], k, k)
+    for layer, error in ((1, ValueError), (-1, ValueError), ("0", TypeError), (True, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="^layer must be"):
+            step(layer, q, k, k)
+    for name, x in (("q", q.tolist()), ("k", 3), ("out", "out")):
+        with pytest.raises(TypeError, match=f"^{name} must be an array"):
+            step(**{"layer": 0, "q": q, "k": k, "v": k, name: x})
+    with pytest.raises(ValueError, match="^softcap must be at least 0"):
+        cuflash.DecodeStep(cache, 4, softcap=-1)
     step(0, q, k, k)
     cache.free(b)
     with pytest.raises(ValueError, match="must be in the cache"):
@@ -441,6 +449,17 @@ def test_what_a_step_refuses():
     cache.truncate(a, 0)
     with pytest.raises(ValueError, match="must not change"):
         step.commit()
+
+
+def test_none_of_a_step_means_none(backend: Backend):
+    xp = __import__("cupy") if backend.name == "cuda" else np
+    results = []
+    for options in ({}, {"softcap": None, "window_size": None, "attention_chunk": None}):
+        cache = cuflash.PagedKVCache(1, 8, 4, 2, 8, "float32", xp=xp)
+        step = cuflash.DecodeStep(cache, 4, **options).begin(cache.add(), 5)
+        q, k = xp.linspace(-1, 1, 160, dtype="float32").reshape(5, 4, 8), xp.ones((5, 2, 8), np.float32)
+        results.append(backend.to_numpy(step(0, q, k, k * q[:, :2])))
+    np.testing.assert_array_equal(*results)
 
 
 def test_what_a_cache_refuses():
@@ -458,8 +477,12 @@ def test_what_a_cache_refuses():
     for call in (cache.add, lambda: cache.fork(a)):
         with pytest.raises(ValueError, match="max_sequences=1"):
             call()
-    with pytest.raises(ValueError, match="lengths must be at most"):
+    with pytest.raises(ValueError, match="^seqlens must be at most"):
         cache.truncate(a, 1)
+    with pytest.raises(ValueError, match="^seqlens must be one number or one per sequence"):
+        cache.truncate(a, [0, 0])
+    with pytest.raises(ValueError, match="^num_tokens must be one number or one per sequence"):
+        cache.extend(a, [1, 1])
     with pytest.raises(ValueError, match="num_tokens"):
         cache.add(-1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from cases import KV_DTYPES
 from problems import Backend, Case, all_pairs, check, make_inputs
 from reference_cache import LARGEST, find_scale, quantise
@@ -267,6 +268,24 @@ def test_scales_may_be_negative(negative: str, backend: Backend) -> None:
     assert (np.abs(out - expected) <= 0.008 * magnitude).all()
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize(
+    "scales", [(1e30, 1e30, 5e-37), (1e-30, 1e30, 1.0), (1e-30, 1e-30, 1e37), (1e38, 1e-37, 0.1)], ids=str
+)
+def test_scales_whose_products_leave_float32(
+    scales: tuple[float, float, float], queries: int, backend: Backend
+) -> None:
+    """Two scales may be of any size as long as the scores are finite."""
+    rng = np.random.default_rng(4)
+    q = rng.standard_normal((1, queries, 1, 64), np.float32).astype(ml_dtypes.float8_e4m3fn)
+    k, v = rng.standard_normal((2, 1, 70, 1, 64), np.float32).astype(ml_dtypes.float8_e4m3fn)
+    names = ("q_descale", "k_descale", "softmax_scale")
+    out, lse = _attend(q.view(np.uint8), k, v, backend, **dict(zip(names, scales)))
+    answer = reference.attention(q, k, v, cache_seqlens=np.array([70]), **dict(zip(names, scales)))
+    np.testing.assert_allclose(lse, answer.lse, rtol=2.0**-22, atol=1e-3)
+    assert (np.abs(out - answer.out) <= 0.009 * answer.magnitude).all()
+
+
 # ------------------------------------------------------------------------------------------------ arguments
 def _arguments() -> dict[str, Any]:
     return {
@@ -295,6 +314,11 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("k_descale", {"k_descale": True}, TypeError),
     ("k_descale", {"k_descale": np.inf}, ValueError),
     ("k_descale", {"k_descale": [1.0]}, TypeError),
+    ("k_descale", {"k_descale": 1e39}, ValueError),  # infinite as float32
+    ("v_descale", {"v_descale": -1e-38}, ValueError),  # 0 for kernels
+    ("k_descale", {"k_descale": 10**400}, ValueError),
+    ("softmax_scale", {"softmax_scale": 10**400}, ValueError),
+    ("softcap", {"softcap": 10**400}, ValueError),
     ("k_descale", {"k_descale": _key_scales(dtype=np.float64)}, TypeError),
     ("k_descale", {"k_descale": _key_scales(shape=(2,))}, ValueError),
     ("k_descale", {"k_descale": _key_scales(shape=(2, 4))}, ValueError),

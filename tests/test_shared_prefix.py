@@ -110,3 +110,32 @@ def test_positions_from_the_beginning_are_refused(wrong: dict[str, Any], backend
     shared, _ = _problem("float32", 1)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         cuflash.shared_prefix_attention(**shared, **wrong)
+
+
+def test_an_output_in_the_queries_is_refused(backend: Backend) -> None:
+    """The prefix's results would stand where the suffixes read the queries."""
+    shared, _ = _problem("float32", 1)
+    native = _native(shared, backend)
+    before = backend.to_numpy(native["q"]).copy()
+    with pytest.raises(ValueError, match="out must share no memory with q"):
+        cuflash.shared_prefix_attention(**native, out=native["q"])
+    np.testing.assert_array_equal(backend.to_numpy(native["q"]), before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prefix_seqlens": np.array([49, 0, 33], np.int32)},
+        {"prefix_page_table": np.full((3, 3), 64, np.int32)},
+        {"prefix_cu_seqlens_q": np.array([0, 2, 3, 7], np.int32)},
+        {"prefix_max_seqlen_q": 1},
+        {"prefix_metadata": 3},
+        {"prefix_lse": np.zeros((HEADS, 1), np.float32)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_errors_of_the_prefix_name_its_arguments(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    shared, _ = _problem("float32", 1)
+    with pytest.raises((TypeError, ValueError), match=rf"{next(iter(wrong))}(=1| must)"):
+        cuflash.shared_prefix_attention(**shared | wrong)

@@ -86,7 +86,10 @@ def test_used_keys(backend: Backend) -> None:
         ("cu_seqlens_k", np.array([0, 40, 45], np.int32), "cu_seqlens_k must have a row per sequence"),
         ("k", np.zeros((1, 153, 2, 64), np.float16), "k must have shape"),
         ("seqused_q", np.array([1], np.int32), "seqused_q must be None"),
-        ("seqused_k", np.array([41, 0, 0, 0, 0], np.int32), "cache_seqlens must fit"),
+        ("seqused_k", np.array([41, 0, 0, 0, 0], np.int32), "^seqused_k must fit the capacity 40, got 41 at .0.$"),
+        ("seqused_k", np.array([-1, 0, 0, 0, 0], np.int32), "^seqused_k must be at least 0"),
+        ("k", np.zeros((153, 2, 64), np.float32), "^k must have the dtype of q"),
+        ("v", np.zeros((153, 1, 64), np.float16), "^v must have the shape of k but"),
     ],
     ids=str,
 )  # fmt: skip

@@ -13,12 +13,13 @@ from ..operands import Operands
 from ..problem import (
     Problem,
     boolean,
+    cap,
     check_headdims,
     check_heads,
+    factor,
     first_difference,
     integer,
     make_problem,
-    real,
 )
 from .caches import apart, cache_of, check_caches, check_rows, new_keys, other_layout
 from .common import Given, import_codes
@@ -79,9 +80,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     step_lengths = call_lengths(problem, q, cache, k, plan, given)
     scale = (problem.headdim + (0 if qv is None else problem.headdim_v)) ** -0.5
     if given["softmax_scale"] is not None:
-        scale = real("softmax_scale", given["softmax_scale"])
-        if scale and not 2.0**-126 <= abs(scale) <= 2.0**127:  # kernels take smaller numbers for 0
-            raise ValueError(f"softmax_scale must be 0 or between 2**-126 and 2**127 in size, got {scale}")
+        scale = factor("softmax_scale", given["softmax_scale"])
     sinks = sinks_of(problem, given["sinks"])
     out, lse = outputs(problem, q, given)
     tree, (merge_out, merge_lse) = tree_mask(problem, q, given), merged(out, given)
@@ -112,9 +111,7 @@ def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
     q_dtype = dtype_name("q", codes or q.dtype, QUERY_DTYPES)
     cache = cache_of(given)
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
-    softcap = 0.0 if given["softcap"] is None else real("softcap", given["softcap"])
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0, got {softcap}")
+    softcap = cap(given["softcap"])
     check_heads(
         "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
         other_layout(given["layout"], q.shape[-2], cache),

@@ -27,7 +27,7 @@ _MAX_CACHE_BYTES = 64 * 2**30 - 16
 def cache_of(given: Given) -> KVCache:
     """Import caches as views (pages, page_size, heads_kv, dim), and what says where in them a sequence lies."""
     layout = given["layout"]
-    if layout not in ("NHD", "HND"):
+    if not isinstance(layout, str) or layout not in ("NHD", "HND"):
         kind = ValueError if isinstance(layout, str) else TypeError
         raise kind(f'layout must be "NHD" or "HND", got {layout!r}')
     kv_dtype = None if given["kv_dtype"] is None else dtype_name("kv_dtype", given["kv_dtype"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -64,6 +67,20 @@ def import_codes(name: str, x: Any, dtype: str | None) -> tuple[NativeArray, str
     if dtype not in QUANTISED_DTYPES:
         return array, None
     return array if is_on_device(array) else array.view(numpy_dtype(dtype)), dtype
+
+
+@contextmanager
+def renamed(names: dict[str, str]) -> Iterator[None]:
+    """Let errors about a call name what its caller's caller gave.
+
+    Args:
+        names: Of ``flash_attn_with_kvcache``, and what the arguments are called outside.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = re.sub(rf"\b({'|'.join(names)})\b", lambda name: names[name[0]], str(error))
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
 
 
 def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays import NativeArray, address_of, import_array, is_aligned, is_writeable, strides_of
 from ..dtypes import QUANTISED_DTYPES
 from ..kv_cache import KVCache, Scales
-from ..problem import Problem, real
+from ..problem import Problem, factor
 from .common import Given
 
 
@@ -47,7 +47,7 @@ def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache 
     if dtype not in QUANTISED_DTYPES:
         raise ValueError(f"{name} must be None where nothing is quantised, got scales for {dtype}")
     if isinstance(value, (bool, int, float, str, bytes, np.number)):
-        return Scales(real(name, value))
+        return Scales(factor(name, value))
     array = import_array(name, value)
     if array.dtype != np.float32:
         raise TypeError(f"{name} must be a number or float32, got {array.dtype}")

@@ -10,6 +10,7 @@ from ..arrays import (
     NativeArray,
     address_of,
     aligned,
+    check_way_back,
     has_each_once,
     import_array,
     is_on_device,
@@ -43,9 +44,21 @@ def sinks_of(problem: Problem, sinks: Any) -> NativeArray | None:
 def outputs(problem: Problem, q: NativeArray, given: Given) -> tuple[NativeArray, NativeArray | None]:
     """Return where output and LSE go; no LSE on a GPU if nobody asks for it."""
     out = output("out", given["out"], q, (*q.shape[:-1], problem.headdim_v), numpy_dtype(problem.out_dtype), True)
+    _check_kind("out", out, given)
     if not given["return_softmax_lse"] and given["softmax_lse"] is None and is_on_device(q):
         return out, None
-    return out, output("softmax_lse", given["softmax_lse"], q, lse_shape(q.shape), np.dtype(np.float32), True)
+    lse = output("softmax_lse", given["softmax_lse"], q, lse_shape(q.shape), np.dtype(np.float32), True)
+    if given["return_softmax_lse"]:
+        _check_kind("softmax_lse", lse, given)
+    return out, lse
+
+
+def _check_kind(name: str, native: NativeArray, given: Given) -> None:
+    """Check that a result can be returned: as what the caller gave for it, or as an array of the queries' kind."""
+    if given[name] is None:
+        check_way_back("q", given["q"], native)
+    else:
+        check_way_back(name, given[name], native)
 
 
 def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray | None:

@@ -12,6 +12,7 @@ from ..operands import Lengths, Operands
 from ..problem import Problem
 
 Ints = NDArray[np.int64]
+_INT32_MAX = 2**31 - 1
 
 
 def check_lengths(problem: Problem, lengths: Lengths) -> None:
@@ -75,6 +76,7 @@ def check_call(problem: Problem, operands: Operands) -> None:
             else:
                 new = np.diff(starts)
     total = seqlens + new
+    _refuse("cache_seqlens", "be less than 2**31 with the new keys", total, total > _INT32_MAX)
     row = np.arange(problem.batch_size)
     if cache.batch_idx is not None:
         row = to_host(cache.batch_idx)
@@ -93,7 +95,7 @@ def check_call(problem: Problem, operands: Operands) -> None:
     if (held > capacity).any():
         worst = int((held - capacity).argmax())
         more = f" + {new[worst]} new keys" if new[worst] else ""
-        pages = "" if cache.is_paged else "; if these are pages, page_table is missing"
+        pages = "" if cache.is_paged or cache.is_packed else "; if these are pages, page_table is missing"
         raise ValueError(
             f"cache_seqlens must fit the capacity {capacity[worst]}, got {seqlens[worst]}{more} at [{worst}]{pages}"
         )

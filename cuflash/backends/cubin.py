@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from cupy.cuda import nvrtc
+
+from ..cache import store
 
 # What CuPy adds to a module's own options.
 _OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
@@ -33,23 +34,22 @@ def cubin(text: str, options: tuple[str, ...], arch: str) -> Path:
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
     path = folder / f"cuflash-{key[:40]}.cubin"
     digest = path.with_suffix(".sha256")
-    if not (path.exists() and digest.exists() and _digest(path.read_bytes()) == digest.read_bytes()):
+    if not _is_whole(path, digest):
         code = _compile(text, options)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, code)
-        _write(digest, _digest(code))
+        store(path, code)
+        store(digest, _digest(code))
     return path
+
+
+def _is_whole(path: Path, digest: Path) -> bool:
+    try:
+        return _digest(path.read_bytes()) == digest.read_bytes()
+    except OSError:  # not there, or another user's alone
+        return False
 
 
 def _digest(code: bytes) -> bytes:
     return hashlib.sha256(code).hexdigest().encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: other processes see all of it or nothing."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def _compile(text: str, options: tuple[str, ...]) -> bytes:

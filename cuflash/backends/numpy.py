@@ -64,7 +64,7 @@ class Numpy:
     def attend(self, problem: Problem, operands: Operands, metadata: SchedulerMetadata | None) -> None:
         """Append the new keys, if any, and attend: write ``operands.out`` and ``operands.softmax_lse``."""
         if operands.k is not None:
-            with np.errstate(invalid="ignore", over="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 append(problem, operands)
         if operands.lengths.cu_seqlens_q is not None:
             _clear_rows_of_none(operands, operands.lengths.cu_seqlens_q)
@@ -130,8 +130,8 @@ def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
 # ------------------------------------------------------------------------------------------------ one sequence
 def _attend(
     problem: Problem, operands: Operands, b: int, leftpad: int, seqlen_k: int, seqlen_q: int, head: int, end_head: int
-) -> None:
-    """Attend for all rows of sequence ``b`` and the KV heads [head, end_head)."""
+) -> Iterator[None]:
+    """Attend for all rows of sequence ``b`` and the KV heads [head, end_head); pause between blocks of rows."""
     group, heads, rows = problem.group, end_head - head, seqlen_q * problem.group
     q_heads = slice(head * group, end_head * group)
     cache = operands.cache
@@ -149,7 +149,8 @@ def _attend(
     kv_heads = slice(head, end_head)
     k_scale, v_scale = (scales.of_heads(b, kv_heads)[:, None, None] for scales in (cache.k_scales, cache.v_scales))
     packed = pack(_queries(problem, operands, operands.q[tokens][:, q_heads], b))
-    packed *= k_scale * operands.q_scales.of_heads(b, kv_heads)[:, None, None]
+    # Two scales that float32 holds may have a product that only a small softmax_scale, applied already, brings back.
+    packed *= np.multiply(k_scale, operands.q_scales.of_heads(b, kv_heads)[:, None, None], dtype=np.float64)
     packed_qv = None
     if operands.qv is not None:
         packed_qv = pack(to_float32(operands.qv[tokens][:, q_heads]) * _query_factor(operands)) * v_scale
@@ -184,6 +185,7 @@ def _attend(
                 hidden,
                 None if sinks is None else sinks[part],
             )
+        yield
 
     packed_out *= v_scale
     result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
@@ -377,15 +379,18 @@ def _num_threads() -> int:
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
-def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
-    """Run tasks on this thread and ``workers - 1`` others."""
+def _run(tasks: Sequence[Callable[[], Iterator[None]]], workers: int) -> None:
+    """Run tasks on this thread and ``workers - 1`` others, which give theirs up where they pause if this one raises."""
     global _pool
     queue = iter(tasks)  # next() of a list's iterator is atomic
+    given_up = False
 
     def work() -> None:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log(0) is the LSE of no keys
             for task in queue:
-                task()
+                for _ in task():
+                    if given_up:
+                        return
 
     if workers > 1 and len(tasks) > 1:
         if _pool is None:
@@ -393,6 +398,9 @@ def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:
         others = [_pool.submit(work) for _ in range(min(workers, len(tasks)) - 1)]
         try:
             work()
+        except BaseException:  # Ctrl-C, too
+            given_up = True
+            raise
         finally:
             for other in others:
                 other.result()

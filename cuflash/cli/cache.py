@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         hanging("        -> ", f"{program()} cache clear" if files else "")
         of_cupy = cupy_folder()
         hanging("  CuPy     ", f"{summary(files_below(of_cupy))}, those of other programs too ({of_cupy})")
-        hanging("        -> ", f"to clear it, delete {of_cupy}" if of_cupy.is_dir() else "")
+        hanging("        -> ", f"to clear it, delete {of_cupy}" if os.path.isdir(of_cupy) else "")
         return 0
     if not files:
         hanging("", f"nothing to delete in {cache.folder()}")
@@ -54,12 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def cupy_folder() -> Path:
     """Return the folder of the kernels that CuPy compiles, this library's among them."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    return Path(os.path.expanduser(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"))
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return all files in a folder and its folders."""
-    return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    """Return all files in a folder and its folders, as far as they can be read."""
+    return [Path(place, name) for place, _, names in os.walk(folder) for name in names]
 
 
 def summary(files: Sequence[Path]) -> str:

@@ -308,10 +308,11 @@ def _wrong(name: str, value: str) -> str:
     if name == "CUFLASH_VALIDATE":
         return "" if value in ("0", "1") else "0 or 1"
     if name == "CUFLASH_LOG":
-        can_be = value in ("1", "stderr") or os.access(Path(value).absolute().parent, os.W_OK)
+        folder = Path(os.path.expanduser(value)).absolute().parent
+        can_be = value in ("1", "stderr") or (folder.is_dir() and os.access(folder, os.W_OK))
         return "" if can_be else "1, stderr or a file that can be written"
     if name == "CUFLASH_CACHE_DIR":
-        path = Path(value)
+        path = Path(os.path.expanduser(value))
         parents = [parent for parent in (path, *path.absolute().parents) if parent.exists()]
         can_be = parents[0].is_dir() and os.access(parents[0], os.W_OK)
         return "" if can_be else "a folder that can be written to"

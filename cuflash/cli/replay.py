@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the calls; the exit code is 1 if one fails, or differs from the NumPy backend's result."""
     try:
         lines = [line for line in arguments.file.read_text().splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"FILE must be what CUFLASH_LOG wrote: {error}") from None
     numbers = range(1, len(lines) + 1)
     if arguments.line is not None:
@@ -57,16 +57,17 @@ def _again(number: int, text: str, backend: str | None) -> int:
     """Run one call; return 1 if it fails or its result is another one than NumPy's."""
     try:
         line = json.loads(text)
-        name, described = line["call"], line["arguments"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        name, described = str(line["call"]), dict(line["arguments"])
+        memories = [str(x["memory"]) for x in described.values() if isinstance(x, dict) and "memory" in x]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"line {number} must be one that CUFLASH_LOG wrote, got {text[:60]!r}") from None
     if name not in _CALLS:
         raise ValueError(f"line {number} must be about {' or '.join(_CALLS)}, got {name!r}")
-    on_gpu = any("GPU" in x.get("memory", "") for x in described.values() if isinstance(x, dict))
+    on_gpu = any("GPU" in memory for memory in memories)
     backend = backend or ("cuda" if on_gpu else os.environ.get("CUFLASH_BACKEND", "auto"))
     before = dict(os.environ)
     try:
-        return _compared(number, name, described, backend, line.get("error", "no error"))
+        return _compared(number, name, described, backend, str(line.get("error", "no error")))
     finally:
         for variable in _SET:
             os.environ.pop(variable, None)
@@ -100,11 +101,7 @@ def _call(name: str, described: dict[str, Any], backend: str) -> Any:
     xp = importlib.import_module("cupy" if backend == "cuda" else "numpy")
     rng = np.random.default_rng(0)
     plan = described.get("scheduler_metadata")
-    given = {
-        key: journal.rebuilt(x, xp, rng)
-        for key, x in described.items()
-        if not (isinstance(x, dict) and "plan" in x)
-    }  # fmt: skip
+    given = journal.all_rebuilt(described, xp, rng)
     if name == _CALLS[1]:
         cuflash.get_scheduler_metadata(**given)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import attention
-from ..arguments.common import Given, lse_shape
+from ..arguments.common import Given, lse_shape, renamed
 from ..arguments.lengths import filled
 from ..arrays import import_array
 from ..layouts import new_tensor
@@ -93,20 +93,35 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
     if seqused_q is not None:
         raise NotImplementedError("flash_attn_varlen_func: seqused_q is not implemented")
     q, k, v = (torch_tensors.without_gradient(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    if options.get("page_table") is not None:
-        if seqused_k is None:
+    is_paged = options.get("page_table") is not None
+    is_packed = cu_seqlens_k is not None and not is_paged
+    named = {"k": (k, 3 if is_packed else 4), "v": (v, 3 if is_packed else 4), "seqused_k": (seqused_k, 1)}
+    k, v, seqused_k = (_indexable(name, *x) for name, x in named.items())
+    lengths = "cu_seqlens_k" if seqused_k is None else "seqused_k"
+    with renamed({"k_cache": "k", "v_cache": "v", "cache_seqlens": lengths}):
+        if is_paged and seqused_k is None:
             raise ValueError("seqused_k must be given with page_table, got None")
-        return attend(q=q, k_cache=k, v_cache=v, cache_seqlens=seqused_k, **options)
-    if cu_seqlens_k is None:
-        return attend(
-            q=q, k_cache=k, v_cache=v, cache_seqlens=k.shape[1] if seqused_k is None else seqused_k, **options
-        )
-    starts = cu_seqlens_k[:-1]
-    ends = cu_seqlens_k[1:] if seqused_k is None else starts + seqused_k
-    return attend(
-        q=q, k_cache=k[None], v_cache=v[None], cache_seqlens=ends, cache_leftpad=starts, cache_batch_idx=starts * 0,
-        **options,
-    )  # fmt: skip
+        if not is_packed:
+            number = k.shape[1] if seqused_k is None else seqused_k
+            return attend(q=q, k_cache=k, v_cache=v, cache_seqlens=number, **options)
+        starts_and_end = _indexable("cu_seqlens_k", cu_seqlens_k, 1)
+        starts = starts_and_end[:-1]
+        if seqused_k is not None and seqused_k.shape != starts.shape:
+            raise ValueError(f"seqused_k must have shape {tuple(starts.shape)}, got {tuple(seqused_k.shape)}")
+        ends = starts_and_end[1:] if seqused_k is None else starts + seqused_k
+        more = {"cache_leftpad": starts, "cache_batch_idx": starts * 0}
+        with renamed(dict.fromkeys(more, "cu_seqlens_k")):
+            return attend(q=q, k_cache=k[None], v_cache=v[None], cache_seqlens=ends, **more, **options)
+
+
+def _indexable(name: str, x: Any, ndim: int) -> Any:
+    """Return an array of which views can be made, which DLPack does not ask for, and that has so many dimensions."""
+    if x is None:
+        return None
+    array = x if torch_tensors.is_tensor(x) else import_array(name, x)
+    if len(array.shape) != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(array.shape)}")
+    return array
 
 
 def _plan_of(given: Given) -> SchedulerMetadata:
@@ -127,6 +142,7 @@ def _take_lengths(given: Given) -> None:
         number = given["page_table"].shape[1] * given["k_cache"].shape[1]
     if not isinstance(number, int):
         return
+    number = integer("cache_seqlens", number, 0)
     size = q.shape[0] if given["cu_seqlens_q"] is None else given["cu_seqlens_q"].shape[0] - 1
     is_tensor = torch_tensors.is_tensor(q)
     given["cache_seqlens"] = (

@@ -15,12 +15,14 @@ from .. import arguments, backends
 from ..arguments.common import import_codes, output
 from ..arrays import (
     NativeArray,
+    check_way_back,
     checks_values,
     empty,
     exporter,
     import_array,
     is_on_device,
     memory_of,
+    overlaps,
     refuse_in_capture,
 )
 from ..attention import flash_attn_with_kvcache
@@ -29,7 +31,7 @@ from ..kernels.exchange import exchange_launch, half_bytes
 from ..mask import Shard
 from ..metadata import SchedulerMetadata
 from ..packing import Packing
-from ..problem import integer, real
+from ..problem import boolean, integer, real
 from ..scheduling import get_scheduler_metadata
 from .agreement import Description, agree, describe_kind, describe_lengths, describe_operands, describe_problem
 from .fault import ContextParallelError
@@ -194,6 +196,7 @@ class ContextParallel:
                 keys may have been.
         """
         given = self._bind(flash_attn_with_kvcache, args, kwargs)
+        boolean("return_softmax_lse", given["return_softmax_lse"])
         with self._together():
             return self._attend(given)
 
@@ -285,6 +288,13 @@ class ContextParallel:
         packing = Packing(q.shape[:-2], num_heads // parts, headdim_v, self._wire_dtype(dtype))
         out = output("out", given["out"], q, packing.out_shape, dtype)
         lse = output("softmax_lse", given["softmax_lse"], q, packing.lse_shape, np.dtype(np.float32))
+        for name, array in (("out", out), ("softmax_lse", lse)):
+            if given[name] is None:
+                check_way_back("q", like, array)
+                continue
+            for cache in ("k_cache", "v_cache"):
+                if overlaps(array, import_array(cache, given[cache])):
+                    raise ValueError(f"{name} must share no memory with {cache}, got overlapping arrays")
 
         blocks = self._kept("send", (parts, packing.nbytes), np.uint8, q)
         partial, partial_lse = packing.in_place(blocks)

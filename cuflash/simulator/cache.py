@@ -16,7 +16,7 @@ import threading
 import warnings
 from pathlib import Path
 
-__all__ = ["cache_dir", "digest", "find", "keep", "store"]
+__all__ = ["cache_dir", "digest", "find", "folder", "keep", "store"]
 
 _SEAL = b"\n//cuflash-sha256:"
 _lock = threading.Lock()
@@ -38,35 +38,36 @@ def cache_dir() -> Path:
 
     A user without a home gets a folder that lasts as long as the process, and a warning.
     """
-    return _folder() or _private_folder(None, "")
+    return folder() or _private_folder(None, "")
 
 
-def _folder() -> Path | None:
+def folder() -> Path | None:
+    """The folder of compiled kernels, whether it can be used or not; None for a user without a home."""
     named = os.environ.get("CUFLASH_CACHE_DIR")
     if named:
         return Path(os.path.expanduser(named)).absolute()
     try:
         import platformdirs
 
-        folder = Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
+        found = Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
     except RuntimeError:
         return None
     except ImportError:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cuflash"
-    return folder if folder.is_absolute() else None  # "~" is left as it is where nobody knows the home
+        found = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cuflash"
+    return found if found.is_absolute() else None  # "~" is left as it is where nobody knows the home
 
 
-def _private_folder(folder: Path | None, error: str) -> Path:
+def _private_folder(place: Path | None, error: str) -> Path:
     """A folder for this process alone, in place of one that cannot be written; warns of it once."""
     global _private
     with _lock:
         if _private is None:
             _private = Path(tempfile.mkdtemp(prefix="cuflash-"))
             atexit.register(_remove, _private, os.getpid())
-        told = folder in _warned
-        _warned.add(folder)
+        told = place in _warned
+        _warned.add(place)
     if not told:
-        why = f"the cache folder {folder} cannot be written ({error})" if folder else "there is no home folder"
+        why = f"the cache folder {place} cannot be written ({error})" if place else "there is no home folder"
         warnings.warn(
             f"{why}: compiled kernels are kept in {_private} until this process ends, and the next one compiles them "
             "again; set CUFLASH_CACHE_DIR to a folder that can be written",
@@ -76,9 +77,9 @@ def _private_folder(folder: Path | None, error: str) -> Path:
     return _private
 
 
-def _remove(folder: Path, process: int) -> None:
+def _remove(place: Path, process: int) -> None:
     if os.getpid() == process:  # a fork's exit is not the end
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def store(path: Path, data: bytes) -> None:
@@ -105,16 +106,16 @@ def _seal(data: bytes) -> bytes:
 
 def find(name: str) -> tuple[Path, bytes] | None:
     """Where a file of this name is and what it holds, if it is there and whole."""
-    for folder in (_folder(), _private):
-        if folder is None:
+    for place in (folder(), _private):
+        if place is None:
             continue
         try:
-            data = (folder / name).read_bytes()
+            data = (place / name).read_bytes()
         except OSError:
             continue
         size = len(_seal(b""))
         if _seal(data[:-size]) == data[-size:]:
-            return folder / name, data[:-size]
+            return place / name, data[:-size]
     return None
 
 
@@ -124,16 +125,16 @@ def keep(name: str, data: bytes) -> Path | None:
     Returns:
         Where it is; None if there is no room anywhere, which is no reason to do without what was made.
     """
-    folder = _folder()
+    place = folder()
     message = ""
-    if folder is not None:
+    if place is not None:
         try:
-            store(folder / name, data + _seal(data))
-            return folder / name
+            store(place / name, data + _seal(data))
+            return place / name
         except OSError as error:
             message = error.strerror or str(error)
     try:
-        path = _private_folder(folder, message) / name
+        path = _private_folder(place, message) / name
         store(path, data + _seal(data))
         return path
     except OSError:

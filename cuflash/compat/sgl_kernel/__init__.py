@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ... import merging
+from ...arguments.common import renamed
 from ...layouts import new_tensor
 from .. import torch_tensors
 
@@ -31,7 +32,8 @@ def merge_state_v2(
     Returns:
         The outputs and the LSE over all keys.
     """
-    with torch_tensors.stream_of(v_a):
+    _check(v_a, s_a=s_a, v_b=v_b, s_b=s_b, v_merged=v_merged, s_merged=s_merged)
+    with torch_tensors.stream_of(v_a), renamed({"out": "v_merged", "outs": "v_a and v_b", "lses": "s_a and s_b"}):
         outs: Any = [v_a, v_b]
         lses: Any = [s_a.T, s_b.T]
         out, lse = v_merged, None
@@ -46,6 +48,20 @@ def merge_state_v2(
             return merged, total.T
         s_merged[...] = total.T
         return merged, s_merged
+
+
+def _check(v_a: Any, **others: Any) -> None:
+    """Check kinds and shapes before anything is written."""
+    if len(getattr(v_a, "shape", ())) != 3:
+        raise TypeError(f"v_a must be an array (tokens, heads, headdim), got {type(v_a).__name__}")
+    for name, x in others.items():
+        if x is None and name.endswith("merged"):
+            continue
+        if not hasattr(x, "shape") or torch_tensors.is_tensor(x) != torch_tensors.is_tensor(v_a):
+            raise TypeError(f"{name} must be an array of the kind of v_a, got {type(x).__name__}")
+        shape = tuple(v_a.shape) if name.startswith("v") else tuple(v_a.shape[:2])
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
 merge_state = merge_state_v2

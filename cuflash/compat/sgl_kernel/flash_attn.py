@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...problem import boolean
 from .. import calls
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata", "is_fa3_supported"]
@@ -112,7 +113,7 @@ def flash_attn_with_kvcache(
     """
     _refuse(score_mod=score_mod, aux_tensors=aux_tensors)
     _check_version(ver)
-    if only_qv:
+    if boolean("only_qv", only_qv):
         q, k_cache, k, qv, softmax_scale = _values_as_keys(q, v_cache, v, qv, softmax_scale)
     return calls.attend(
         q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
@@ -167,7 +168,7 @@ def flash_attn_varlen_func(
     """
     _refuse(score_mod=score_mod, aux_tensors=aux_tensors)
     _check_version(ver)
-    if only_qv:
+    if boolean("only_qv", only_qv):
         q, k, _, qv, softmax_scale = _values_as_keys(q, v, None, qv, softmax_scale)
     return calls.attend_varlen(
         q, k, v, cu_seqlens_k, seqused_q, seqused_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -185,7 +186,7 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _check_version(ver: int) -> None:
-    if ver not in _VERSIONS:
+    if not isinstance(ver, int) or ver not in _VERSIONS:
         raise ValueError(f"ver must be 3 or 4, got {ver!r}")
 
 
