@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) exchange(const __grid_c
             for (int i = 0; i < p.ranks; ++i) sum += expf(__shfl_sync(kFullWarp, part, i) - maximum);
         }
         const float lse = sum == 0.0f ? kNone : maximum + logf(sum);
-        const float weight = part == kNone ? 0.0f : expf(part - lse);
+        const float weight = part == kNone ? 0.0f : expf(part - maximum) * (1.0f / sum);  // as in merge.cu
 
         unsigned char* const to = static_cast<unsigned char*>(p.out) + (row.token * p.heads + row.head) * row_bytes;
         for (int begin = 0; begin < row_bytes; begin += 32 * kAtOnce) {

@@ -60,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
         for (int i = 0; i < p.states; ++i) sum += expf((lse_of(i) - maximum) * p.unit);
     }
     const float lse = sum == 0.0f ? kNone : maximum + logf(sum) / p.unit;
+    const float share = 1.0f / sum;  // a large LSE has lost it in rounding
 
     const Bits* const outs = static_cast<const Bits*>(p.outs) + place(p.outs_strides, batch, query, head);
     for (int column = threadIdx.x % 32; column < p.headdim; column += 32) {
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
             const float part = lse_of(i);
             if (part == kNone) continue;
             const Bits bits = outs[i * p.outs_strides.state + column * p.column_stride];
-            value += expf((part - lse) * p.unit) * ELEMENT::to_float(bits);
+            value += expf((part - maximum) * p.unit) * share * ELEMENT::to_float(bits);
         }
         static_cast<Bits*>(p.out)[row * p.headdim + column] = ELEMENT::from_float(value);
     }

@@ -40,8 +40,9 @@ def _expected(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
         stacked = np.stack([np.asarray(lse, np.float64) for lse in lses])
         top = np.max(stacked, axis=0)
-        lse = np.where(np.isneginf(top), -np.inf, top + np.log(np.exp(stacked - top).sum(0)))
-        weights = np.nan_to_num(np.exp(stacked - lse))
+        weights = np.exp(stacked - top)
+        lse = np.where(np.isneginf(top), -np.inf, top + np.log(weights.sum(0)))
+        weights = np.nan_to_num(weights / weights.sum(0))  # not by the LSE, where a large one loses its sum
     weights = np.swapaxes(weights, -1, -2)[..., None]
     return sum(w * np.asarray(out, np.float64) for w, out in zip(weights, outs, strict=True)), lse
 
@@ -140,6 +141,18 @@ def test_far_apart(backend: Backend) -> None:
         merged, lse = _merge(backend, [out, 5 * out], lses)
         np.testing.assert_allclose(merged, 1)
         np.testing.assert_allclose(lse, difference)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e20, 3e38])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large(size: float, sign: int, backend: Backend) -> None:
+    """The logarithm of the parts' sum is lost in an LSE of float32, not in the weights."""
+    outs = [np.full((1, 3, 2, 64), i, np.float32) for i in range(3)]
+    lses = [np.full((1, 2, 3), sign * size, np.float32) for _ in range(3)]
+    lses[2][0, 0] = np.nextafter(np.float32(sign * size), np.float32(-np.inf))
+    (merged, lse), (expected, expected_lse) = _merge(backend, outs, lses), _expected(outs, lses)
+    np.testing.assert_allclose(merged, expected, 1e-6)
+    np.testing.assert_allclose(lse, expected_lse, 2.0**-22, 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ other forms of input
