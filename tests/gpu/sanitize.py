@@ -5,8 +5,8 @@ Run as ``python tests/gpu/sanitize.py --under memcheck`` (or initcheck). Answers
 racecheck and synccheck do not follow named barriers of some warps: of the wgmma kernels they report what a ``bar.sync``
 of 8 warps of 12 orders, and warps that come to one barrier at two places, both of which PTX allows. So they get
 ``--without-wgmma``, and the same problems run by mma.sync. The simulator checks both kinds of kernels for races.
-synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, and
-synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
+synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, which is told
+how many a block may have, and synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cuflash import kernels  # noqa: E402
 from cuflash.kernels import tiles  # noqa: E402
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
+BARRIERS = ("--num-cuda-barriers", "64")  # of a block; where synccheck counts them itself, it may find too few
 CASES = (
     Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 17, 1, 0), page_size=16),
     Case(dtype="bfloat16", heads=(8, 1), headdim=(128, 128), seqlens=(1500,), plan="given"),
@@ -97,11 +98,14 @@ def main() -> int:
         print("no GPU found")
         return 2
     if arguments.under:
-        command = [*SANITIZER, "--tool", arguments.under, sys.executable, __file__]
+        barriers = BARRIERS if arguments.under == "synccheck" else ()
+        command = [*SANITIZER, "--tool", arguments.under, *barriers, sys.executable, __file__]
         options = [option for option in sys.argv[1:] if option.startswith("--without")]
         with ThreadPoolExecutor(8) as pool:
             codes = pool.map(subprocess.call, ([*command, str(number), *options] for number in numbers))
-            return int(any(codes))  # of what a signal ends they are negative
+            wrong = [number for number, code in zip(numbers, codes, strict=True) if code]  # negative if a signal ended it
+        print(f"problems that {arguments.under} ended: {wrong}" if wrong else f"{arguments.under} has nothing to say")
+        return int(bool(wrong))
     import cupy
 
     if arguments.without_wgmma:
