@@ -5,8 +5,8 @@ Run as ``python tests/gpu/sanitize.py --under memcheck`` (or initcheck). Answers
 racecheck and synccheck do not follow named barriers of some warps: of the wgmma kernels they report what a ``bar.sync``
 of 8 warps of 12 orders, and warps that come to one barrier at two places, both of which PTX allows. So they get
 ``--without-wgmma``, and the same problems run by mma.sync. The simulator checks both kinds of kernels for races.
-synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, which is told
-how many a block may have, and synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
+synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, which is
+told how many a block may have, and synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def main() -> int:
         options = [option for option in sys.argv[1:] if option.startswith("--without")]
         with ThreadPoolExecutor(8) as pool:
             codes = pool.map(subprocess.call, ([*command, str(number), *options] for number in numbers))
-            wrong = [number for number, code in zip(numbers, codes, strict=True) if code]  # negative if a signal ended it
+            # Codes are negative where a signal ended the problem.
+            wrong = [number for number, code in zip(numbers, codes, strict=True) if code]
         print(f"problems that {arguments.under} ended: {wrong}" if wrong else f"{arguments.under} has nothing to say")
         return int(bool(wrong))
     import cupy
