@@ -76,12 +76,14 @@ public:
     // Whether there is another tile.
     __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
 
-    // Comes before the copies of a tile, and before what they wait for: which rows of this warp's part are copied. Zeros stand in place of those behind the segment's end and on
-    // pages of a negative number, and of those that a tree mask hides from all rows: weights of 0 do not hide what may be NaN.
+    // Comes before the copies of a tile, and before what they wait for: finds out which rows of this warp's part are copied.
+    // Zeros stand in place of those behind the segment's end, on pages of a negative number and hidden from all rows by a tree
+    // mask: there may be NaN, which weights of 0 do not hide.
     __device__ __forceinline__ void begin_tile() {
         is_tile_ = has_tile();
-        bool is_copied = lane_ < kPartKeys && key_ + part_ + lane_ < end_ && place_.exists();
-        if constexpr (kHasTree) is_copied = is_copied && !hidden_from_all(p_, segment_, key_ + part_ + lane_ - segment_.lengths.leftpad);
+        const u32 slot = key_ + part_ + lane_;  // of the cache
+        bool is_copied = lane_ < kPartKeys && slot < end_ && place_.exists();
+        if constexpr (kHasTree) is_copied = is_copied && !hidden_from_all(p_, segment_, slot - segment_.lengths.leftpad);
         copied_ = __ballot_sync(kFullWarp, is_copied);
         // Where ptxas knows it to be uniform, all of the loader is: slower, but for codes and trees (see README.md).
         if constexpr (!kConvertsTiles && !kHasTree) copied_ |= zero_of_each_lane();
@@ -233,6 +235,7 @@ private:
             });
         });
         if (all || !is_tile_) return;  // the same in all lanes
+        // Without a cache policy: here ptxas adds addresses in uniform registers, see extend.cu.
 #pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
             const char* const from = from_of(i);
