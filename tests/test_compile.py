@@ -6,14 +6,14 @@ What a variant is compiled with is what CuPy's RawModule is given: sources witho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from bench import cubins, sass
 
 from cuflash.device import Device
-from cuflash.kernels import decode, extend_wgmma, mla_wgmma
+from cuflash.kernels import decode, extend, extend_wgmma, mla, mla_wgmma
 from cuflash.kernels.append import append_variant
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, source
@@ -107,6 +107,34 @@ def test_no_local_memory(rows: int, arch: int) -> None:
     """Registers never spill at head dim 128."""
     code = check(decode_variant("bfloat16", (128, 128), rows, {}, (1000, None), arch), arch)
     assert code.local_bytes == 0
+
+
+def many_rows_variant(arch: int, kv_dtype: str | None = None) -> Variant:
+    problem = make_problem(4, 40, 8, 2, 128, qkv_dtype="bfloat16", kv_dtype=kv_dtype, page_size=16, causal=True)
+    partition = extend.partition(problem, Device(132, arch), None)
+    assert partition is not None
+    return extend.variant(problem, partition)
+
+
+def latent_variant(arch: int, kv_dtype: str | None = None) -> Variant:
+    problem = make_problem(4, 2, 64, 1, 576, headdim_v=512, qkv_dtype="bfloat16", kv_dtype=kv_dtype)
+    partition = mla.partition(problem, Device(132, arch), None)
+    assert partition is not None
+    return mla.variant(problem, partition)
+
+
+@pytest.mark.parametrize(("variant", "arch"), [(many_rows_variant, 120), (latent_variant, 90)])
+def test_many_rows_compile(variant: Callable[..., Variant], arch: int) -> None:
+    """By mma.sync, on architectures whose copies have a policy."""
+    check(variant(arch), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("variant", [many_rows_variant, latent_variant])
+def test_many_rows_compile_everywhere(variant: Callable[..., Variant], arch: int) -> None:
+    for kv_dtype in (None, "float8_e4m3fn"):
+        check(variant(arch, kv_dtype), arch)
 
 
 def test_sources_are_whole() -> None:
