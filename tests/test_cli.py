@@ -124,7 +124,7 @@ def test_demo_is_the_default(capsys):
 
 
 def test_demo_on_the_simulator(capsys):
-    pytest.importorskip("cuda.bindings", reason='pip install "cuflash[sim]"')
+    pytest.importorskip("cuda.bindings", reason='pip install -e ".[sim]"')
     out = call(capsys, "--backend", "sim", "--batch", "2", "--seqlen", "30", "--layers", "1")
     assert "simulated on the CPU for 4 SMs" in out and "within bfloat16's rounding" in out
 
@@ -174,7 +174,7 @@ def test_schedule_options(capsys):
 
 
 def test_schedule_plot(capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason='pip install "cuflash[plot]"')
+    pytest.importorskip("matplotlib", reason='pip install -e ".[plot]"')
     file = tmp_path / "schedule.png"
     assert f"drawn: {file}" in call(capsys, "schedule", "--seqlens", "500,40", "--plot", str(file))
     assert file.read_bytes().startswith(b"\x89PNG")
@@ -223,7 +223,7 @@ BAD = [
 def test_bad_arguments(capsys, arguments, message):
     """As argparse says it, with code 2, no traceback and nothing on stdout."""
     if "--plot" in arguments:
-        pytest.importorskip("matplotlib", reason='pip install "cuflash[plot]"')
+        pytest.importorskip("matplotlib", reason='pip install -e ".[plot]"')
     assert message in fail(capsys, *arguments)
 
 

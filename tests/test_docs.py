@@ -19,7 +19,7 @@ import cuflash.simulator
 
 ROOT = Path(__file__).parents[1]
 for needed in ("furo", "myst_nb", "sphinx", "sphinx_markdown_builder"):
-    pytest.importorskip(needed, reason='pip install "cuflash[docs]"')
+    pytest.importorskip(needed, reason='pip install -e ".[docs]"')
 
 
 def build(builder: str, source: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -153,6 +153,17 @@ def test_committed(path: Path) -> None:
         assert str(ROOT) not in text and str(Path.home()) not in text
 
 
+def test_times_of_a_layer_are_those_of_the_benchmarks() -> None:
+    """Notebook 06 finds them by heading and column. Its cell times something, too, so its output is not compared."""
+    cells = code_cells(nbformat.read(ROOT / "notebooks" / "06_quantised_caches.ipynb", as_version=4))
+    (shown,) = [said(cell) for cell in cells if "H200" in said(cell)]
+    section = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").split("### Caches of 8 bits")[1]
+    table = [[cell.strip() for cell in line.split("|")] for line in section.splitlines() if line.startswith("|")]
+    times = dict(zip(table[0], next(line for line in table if line[1] == "b32 L4096 32/8")))
+    for name in ("int8", "float8_e4m3fn", "float8_e5m2"):
+        assert re.search(rf"^{name} .* {re.escape(times[name])}$", shown, re.MULTILINE), name
+
+
 def main() -> None:
     for path in NOTEBOOKS:
         if any(path.name.startswith(prefix) for prefix in sys.argv[1:] or [""]):

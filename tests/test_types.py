@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[int, str]]:
     """What mypy says of both files: by file and line the kind of the error."""
-    mypy = pytest.importorskip("mypy.api", reason='pip install "cuflash[lint]"')
+    mypy = pytest.importorskip("mypy.api", reason='pip install -e ".[lint]"')
     files = [str(HERE / "typed_calls" / name) for name in ("right_calls.py", "wrong_calls.py")]
     options = ["--config-file", str(HERE.parent / "pyproject.toml"), "--no-error-summary", "--hide-error-context"]
     said, crash, _ = mypy.run([*options, *files])

@@ -84,7 +84,7 @@ def expected(tile: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_on_the_simulator(element: str) -> None:
-    pytest.importorskip("cuda.bindings", reason='pip install "cuflash[sim]"')
+    pytest.importorskip("cuda.bindings", reason='pip install -e ".[sim]"')
     tile = inputs(element, integers=True)
     for found, wanted in zip(simulated(element, tile), expected(tile), strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -94,7 +94,7 @@ def test_on_the_simulator(element: str) -> None:
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "any numbers"])
 def test_on_a_gpu(element: str, integers: bool) -> None:
-    pytest.importorskip("cuda.bindings", reason='pip install "cuflash[sim]"')
+    pytest.importorskip("cuda.bindings", reason='pip install -e ".[sim]"')
     import cupy
 
     tile = inputs(element, integers)
