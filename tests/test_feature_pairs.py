@@ -120,24 +120,24 @@ def cases(axes: dict[str, list[Any]]) -> list[Case]:
     return [case for case in made if features_of(case) <= FEATURES]
 
 
-@pytest.mark.parametrize("case", cases(QUANTISED), ids=str)
+def most(count: int, axes: dict[str, list[Any]]) -> list[Any]:
+    """Return the cases; those behind the first, which hold most pairs, run with --slow alone."""
+    return [pytest.param(case, marks=() if i < count else pytest.mark.slow) for i, case in enumerate(cases(axes))]
+
+
+@pytest.mark.parametrize("case", most(45, QUANTISED), ids=str)
 def test_quantised(case: Case, backend: Backend) -> None:
     """Every element, form of scales, head dim class, mask, cache and append."""
     check(case, make_inputs(case), backend)
 
 
-# The first ones hold most pairs: every one meets as many new pairs as it can.
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if i < 8 else pytest.mark.slow) for i, case in enumerate(cases(MLA))],
-    ids=str,
-)
+@pytest.mark.parametrize("case", most(8, MLA), ids=str)
 def test_mla(case: Case, backend: Backend) -> None:
     """Every spelling, number of heads, queries, pages, masks, quantised or not."""
     check(case, make_inputs(case), backend)
 
 
-@pytest.mark.parametrize("case", cases(SERVING), ids=str)
+@pytest.mark.parametrize("case", most(45, SERVING), ids=str)
 def test_serving(case: Case, backend: Backend) -> None:
     """Trees, lists of pages, merging, ranks, rows of nobody."""
     check(case, make_inputs(case), backend)
