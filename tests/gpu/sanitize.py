@@ -6,7 +6,7 @@ racecheck and synccheck do not follow named barriers of some warps: of the wgmma
 of 8 warps of 12 orders, and warps that come to one barrier at two places, both of which PTX allows. So they get
 ``--without-wgmma``, and the same problems run by mma.sync. The simulator checks both kinds of kernels for races.
 synccheck has room for some barriers and faults beyond: so a problem is a process and has a tool of its own, which is
-told how many a block may have, and synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
+told to have room for many, and synccheck gets ``--without-clusters``, whose barriers it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cuflash import kernels  # noqa: E402
 from cuflash.kernels import tiles  # noqa: E402
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "120")
-BARRIERS = ("--num-cuda-barriers", "64")  # of a block; where synccheck counts them itself, it may find too few
+BARRIERS = ("--num-cuda-barriers", "4096")  # room for as many; where synccheck counts them itself, it finds too few
 CASES = (
     Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 17, 1, 0), page_size=16),
     Case(dtype="bfloat16", heads=(8, 1), headdim=(128, 128), seqlens=(1500,), plan="given"),
