@@ -54,7 +54,8 @@ constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' fa
 static_assert(sizeof(BlockState) + kFactorBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
-    extend_wgmma(const __grid_constant__ DecodeParams p) {
+    extend_wgmma(const __grid_constant__ TiledParams params) {
+    const DecodeParams& p = params.attention;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
     unsigned char* const codes = queries + kRows * kQueryBytes;
@@ -64,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 ring = shared_address(shared), code_ring = shared_address(codes), scales = code_ring + kCodeRingBytes;
     block.ring.init();
+    if (Boxes::kExist && threadIdx.x == kThreads) prefetch_maps(params);
     wait_for_turn(p);
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, blockIdx.x + threadIdx.x);
     const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
@@ -74,9 +76,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     if (warp >= kWarps) {
         if constexpr (kLoaderRegisters > 0) keep_registers<kLoaderRegisters>();
         if constexpr (kConvertsTiles) {
-            load_share_of_codes(p, block.ring, block.share, ring, code_ring + zero_of_each_lane());
+            load_share_of_codes(params, block.ring, block.share, ring, code_ring + zero_of_each_lane());
         } else {
-            load_share(p, block.ring, block.share, ring + zero_of_each_lane());
+            load_share(params, block.ring, block.share, ring + zero_of_each_lane());
         }
         return;
     }

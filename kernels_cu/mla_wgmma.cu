@@ -51,7 +51,7 @@ struct Place {
 };
 
 // Fills the ring with all tiles of the share.
-__device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& block, u32 ring) {
+__device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& block, u32 ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, block.share, warp, lane);
     loader.start();
@@ -60,19 +60,20 @@ __device__ __forceinline__ void load_share(const DecodeParams& p, BlockState& bl
         loader.begin_tile();
         const auto load = [&](int part, auto copy) {
             wait_for_phase(block.empty[place.slot][part], place.parity ^ 1);  // of a slot never filled it is over
-            copy();
+            copy(&block.full[place.slot][part]);
             arrive_with_copies(block.full[place.slot][part]);
         };
-        load(0, [&] { loader.load_columns<0, kGroupColumns>(slot); });
-        load(1, [&] { loader.load_columns<kGroupColumns, kGroupColumns>(slot); });
-        load(kRestPart, [&] { loader.load_rest(slot); });
+        load(0, [&](u64* full) { loader.load_columns<0, kGroupColumns>(slot, full); });
+        load(1, [&](u64* full) { loader.load_columns<kGroupColumns, kGroupColumns>(slot, full); });
+        load(kRestPart, [&](u64* full) { loader.load_rest(slot, full); });
     }
     cp_async_commit();
     cp_async_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
-    mla_wgmma(const __grid_constant__ DecodeParams p) {
+    mla_wgmma(const __grid_constant__ TiledParams params) {
+    const DecodeParams& p = params.attention;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
     BlockState& block = *reinterpret_cast<BlockState*>(queries + kRows * kQueryBytes);
@@ -82,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         init_barrier((&block.full[0][0])[threadIdx.x], kLoaderWarps * 32);
         init_barrier((&block.empty[0][0])[threadIdx.x], kRowWarps);  // one warpgroup frees a part
     }
+    if (threadIdx.x == kThreads) prefetch_maps(params);
     wait_for_turn(p);
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, share_number() + threadIdx.x);
     const int rows_edge = threadIdx.x - 30;  // two threads beside those that load the share
@@ -91,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     __syncthreads();
     if (warp >= kWarps) {
         keep_registers<LOADER_REGISTERS>();
-        load_share(p, block, ring + zero_of_each_lane());
+        load_share(params, block, ring + zero_of_each_lane());
         return;
     }
     take_registers<MATH_REGISTERS>();

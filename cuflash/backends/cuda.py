@@ -14,10 +14,11 @@ from cupy.cuda import nvrtc
 
 from ..arrays import NativeArray
 from ..device import Device
+from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
 from .cubin import cubin
-from .driver import launcher, relaxed_capture
+from .driver import launcher, relaxed_capture, tensor_map
 from .machine import KernelBackend, Launcher, Machine
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
@@ -143,6 +144,9 @@ class _Gpu:
         number, stream, thread = self.key
         key = number, stream, name, thread if memory.passed_on or stream == _PER_THREAD_STREAM else None
         return _workspaces.get(key, max(memory.nbytes, 1), memory.zeroed)
+
+    def tensor_map(self, boxed: Boxed, address: int) -> bytes:
+        return tensor_map(boxed, address)
 
     def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
         number, stream, _ = self.key

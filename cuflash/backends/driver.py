@@ -16,6 +16,8 @@ from typing import Any
 
 from cupy.cuda import driver
 
+from ..kernels.boxes import MAP_BYTES, Boxed
+
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -64,6 +66,30 @@ def relaxed_capture() -> Iterator[None]:
 def _check(status: int) -> None:
     if status:
         driver.check_status(status)
+
+
+_OF_16_BITS, _SWIZZLE_128B, _PROMOTE_TO_128B = 1, 3, 2  # CU_TENSOR_MAP_DATA_TYPE_UINT16 and so on
+
+
+def tensor_map(boxed: Boxed, address: int) -> bytes:
+    """Return the tensor map of elements of 16 bits, with lines of 128 bytes that are swizzled in shared memory.
+
+    Raises:
+        cupy.cuda.driver.CUDADriverError: If the driver refuses.
+    """
+    assert boxed.itemsize == 2
+    rank = len(boxed.shape)
+    memory = (ctypes.c_char * (MAP_BYTES + 64))()
+    place = -ctypes.addressof(memory) % 64  # of a CUtensorMap, at a multiple of 64
+    shape, strides = (ctypes.c_uint64 * rank)(*boxed.shape), (ctypes.c_uint64 * (rank - 1))(*boxed.strides)
+    box, steps = (ctypes.c_uint32 * rank)(*boxed.box), (ctypes.c_uint32 * rank)(*(1,) * rank)
+    _check(
+        _library().cuTensorMapEncodeTiled(
+            ctypes.byref(memory, place), _OF_16_BITS, rank, ctypes.c_void_p(address), shape, strides, box, steps,
+            0, _SWIZZLE_128B, _PROMOTE_TO_128B, 0,
+        )
+    )  # fmt: skip
+    return memory.raw[place : place + MAP_BYTES]
 
 
 @lru_cache(maxsize=1024)

@@ -12,6 +12,7 @@ from .. import journal
 from ..arrays import NativeArray, address_of, copy_into, gpu_of, strides_of
 from ..device import Device
 from ..kernels import attention_step, plan_launch
+from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, BoundStep, Launch, Scratch, Step, bind
 from ..kernels.merge import merge_launch
 from ..kernels.source import Variant
@@ -37,6 +38,9 @@ class Machine(Protocol):
 
     def scratch(self, name: str, memory: Scratch) -> NativeArray:
         """Return memory of at least this size, of whatever dtype; it lives as long as a captured graph may use it."""
+
+    def tensor_map(self, boxed: Boxed, address: int) -> bytes:
+        """Return the tensor map of a tensor at an address."""
 
     def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
         """Return what launches a kernel, given its parameter and the arrays of the call.
@@ -156,7 +160,10 @@ def _prepare(machine: Machine, step: BoundStep) -> list[tuple[Any, ...]]:
     """Return the launches of a step with all that does not change from call to call: kernels, and scratch."""
     scratch = [machine.scratch(name, memory) for name, memory in step.scratch]
     addresses = [machine.address(array) for array in scratch]
-    ready = [(*bound.packing(step.count, addresses), machine.prepare(bound, scratch)) for bound in step.launches]
+    ready = [
+        (*bound.packing(step.count, addresses, machine.tensor_map), machine.prepare(bound, scratch))
+        for bound in step.launches
+    ]
     if machine.key is not None:
         if len(step.ready) >= _MOST:
             step.ready.clear()

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import NativeArray
 from ..device import Device, host_device
+from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
 from .machine import KernelBackend, Launcher, Machine
@@ -50,6 +51,12 @@ class SimulatedMachine:
         if memory.zeroed:
             return np.zeros(memory.shape, memory.dtype)
         return np.full(memory.shape, np.nan, memory.dtype)
+
+    def tensor_map(self, boxed: Boxed, address: int) -> bytes:
+        """Return a tensor map of the simulator."""
+        from ..simulator.boxes import tensor_map
+
+        return tensor_map(boxed.itemsize, address, boxed.shape, boxed.strides, boxed.box)
 
     def prepare(self, bound: BoundLaunch, scratch: list[NativeArray]) -> Launcher:
         """Return what runs a kernel to its end."""

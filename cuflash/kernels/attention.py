@@ -12,6 +12,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import MAX_BLOCKS_PER_SM, Partition
 from ..problem import Problem
+from .boxes import boxed_cache
 from .fields import (
     cache_arrays,
     cache_fields,
@@ -109,6 +110,7 @@ def attention_launch(
     arrays: dict[str, str],
     joint: bool = False,
     scales_tiles: bool = False,
+    has_boxes: bool = False,
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel that takes ``DecodeParams``, and the scratch that it needs.
 
@@ -120,6 +122,7 @@ def attention_launch(
         arrays: The arrays of pointers that are not called as their arrays.
         joint: Whether the first columns of q and k_cache are what meets the values, and the values, for the kernel.
         scales_tiles: Whether the kernel multiplies keys by their scales, not scores.
+        has_boxes: Whether the kernel takes ``TiledParams``.
     """
     tiles = metadata.partition.tiles
     slots, max_splits = 2 * metadata.num_blocks, 0
@@ -190,7 +193,12 @@ def attention_launch(
     if not scratch:
         pointers |= {"partials": ABSENT, "counters": ABSENT}
     grid, threads = metadata.num_blocks * tiles.row_parts, 32 * tiles.warps
-    return make_launch(kernel, "DecodeParams", grid, threads, tiles.shared_bytes, values, pointers), scratch
+    sizes = grid, threads, tiles.shared_bytes
+    if not has_boxes:
+        return make_launch(kernel, "DecodeParams", *sizes, values, pointers), scratch
+    numbers, boxed = boxed_cache(cache, tiles.tile_keys // tiles.loader_warps)
+    values = numbers | {f"attention.{path}": value for path, value in values.items()}
+    return make_launch(kernel, "TiledParams", *sizes, values, pointers, boxed), scratch
 
 
 def _max_splits(longest: int, split_size: int, bytes_of_a_split: int) -> int:

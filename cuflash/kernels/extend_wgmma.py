@@ -92,4 +92,4 @@ def launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, *form(operands))
-    return attention_launch(kernel, problem, operands, metadata, arrays)
+    return attention_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

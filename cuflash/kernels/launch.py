@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import NativeArray, strides_of
+from .boxes import MAP_BYTES, Boxed
 from .source import Variant, field_paths, struct_dtype
 
 ABSENT = ""  # the array of a null pointer
 _POINTER = 8  # bytes
+_MOST_MAPS = 1024  # of one place, that are kept: as many as a model has layers, and more
 ROW_WARPS = 4  # warps of a block of append and merge, a row each
 
 
@@ -34,6 +36,7 @@ class Launch:
         template: The parameter's bytes, pointers zero.
         pointers: The name of the array of each of its pointers, in their order.
         offsets: Where in the parameter each of them stands.
+        boxed: The names of the arrays whose tensor maps the parameter begins with, and what they are.
     """
 
     variant: Variant
@@ -44,6 +47,7 @@ class Launch:
     template: bytes
     pointers: tuple[str, ...]
     offsets: tuple[int, ...]
+    boxed: tuple[tuple[str, Boxed], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,23 @@ class BoundLaunch:
     Attributes:
         launch: The launch; of its pointers those that are not null.
         places: The place of the array of each of its pointers.
+        boxed: The place of the array of each of its tensor maps.
     """
 
     launch: Launch
     places: tuple[int, ...]
+    boxed: tuple[int, ...] = ()
 
-    def packing(self, count: int, scratch: Sequence[int]) -> Packing:
+    def packing(self, count: int, scratch: Sequence[int], encode: Encoder) -> Packing:
         """Return how its parameter is made of the addresses of the call's arrays.
 
         Args:
             count: How many arrays the call has.
             scratch: The addresses of the scratch, whose places are behind these: they stay.
+            encode: Makes a tensor map of a tensor and its address.
         """
         template = bytearray(self.launch.template)
-        layout, begin = "=", 0
+        layout, begin = "=", MAP_BYTES * len(self.boxed)
         words: list[int] = []
         constants: list[bytes] = []
         for offset, place in zip((*self.launch.offsets, len(template)), (*self.places, None)):
@@ -116,7 +123,16 @@ class BoundLaunch:
                 layout += "Q"
                 words.append(place)
             begin = offset + _POINTER
-        return Packing(itemgetter(*words), Struct(layout).pack, tuple(constants))
+        pack = Struct(layout).pack
+        if self.boxed:
+            maps = [lru_cache(_MOST_MAPS)(partial(encode, boxed)) for _, boxed in self.launch.boxed]
+            words, pack = [*self.boxed, *words], partial(_pack_behind_maps, maps, pack)
+        return Packing(itemgetter(*words), pack, tuple(constants))
+
+
+def _pack_behind_maps(maps: Sequence[Callable[[int], bytes]], pack: Callable[..., bytes], *parts: Any) -> bytes:
+    """Return tensor maps of the first addresses, and behind them what the other parts become."""
+    return b"".join([encode(address) for encode, address in zip(maps, parts)]) + pack(*parts[len(maps) :])
 
 
 class Packing(NamedTuple):
@@ -163,7 +179,8 @@ def bind(step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
     for launch in step.launches:
         pointers = zip(launch.pointers, launch.offsets, (places[name] for name in launch.pointers))
         names, offsets, arrays = zip(*(pointer for pointer in pointers if pointer[2] is not None))
-        launches.append(BoundLaunch(replace(launch, pointers=names, offsets=offsets), arrays))
+        boxed = tuple(given[name] for name, _ in launch.boxed)
+        launches.append(BoundLaunch(replace(launch, pointers=names, offsets=offsets), arrays, boxed))
     return BoundStep(tuple(launches), step.scratch, count, {})
 
 
@@ -175,6 +192,7 @@ def make_launch(
     shared_bytes: int,
     values: Mapping[str, Any],
     arrays: Mapping[str, str] | None = None,
+    boxed: Sequence[tuple[str, Boxed]] = (),
 ) -> Launch:
     """Return a launch.
 
@@ -186,6 +204,7 @@ def make_launch(
         shared_bytes: Dynamic shared memory of a block.
         values: Every number of the struct, by its path: ``outer.inner`` for one in a nested struct.
         arrays: The arrays of pointers that are not called as their arrays.
+        boxed: The arrays of the tensor maps with which the struct begins, and what they are; none leaves zeros.
 
     Raises:
         TypeError: If a field is not supplied, or one that the struct does not have.
@@ -209,6 +228,7 @@ def make_launch(
         bytes(template),
         tuple(names[name] for name in pointers),
         tuple(pointers.values()),
+        tuple(boxed),
     )
 
 
@@ -219,7 +239,7 @@ def _fields(file: str, struct: str) -> tuple[dict[str, tuple[np.dtype[Any], int]
     for path, field, offset in field_paths(struct_dtype(file, struct)):
         if field == np.uint64:
             pointers[path.rpartition(".")[2]] = offset  # called as its array, whatever nested struct it stands in
-        else:
+        elif field.kind != "V":  # no tensor map
             numbers[path] = field, offset
     return numbers, pointers
 

@@ -151,11 +151,16 @@ def launch(
 
 
 def latent_launch(
-    kernel: Variant, problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
+    kernel: Variant,
+    problem: Problem,
+    operands: Operands,
+    metadata: SchedulerMetadata,
+    arrays: dict[str, str],
+    has_boxes: bool = False,
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel of latent attention, and the scratch that it needs."""
     joint = _is_joint(problem)
     if joint and not operands.cache.joint:
         dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
         raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
-    return attention_launch(kernel, problem, operands, metadata, arrays, joint=joint, scales_tiles=True)
+    return attention_launch(kernel, problem, operands, metadata, arrays, joint, scales_tiles=True, has_boxes=has_boxes)

@@ -72,4 +72,4 @@ def launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
     kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
-    return mla.latent_launch(kernel, problem, operands, metadata, arrays)
+    return mla.latent_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

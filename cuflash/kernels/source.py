@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import numpy_dtype
+from .boxes import MAP_BYTES
 
 _ELEMENTS = {
     "float16": "Float16",
@@ -72,9 +73,10 @@ def _inlined(file: str, seen: set[str]) -> str:
     return "\n".join([*lines, "#endif"])
 
 
-_STRUCT = r"^struct (?:__align__\(\d+\) )?{name} {{(.*?)^}};"
+_STRUCT = r"^struct (?:__align__\((?P<align>\d+)\) )?{name} {{(?P<body>.*?)^}};"
 _FIELD = re.compile(r"(?:const )?(?P<type>\w[\w ]*?\*?) (?P<name>\w+)")
-_FIELD_TYPES = {"int": "i4", "unsigned int": "u4", "long long": "i8", "float": "f4"}
+# A tensor map is opaque. It comes before other fields: NumPy would not align it.
+_FIELD_TYPES = {"int": "i4", "unsigned int": "u4", "long long": "i8", "float": "f4", "TensorMap": f"V{MAP_BYTES}"}
 
 
 @lru_cache(maxsize=None)
@@ -91,7 +93,7 @@ def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
     if body is None:
         raise TypeError(f"{file} must declare the parameter struct {struct}; it does not")
     fields: list[tuple[str, Any]] = []
-    for line in body[1].splitlines():
+    for line in body["body"].splitlines():
         declaration, semicolon, _ = line.partition("//")[0].partition(";")
         if not semicolon or not re.match(r" {4}\w", line) or "(" in declaration:
             continue
@@ -105,7 +107,12 @@ def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
             fields.append((field["name"], _FIELD_TYPES[kind]))
         else:
             fields.append((field["name"], struct_dtype(file, kind)))
-    return np.dtype(fields, align=True)
+    dtype = np.dtype(fields, align=True)
+    size = -(-dtype.itemsize // int(body["align"] or 1)) * int(body["align"] or 1)
+    if size == dtype.itemsize:
+        return dtype
+    formats, offsets = zip(*((dtype.fields[name][0], dtype.fields[name][1]) for name in dtype.names))  # type: ignore[index, union-attr]
+    return np.dtype({"names": dtype.names, "formats": formats, "offsets": offsets, "itemsize": size}, align=True)
 
 
 def field_paths(dtype: np.dtype[Any], offset: int = 0) -> Iterator[tuple[str, np.dtype[Any], int]]:

@@ -1,12 +1,8 @@
 // mbarriers, bulk copies, asynchronous stores: what completes on its own and is waited for.
+#include "async.hpp"
+
 #include "access.hpp"
 
-namespace {
-
-struct Place {
-    Block *block;
-    u32 off;
-};
 Place shared_place(Warp &w, u32 lane, u64 a, u32 bytes, bool write) {
     u64 all[32];
     SharedAt s;
@@ -14,6 +10,8 @@ Place shared_place(Warp &w, u32 lane, u64 a, u32 bytes, bool write) {
     shared_bounds(w, 1u << lane, all, bytes, s, write);
     return {s.block[lane], s.off[lane]};
 }
+
+namespace {
 
 Mbarrier &barrier_at(Warp &w, u32 lane, const Place &p) {
     auto found = p.block->mbarriers.find(p.off);
@@ -41,12 +39,6 @@ void arrive(Warp &w, u32 lane, const Place &p, u32 count, bool release, bool dro
     complete(*w.launch, b);
 }
 
-u64 address_of(Warp &w, const Ins &i, u16 slot, u8 width, s64 offset, u32 lane) {
-    u64 a[32];
-    addresses(w, slot, width, offset, 1u << lane, a);
-    return a[lane] + 0 * i.a;
-}
-
 // One asynchronous operation happens. The finding that it may make is told of the instruction that started it.
 void perform(Pending &p) {
     Launch &L = *p.warp->launch;
@@ -61,13 +53,21 @@ void perform(Pending &p) {
             memcpy(p.block->shared + p.destination, from, p.bytes);
             break;
         }
+        case Pending::LINE_TO_SHARED:  // row r of the pattern has chunk c at chunk c ^ r % 8
+            for (u32 c = 0; c < p.bytes / 16; c++) {
+                u8 *to = p.block->shared + p.destination + 16 * (c ^ ((p.destination / p.bytes) & 7));
+                u32 have = p.have <= 16 * c ? 0 : std::min(16u, p.have - 16 * c);
+                memcpy(to, reinterpret_cast<const u8 *>(p.source) + 16 * c, have);
+                memset(to + have, 0, 16 - have);
+            }
+            break;
         case Pending::TO_GLOBAL:
             memcpy(reinterpret_cast<void *>(p.destination), p.source_block->shared + p.source, p.bytes);
             break;
         case Pending::VALUE: memcpy(p.block->shared + p.destination, p.value, p.bytes); break;
         case Pending::ARRIVE: break;
     }
-    if (p.what == Pending::TO_SHARED || p.what == Pending::VALUE) {
+    if (p.what == Pending::TO_SHARED || p.what == Pending::LINE_TO_SHARED || p.what == Pending::VALUE) {
         if (L.check(C_FLIGHT)) memset(&p.block->in_flight[p.destination], 0, p.bytes);
         if (L.check(C_INIT)) memset(&p.block->initialised[p.destination], 1, p.bytes);
         Mbarrier &b = barrier_at(*p.warp, p.lane, {p.barrier_block, p.barrier});
@@ -79,6 +79,14 @@ void perform(Pending &p) {
         arrive(*p.warp, p.lane, {p.barrier_block, p.barrier}, p.bytes, true, false);
     }
     p.warp->pc = pc;
+}
+
+}  // namespace
+
+u64 operand_address(Warp &w, u16 slot, u8 width, s64 offset, u32 lane) {
+    u64 a[32];
+    addresses(w, slot, width, offset, 1u << lane, a);
+    return a[lane];
 }
 
 void start(Warp &w, Pending &&p) {
@@ -100,12 +108,21 @@ void start(Warp &w, Pending &&p) {
     }
 }
 
+void write_later(Warp &w, u32 l, const Place &to, u32 n, const Actor &actor) {
+    Launch &L = *w.launch;
+    if (L.races.shared) race_shared(w, l, *to.block, to.off, n, A_WRITE, &actor);
+    check_write(w, l, *to.block, to.off, n);
+    if (L.check(C_FLIGHT)) memset(&to.block->in_flight[to.off], 1, n);
+}
+
+namespace {
+
 // -- mbarriers: o[12] address, d its width
 
 void init(Warp &w, const Ins &i, u32 m) {
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        Place p = shared_place(w, l, address_of(w, i, i.o[12], i.d, i.imm, l), 8, true);
+        Place p = shared_place(w, l, operand_address(w, i.o[12], i.d, i.imm, l), 8, true);
         if (p.off & 7) report(w, K_MISALIGNED, l, p.off, "an mbarrier at an address that is no multiple of 8");
         if (w.launch->races.shared) race_shared(w, l, *p.block, p.off, 8, A_WRITE);
         check_write(w, l, *p.block, p.off, 8);
@@ -119,14 +136,14 @@ void init(Warp &w, const Ins &i, u32 m) {
 }
 void inval(Warp &w, const Ins &i, u32 m) {
     for (u32 t = m; t; t &= t - 1) {
-        Place p = shared_place(w, first(t), address_of(w, i, i.o[12], i.d, i.imm, first(t)), 8, true);
+        Place p = shared_place(w, first(t), operand_address(w, i.o[12], i.d, i.imm, first(t)), 8, true);
         barrier_at(w, first(t), p);
         p.block->mbarriers.erase(p.off);
     }
 }
 // An mbarrier operation is atomic; it races with the initialisation only.
 Place touch(Warp &w, const Ins &i, u32 lane) {
-    Place p = shared_place(w, lane, address_of(w, i, i.o[12], i.d, i.imm, lane), 8, true);
+    Place p = shared_place(w, lane, operand_address(w, i.o[12], i.d, i.imm, lane), 8, true);
     if (w.launch->races.shared) race_shared(w, lane, *p.block, p.off, 8, A_STRONG);
     return p;
 }
@@ -208,20 +225,14 @@ u32 bulk_bytes(Warp &w, const Ins &i, u32 l, u64 dst, u64 src) {
                "a bulk copy of %u bytes; size and addresses have to be multiples of 16", n);
     return n;
 }
-void bulk_write(Warp &w, u32 l, const Place &to, u32 n, const Actor &actor) {
-    Launch &L = *w.launch;
-    if (L.races.shared) race_shared(w, l, *to.block, to.off, n, A_WRITE, &actor);
-    check_write(w, l, *to.block, to.off, n);
-    if (L.check(C_FLIGHT)) memset(&to.block->in_flight[to.off], 1, n);
-}
 void bulk_to_shared(Warp &w, const Ins &i, u32 m) {  // c: source is GLOBAL or SHARED
     Launch &L = *w.launch;
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        u64 dst = address_of(w, i, i.o[0], i.a, i.imm, l), src = address_of(w, i, i.o[1], i.b, s32(i.target), l);
+        u64 dst = operand_address(w, i.o[0], i.a, i.imm, l), src = operand_address(w, i.o[1], i.b, s32(i.target), l);
         u32 n = bulk_bytes(w, i, l, dst, src);
         Place to = shared_place(w, l, dst, n, true),
-              bar = shared_place(w, l, address_of(w, i, i.o[3], i.d, 0, l), 8, true);
+              bar = shared_place(w, l, operand_address(w, i.o[3], i.d, 0, l), 8, true);
         Pending op{};
         op.what = Pending::TO_SHARED;
         op.actor = new_actor(*w.block);
@@ -240,7 +251,7 @@ void bulk_to_shared(Warp &w, const Ins &i, u32 m) {  // c: source is GLOBAL or S
             op.source_block = from.block;
             op.source = from.off;
         }
-        bulk_write(w, l, to, n, op.actor);
+        write_later(w, l, to, n, op.actor);
         barrier_at(w, l, bar);
         op.lane = l;
         op.bytes = n;
@@ -254,7 +265,7 @@ void bulk_to_shared(Warp &w, const Ins &i, u32 m) {  // c: source is GLOBAL or S
 void bulk_to_global(Warp &w, const Ins &i, u32 m) {
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
-        u64 dst = address_of(w, i, i.o[0], i.a, i.imm, l), src = address_of(w, i, i.o[1], i.b, s32(i.target), l);
+        u64 dst = operand_address(w, i.o[0], i.a, i.imm, l), src = operand_address(w, i.o[1], i.b, s32(i.target), l);
         u32 n = bulk_bytes(w, i, l, dst, src);
         Place from = shared_place(w, l, src, n, false);
         Pending op{};
@@ -296,8 +307,8 @@ void bulk_wait(Warp &w, const Ins &i, u32 m) {
 void st_async(Warp &w, const Ins &i, u32 m) {
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t), n = u32(i.a) * i.b;
-        Place to = shared_place(w, l, address_of(w, i, i.o[12], i.d, i.imm, l), n, true);
-        Place bar = shared_place(w, l, address_of(w, i, i.o[13], i.d, s32(i.target), l), 8, true);
+        Place to = shared_place(w, l, operand_address(w, i.o[12], i.d, i.imm, l), n, true);
+        Place bar = shared_place(w, l, operand_address(w, i.o[13], i.d, s32(i.target), l), 8, true);
         if (to.off % n)
             report(w, K_MISALIGNED, l, to.off, "an access of %u bytes at an address that is no multiple of %u", n, n);
         if (w.launch->races.shared) race_shared(w, l, *bar.block, bar.off, 8, A_STRONG);  // with its initialisation
@@ -305,7 +316,7 @@ void st_async(Warp &w, const Ins &i, u32 m) {
         Pending op{};
         op.what = Pending::VALUE;
         op.actor = new_actor(*w.block);
-        bulk_write(w, l, to, n, op.actor);
+        write_later(w, l, to, n, op.actor);
         for (u32 k = 0; k < i.a; k++) {
             if (i.b == 8) memcpy(op.value + 8 * k, &w.reg<u64>(i.o[k])[l], 8);
             else memcpy(op.value + 4 * k, &w.reg<u32>(i.o[k])[l], 4);

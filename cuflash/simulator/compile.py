@@ -32,7 +32,7 @@ __all__ = [
     "store",
 ]
 
-_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
+_SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "boxes.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
 # What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
 # Sources that need the architecture's own features: wgmma and setmaxnreg exist on sm_90a alone.
 _OWN_FEATURES = re.compile(r"\b(wgmma\.|setmaxnreg\.|__CUDA_ARCH_FEAT_SM90_ALL)")

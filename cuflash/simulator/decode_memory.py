@@ -250,8 +250,10 @@ def _decode_bulk(dec: Decoder, mods: list[str]) -> None:
         return dec.emit("nop", cls="bulk")
     if any("cache_hint" in m for m in mods):
         a = a[:-1]
+    if mods[0] == "tensor":
+        return _decode_box(dec, mods[1:], a)
     to_shared = bool(mods) and mods[0] in ("shared::cluster", "shared::cta")
-    if len(mods) < 3 or "tensor" in mods or "multicast::cluster" in mods or len(a) != (4 if to_shared else 3):
+    if len(mods) < 3 or "multicast::cluster" in mods or len(a) != (4 if to_shared else 3):
         raise dec.unknown()
     if not to_shared and (mods[0] != "global" or not mods[1].startswith("shared") or mods[2] != "bulk_group"):
         raise dec.unknown()
@@ -266,19 +268,53 @@ def _decode_bulk(dec: Decoder, mods: list[str]) -> None:
         ins[1] = src
     width = 4
     if to_shared:
-        bar, width, boff = dec.address(a[3], SHARED)
-        if bar is None or boff:
-            wide = dec.temp(width)
-            if bar is None:
-                dec.emit("mov.u64" if width == 8 else "mov.u32", {0: wide}, {1: (width, boff)})
-            else:
-                kind = "u64" if width == 8 else "u32"
-                dec.emit(f"add.{kind}", {0: wide}, {1: bar, 2: (width, boff & ((1 << 8 * width) - 1))})
-            bar = wide
-        ins[3] = bar
+        ins[3], width = _barrier(dec, a[3])
     name = "cp.async.bulk.shared" if to_shared else "cp.async.bulk.global"
     source = GLOBAL if mods[1] == "global" else SHARED
     dec.emit(name, {}, ins, imm=doff, target=soff & 0xFFFFFFFF, abcd=(dw, sw, source, width), cls="bulk")
+
+
+def _barrier(dec: Decoder, operand: Operand) -> tuple[Reg, int]:
+    """Return a register with the address of an mbarrier, and its width."""
+    bar, width, offset = dec.address(operand, SHARED)
+    if bar is None or offset:
+        wide = dec.temp(width)
+        if bar is None:
+            dec.emit("mov.u64" if width == 8 else "mov.u32", {0: wide}, {1: (width, offset)})
+        else:
+            kind = "u64" if width == 8 else "u32"
+            dec.emit(f"add.{kind}", {0: wide}, {1: bar, 2: (width, offset & ((1 << 8 * width) - 1))})
+        bar = wide
+    return bar, width
+
+
+def _decode_box(dec: Decoder, mods: Sequence[str], a: Sequence[Operand]) -> None:
+    """Copies of boxes of tensors with four axes."""
+    rest = [m for m in mods if m != "tile" and "cache_hint" not in m]
+    kinds = ["4d", "shared::cluster", "global", "mbarrier::complete_tx::bytes"]
+    if rest not in (kinds, [kinds[0], "shared::cta", *kinds[2:]]) or len(a) != 3:
+        raise dec.unknown()
+    source = a[1]
+    if not isinstance(source, Mem) or source.coordinates is None or len(source.coordinates.items) != 4:
+        raise dec.unknown("no map with four coordinates")
+    dst, dst_width, dst_offset = dec.address(a[0], GENERIC)
+    at, at_width, at_offset = dec.address(Mem(source.base, source.offset), GENERIC)
+    bar, width = _barrier(dec, a[2])
+    ins: dict[int, Reg | tuple[int, int]] = {2: bar}
+    ins |= {3 + k: dec.value(x, "s32") for k, x in enumerate(source.coordinates.items)}
+    if dst:
+        ins[0] = dst
+    if at:
+        ins[1] = at
+    dec.emit(
+        "cp.async.bulk.tensor",
+        {},
+        ins,
+        imm=dst_offset,
+        target=at_offset & 0xFFFFFFFF,
+        abcd=(dst_width, at_width, 0, width),
+        cls="bulk",
+    )
 
 
 def _decode_st_async(dec: Decoder, mods: Sequence[str]) -> None:

@@ -25,9 +25,10 @@ struct Mbarrier {
 // A bulk copy, an asynchronous store or an arrival that waits for copies; it happens at the latest when somebody waits
 // for it.
 struct Pending {
-    enum What : u8 { TO_SHARED, TO_GLOBAL, ARRIVE, VALUE } what;
+    enum What : u8 { TO_SHARED, LINE_TO_SHARED, TO_GLOBAL, ARRIVE, VALUE } what;
     Warp *warp;
     u32 lane, pc, bytes;
+    u32 have;  // bytes of a line that come from memory, those behind them are zeros
     u32 group;  // of bulk copies to global memory; of ARRIVE, the number of the last copy that it waits for
     u64 source;
     Block *block, *source_block;  // of the destination and of the source in shared memory

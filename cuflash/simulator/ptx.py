@@ -83,10 +83,14 @@ class Vec:
 
 @dataclass(frozen=True)
 class Mem:
-    """`[base + offset]`; further addresses, as in `[a], [b]`, are operands of their own."""
+    """`[base + offset]`; further addresses, as in `[a], [b]`, are operands of their own.
+
+    `[base, {c, d}]` has coordinates: of a box, in the tensor whose map lies there.
+    """
 
     base: Reg | Name | Imm
     offset: int = 0
+    coordinates: Vec | None = None
 
 
 @dataclass(frozen=True)
@@ -531,16 +535,19 @@ class _Parser:
         if c == "[":
             if text[-1] != "]":
                 raise self.fail(f"an address that cannot be read: {text!r}", start)
-            m = _ADDRESS.match(text[1:-1].strip())
+            address, *others = _split(text[1:-1])
+            coordinates = [self.operand(fn, scopes, other, start) for other in others]
+            m = _ADDRESS.match(address.strip())
             if not m:
                 raise self.fail(f"an address that cannot be read: {text!r}", start)
             base = self.operand(fn, scopes, m.group(1), start)
             offset = _integer(m.group(3)) if m.group(3) else 0
             if m.group(2) == "-":
                 offset = -offset
-            if not isinstance(base, (Reg, Name, Imm)):
+            of_box = coordinates[0] if coordinates else None
+            if not isinstance(base, (Reg, Name, Imm)) or len(coordinates) > 1 or not isinstance(of_box, Vec | None):
                 raise self.fail(f"an address that cannot be read: {text!r}", start)
-            return Mem(base, offset)
+            return Mem(base, offset, of_box)
         if c == "!":
             reg = self.lookup(fn, scopes, text[1:].strip())
             if not isinstance(reg, Reg):

@@ -68,14 +68,16 @@ public:
         return page() * strides.page + row_ * strides.row;
     }
 
+    // The page, and the slot in it; of packed keys, what together is the number of the key.
+    __device__ __forceinline__ int page() const { return max(page_, 0); }
+    __device__ __forceinline__ int row() const { return row_; }
+
     // The element of the slot's scale of head 0, of scales per key and head.
     __device__ __forceinline__ long long scale(DescaleStrides strides) const {
         return page() * strides.outer + row_ * strides.row;
     }
 
 private:
-    __device__ __forceinline__ int page() const { return max(page_, 0); }
-
     const int* pages_;  // (pages per sequence,) of the sequence
     int page_ = 0;      // of the slot; at first the sequence's row
     u32 row_ = 0;       // in the page

@@ -6,6 +6,7 @@
 #pragma once
 #include "paging.cuh"
 #include "ptx/copies.cuh"
+#include "rows_boxes.cuh"
 #include "rows_codes.cuh"
 #include "rows_tiles.cuh"
 #include "segment.cuh"
@@ -15,6 +16,7 @@ class Loader {
     static constexpr int kKeyChunks = (kHeadDim + 15) / 16 * 2;  // as far as an MMA reads a key, in 16 bytes ..
     static constexpr int kValueChunks = kColumnPairs * kColumnWarps * 2;  // .. and a value
     static constexpr int kChunkElements = 16 / CacheElement::kBytes;
+    static constexpr u32 kAllRows = ~0u >> (32 - kPartKeys);
 
     // Rows as they are copied: codes that become numbers have a place of their own.
     template <bool kLand, int kDim, typename Rows>
@@ -48,8 +50,10 @@ class Loader {
     };
 
 public:
-    __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
-        : p_(p), share_(share), walker_(share), policy_(evict_first_policy()), lane_(lane), part_(warp * kPartKeys) {
+    __device__ __forceinline__ Loader(const LoaderParams& params, const Share& share, int warp, int lane)
+        : p_(attention_of(params)), share_(share), walker_(share), boxes_(params), policy_(evict_first_policy()),
+          lane_(lane), part_(warp * kPartKeys) {
+        const DecodeParams& p = p_;
         using Keys = Copy<CopiedKeys>;
         using Values = Copy<CopiedValues>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;
@@ -83,19 +87,26 @@ public:
         is_tile_ = has_tile();
         const u32 slot = key_ + part_ + lane_;  // of the cache
         bool is_copied = lane_ < kPartKeys && slot < end_ && place_.exists();
-        if constexpr (kHasTree) is_copied = is_copied && !hidden_from_all(p_, segment_, slot - segment_.lengths.leftpad);
+        if constexpr (kHasTree) {
+            if (key_ + kTileKeys > first_of_tree_) is_copied = is_copied && !is_hidden_from_all(slot);
+        }
         copied_ = __ballot_sync(kFullWarp, is_copied);
+        comes_in_boxes_ = copied_ == kAllRows && boxes_.fit(key_ + part_);
         // Where ptxas knows it to be uniform, all of the loader is: slower, but for codes and trees (see README.md).
         if constexpr (!kConvertsTiles && !kHasTree) copied_ |= zero_of_each_lane();
     }
 
     // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it. With a
-    // quantised cache the ring is that of the codes.
-    __device__ __forceinline__ void load_keys(u32 slot) {
-        // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
-        const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
-        value_units_ = place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head;
-        copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
+    // quantised cache the ring is that of the codes. Boxes count their bytes at the slot's barrier, if it has one.
+    __device__ __forceinline__ void load_keys(u32 slot, u64* full = nullptr) {
+        value_place_ = place_, value_head_ = kv_head_;
+        if (Boxes::kExist && comes_in_boxes_) {
+            boxes_.copy<true, kPartKeys, kPaddedHeadDim / 64, KeyRows>(place_, kv_head_, 0, keys_to_ + slot, *full, policy_);
+        } else {
+            // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
+            const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
+            copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
+        }
         if (!is_tile_) return;
         copy_scales(slot);
         key_ += kTileKeys;
@@ -110,7 +121,12 @@ public:
 
     // The same in parts: kCount value columns from kFirst on ..
     template <int kFirst, int kCount>
-    __device__ __forceinline__ void load_columns(u32 slot) {
+    __device__ __forceinline__ void load_columns(u32 slot, u64* full = nullptr) {
+        if (Boxes::kExist && comes_in_boxes_) {
+            boxes_.copy<false, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, kFirst, keys_to_ + slot + column_offset<kFirst>(),
+                                                                *full, policy_);
+            return;
+        }
         constexpr int kThere = kFirst + kCount < kHeadDimV ? kCount : kHeadDimV - kFirst;
         copy_part<kThere, kCount / kChunkElements, KeyRows>(values_from_ + kFirst * CacheElement::kBytes,
                                                             place_.units(p_.cache.v) + kv_head_ * p_.cache.v.head,
@@ -118,19 +134,29 @@ public:
     }
 
     // .. and the rest of the keys, which comes last.
-    __device__ __forceinline__ void load_rest(u32 slot) {
-        copy_part<kHeadDim, (kPaddedHeadDim - kPaddedHeadDimV) / kChunkElements, KeyRows>(
-            keys_from_ + p_.key_column * CacheElement::kBytes, place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head,
-            keys_to_ + slot + column_offset<kPaddedHeadDimV>());
+    __device__ __forceinline__ void load_rest(u32 slot, u64* full = nullptr) {
+        constexpr int kCount = kPaddedHeadDim - kPaddedHeadDimV;
+        const u32 to = keys_to_ + slot + column_offset<kPaddedHeadDimV>();
+        if (Boxes::kExist && comes_in_boxes_) {
+            boxes_.copy<true, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, p_.key_column, to, *full, policy_);
+        } else {
+            copy_part<kHeadDim, kCount / kChunkElements, KeyRows>(keys_from_ + p_.key_column * CacheElement::kBytes,
+                                                                  place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, to);
+        }
         if (!is_tile_) return;
         key_ += kTileKeys;
         find_tile();
     }
 
     // Starts the copy of the values that belong to the keys loaded last.
-    __device__ __forceinline__ void load_values(u32 slot) {
+    __device__ __forceinline__ void load_values(u32 slot, u64* full = nullptr) {
         const u32 to = kRowsAreAlike ? keys_to_ : values_to_;  // one register where they are
-        copy_part<kHeadDimV, kConvertsTiles ? kHeadDimV / 16 : kValueChunks, CopiedValues>(values_from_, value_units_, to + slot);
+        if (Boxes::kExist && comes_in_boxes_) {
+            boxes_.copy<false, kPartKeys, kPaddedHeadDimV / 64, ValueRows>(value_place_, value_head_, 0, to + slot, *full, policy_);
+            return;
+        }
+        const u32 units = value_place_.units(p_.cache.v) + value_head_ * p_.cache.v.head;
+        copy_part<kHeadDimV, kConvertsTiles ? kHeadDimV / 16 : kValueChunks, CopiedValues>(values_from_, units, to + slot);
     }
 
     // Makes numbers of the codes of keys, and of values, that this lane has copied and waited for. The scales of both go where
@@ -182,7 +208,18 @@ private:
         end_ = first_slot + segment.keys.end;
         kv_head_ = segment.kv_head;
         place_.enter(p_.cache, segment.sequence);
-        if constexpr (kHasTree) segment_ = segment;
+        if constexpr (kHasTree) {
+            sequence_ = segment.sequence, first_row_ = segment.first_row, valid_rows_ = segment.valid_rows;
+            first_of_tree_ = first_slot + max(0, keys_before_tree(p_, segment.lengths));
+        }
+    }
+
+    // Whether a tree hides a slot from all rows. Lengths are asked for again: they would take registers in all tiles.
+    __device__ __forceinline__ bool is_hidden_from_all(u32 slot) const {
+        Segment segment;
+        segment.sequence = sequence_, segment.first_row = first_row_, segment.valid_rows = valid_rows_;
+        segment.lengths = p_.lengths.of(sequence_);
+        return hidden_from_all(p_, segment, slot - segment.lengths.leftpad);
     }
 
     // Moves to the tile at key_, or to the first one of the next segments, and starts its page lookup. At the end of the share
@@ -217,9 +254,9 @@ private:
                      c + C::kLanes <= kDimChunks || (c < kDimChunks && chunk + c < kDimChunks));
             }
         };
-        const bool all = copied_ == ~0u >> (32 - kPartKeys);
+        const bool all = copied_ == kAllRows;
         // Addresses before copies: ptxas puts a guard around every run of copies. Conversions leave registers for four.
-        constexpr int kAtOnce = kConvertsTiles && kPasses > 4 ? 4 : kPasses;
+        constexpr int kAtOnce = (kConvertsTiles || Boxes::kExist) && kPasses > 4 ? 4 : kPasses;
         for_each<kPasses / kAtOnce>([&](int group) {
             const char* from[kAtOnce];
             for_each<kAtOnce>([&](int i) { from[i] = from_of(group * kAtOnce + i); });
@@ -250,6 +287,7 @@ private:
     const DecodeParams& p_;
     const Share& share_;
     Walker walker_;
+    Boxes boxes_;
     u64 policy_;
     const char* keys_from_;    // first byte of this lane's chunks in the cache's first row
     const char* values_from_;
@@ -259,8 +297,11 @@ private:
     int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     int kv_head_;
-    u32 value_units_;
+    PageCursor value_place_;   // of the keys loaded last, to which values belong
+    int value_head_;
     bool is_tile_ = false;     // whether there is one, of the tile that was begun last
+    bool comes_in_boxes_;      // whether this warp's part of it does
     u32 copied_;               // its rows of this warp's part that are copied, a bit each
-    [[maybe_unused]] Segment segment_;  // of the next tile
+    [[maybe_unused]] int sequence_, first_row_, valid_rows_;  // with a tree, of the next tile's segment
+    [[maybe_unused]] u32 first_of_tree_;                      // slot of its first key that some rows may not see
 };

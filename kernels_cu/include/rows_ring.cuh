@@ -36,28 +36,29 @@ struct Place {
 };
 
 // Fills the ring with all tiles of the share.
-__device__ __forceinline__ void load_share(const DecodeParams& p, RingState& state, const Share& share, u32 ring) {
+__device__ __forceinline__ void load_share(const LoaderParams& p, RingState& state, const Share& share, u32 ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, share, warp, lane);
     loader.start();
     Place place = {0};
     const auto load = [&](auto copy) {
         wait_for_phase(state.empty[place.slot], place.parity ^ 1);  // of a slot never filled it is over
-        copy(ring + place.slot * kSlotBytes);
+        copy(ring + place.slot * kSlotBytes, &state.full[place.slot]);
         arrive_with_copies(state.full[place.slot]);
         place.advance(1);
     };
     while (loader.has_tile()) {
         loader.begin_tile();
-        load([&](u32 slot) { loader.load_keys(slot); });
-        load([&](u32 slot) { loader.load_values(slot); });
+        load([&](u32 slot, u64* full) { loader.load_keys(slot, full); });
+        load([&](u32 slot, u64* full) { loader.load_values(slot, full); });
     }
     cp_async_commit();
     cp_async_wait<0>();
 }
 
 // The same of a quantised cache: a half-stage is converted as soon as its codes are there and its slot is free.
-__device__ __forceinline__ void load_share_of_codes(const DecodeParams& p, RingState& state, const Share& share, u32 ring, u32 code_ring) {
+__device__ __forceinline__ void load_share_of_codes(const LoaderParams& p, RingState& state, const Share& share, u32 ring,
+                                                    u32 code_ring) {
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, share, warp, lane);
     loader.start();
