@@ -1,7 +1,7 @@
 """The planner in NumPy: lengths -> the int32 array of a plan. The bitwise twin of ``kernels_cu/plan.cu``.
 
 The keys of all items form one line, which is cut into shares of equal cost. An item is (sequence, KV head, row block);
-its cost is the keys that it sees plus a fixed overhead. Every cut follows from its own number alone, so a GPU makes
+its cost is the keys that it sees plus a fixed overhead, or next to nothing if its sequence has no such rows. Every cut follows from its own number alone, so a GPU makes
 them all at once: the two versions share their formulas, which use integers only.
 
 What a plan's words are stands in ``kernels_cu/include/schedule.cuh``.
@@ -23,6 +23,7 @@ from .problem import Problem
 PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
 _INT32_MAX = 2**31 - 1
+_EMPTY = 1  # what a row block costs that a sequence does not have, in keys
 
 Ints = NDArray[np.int64]
 
@@ -119,6 +120,7 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
     leftpad, seqlen_k, seqlen_q = sequence_lengths(problem, lengths)
     sequences[0], sequences[1], sequences[2] = leftpad, seqlen_k, seqlen_q
     begin, end = visible_keys(problem, partition, seqlen_k, seqlen_q)
+    has_rows = (np.arange(partition.row_blocks) * partition.rows < (seqlen_q * problem.group)[:, None]).ravel()
     items = len(begin) * problem.num_heads_kv
     cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
     array[1:PLAN_CUTS] = 0
@@ -129,7 +131,7 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
         cuts[used:] = (items, 0, used, used)
         return
 
-    item, key = _cut(problem, partition, begin, end)
+    item, key = _cut(problem, partition, begin, end, has_rows)
     used = len(item)
     blocks = np.arange(used)
     # Blocks that hold a part of the item of a cut: from the one that holds its beginning to the one that holds its end.
@@ -142,7 +144,9 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
     cuts[used:] = (items, 0, used, used)
 
 
-def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+def _cut(
+    problem: Problem, partition: Partition, begin: Ints, end: Ints, has_rows: NDArray[np.bool_]
+) -> tuple[Ints, Ints]:
     """Return (item, key) where the share of every used block begins."""
     heads, row_blocks, num_blocks = problem.num_heads_kv, partition.row_blocks, partition.num_blocks
     units = len(begin)  # (sequence, row block): what the KV heads have in common
@@ -162,8 +166,11 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     if aligned <= blocks and aligned * 8 >= blocks * 7:
         if even or longest_share <= _most_keys(partition, all_keys, blocks):
             even, blocks = True, aligned
-    overhead = 0 if even else item_overhead(items, all_keys) * partition.overhead
-    costs = np.full(units, max(longest, 1)) if even else keys + overhead
+    overheads = np.zeros(units, np.int64)
+    if not even:  # row blocks that a sequence does not have are walked past
+        item_costs = item_overhead(int(has_rows.sum()) * heads, all_keys) * partition.overhead
+        overheads = np.where(has_rows, item_costs, _EMPTY)
+    costs = np.full(units, max(longest, 1)) if even else keys + overheads
     total = int(costs.sum()) * heads
     slack = 0
     if problem.split_size is None:  # by what the longest share may exceed the mean, both of its ends together
@@ -183,7 +190,7 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints) -> tupl
     x = start + within - before[unit]  # offset in the cost of the item
     cost = before[unit + 1] - before[unit]
     item = (sequence * (heads - 1) + head) * row_blocks + unit
-    begin, end = begin[unit], end[unit]
+    begin, end, overhead = begin[unit], end[unit], overheads[unit]
 
     # The overhead stands at the beginning of an item.
     grain = problem.split_size or partition.grain

@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& bl
         const u32 slot = ring + place.slot * kSlotBytes;
         loader.begin_tile();
         const auto load = [&](int part, auto copy) {
-            wait_for_phase(block.empty[place.slot][part], place.parity ^ 1);  // of a slot never filled it is over
+            sleep_until_phase(block.empty[place.slot][part], place.parity ^ 1);  // of a slot never filled it is over
             copy(&block.full[place.slot][part]);
             arrive_with_copies(block.full[place.slot][part]);
         };

@@ -36,6 +36,12 @@ struct PlanParams {
 constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
 constexpr int kShortOverhead = 16;   // .. at most so many
+constexpr int kEmpty = 1;            // a row block that its sequence does not have costs so many
+
+// Whether a sequence has a row block at a place.
+__device__ bool has_rows(const PlanParams& p, Sequence sequence, int place) {
+    return (long long)place * p.rows < (long long)sequence.seqlen_q * p.group;
+}
 
 // Keys that the longest of `blocks` shares may have.
 __device__ long long most_keys(const PlanParams& p, long long all_keys, int blocks) {
@@ -75,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     unsigned* starts = reinterpret_cast<unsigned*>(cuts + p.num_blocks);  // a bit for each cut: the first one of its item?
     __shared__ KeyRange slice_range[1024];                                // of the slice's last unit
     __shared__ long long warp_keys[kWarpSize];
-    __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize];
+    __shared__ int warp_shortest[kWarpSize], warp_longest[kWarpSize], warp_cuts[kWarpSize], warp_units[kWarpSize];
     __shared__ unsigned warp_longest_pair[kWarpSize];
     const int thread = threadIdx.x, threads = blockDim.x;
     const int lane = thread & (kWarpSize - 1), warp = thread / kWarpSize, warps = threads / kWarpSize;
@@ -91,6 +97,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     int place = s < p.batch_size ? min((thread & (parts - 1)) * p.slice_units, p.row_blocks) : 0;
     const int slice_begin = s * p.row_blocks + place;  // units before the slice
     long long slice_keys = 0;
+    int slice_units = 0;  // that have rows
     int shortest = 2147483647, longest = 0;
     unsigned longest_pair = 0;  // of two units side by side
     #pragma unroll 1
@@ -105,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         slice_range[thread] = range;
         const int keys = range.end - range.begin;
         slice_keys += keys;
+        slice_units += has_rows(p, sequence, place);
         shortest = min(shortest, keys);
         longest = max(longest, keys);
         if (p.row_blocks % 2 == 0 && place % 2 == 0) {
@@ -125,22 +133,27 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
 
     // Scan over the block: within each warp, then every warp scans the sums of the warps.
     const long long keys_through = inclusive_scan(slice_keys, lane);  // of this slice and those before it in the warp
+    const int units_through = inclusive_scan(slice_units, lane);
     shortest = warp_min(shortest);
     longest = warp_max(longest);
     longest_pair = warp_max(longest_pair);
     if (lane == kWarpSize - 1) {
         warp_keys[warp] = keys_through;
+        warp_units[warp] = units_through;
         warp_shortest[warp] = shortest;
         warp_longest[warp] = longest;
         warp_longest_pair[warp] = longest_pair;
     }
     __syncthreads();
     const long long warps_through = inclusive_scan(lane < warps ? warp_keys[lane] : 0ll, lane);
+    const int warps_units_through = inclusive_scan(lane < warps ? warp_units[lane] : 0, lane);
     shortest = warp_min(lane < warps ? warp_shortest[lane] : 2147483647);
     longest = warp_max(lane < warps ? warp_longest[lane] : 0);
     longest_pair = warp_max(lane < warps ? warp_longest_pair[lane] : 0);
     const long long head_keys = __shfl_sync(kFullWarp, warps_through, kWarpSize - 1);  // keys that one KV head reads
     const long long warps_before = warp ? __shfl_sync(kFullWarp, warps_through, warp - 1) : 0;
+    const int head_units = __shfl_sync(kFullWarp, warps_units_through, kWarpSize - 1);  // with rows
+    const int units_before = warp ? __shfl_sync(kFullWarp, warps_units_through, warp - 1) : 0;
     const long long all_keys = head_keys * p.num_heads_kv;
     // Items of which all cost the same are cut into whole items per block, or whole blocks per item, if the GPU stays nearly full.
     // So are others that are about as long as one another: they then count as equal.
@@ -155,17 +168,21 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
     }
 
-    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
+    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean. Row blocks that a
+    // sequence does not have are walked past.
     int overhead = 0;
     if (!even) {
-        const long long most = all_keys / (kOverheadPart / 2 * (long long)items);
+        const long long most = all_keys / (kOverheadPart / 2 * ((long long)head_units * p.num_heads_kv));
         overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
         overhead *= p.overhead;
     }
     const int even_cost = even ? max(longest, 1) : 0;  // of each item
+    const auto cost_of = [&](long long keys, int all_units, int units_with_rows) {
+        return keys + (long long)(all_units - units_with_rows) * kEmpty + (long long)units_with_rows * overhead;
+    };
     before[thread] = even ? (long long)slice_begin * even_cost
-                          : keys_through - slice_keys + warps_before + (long long)slice_begin * overhead;
-    const long long head_total = even ? (long long)units * even_cost : head_keys + (long long)units * overhead;
+                          : cost_of(keys_through - slice_keys + warps_before, slice_begin, units_through - slice_units + units_before);
+    const long long head_total = even ? (long long)units * even_cost : cost_of(head_keys, units, head_units);
     if (thread == 0) before[threads] = head_total;
 
     const long long total = head_total * p.num_heads_kv;
@@ -201,11 +218,16 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         int sequence = (slice >> p.slice_shift) * p.slice_sequences, place = (slice & (parts - 1)) * p.slice_units;
         long long start = before[slice], sequence_start = start;
         KeyRange range = slice_range[slice];
+        const auto lengths_of = [&](int s) {
+            return Sequence{0, planned[p.batch_size + s], planned[2 * p.batch_size + s]};
+        };
+        const auto overhead_at = [&](Sequence lengths, int place) { return has_rows(p, lengths, place) ? overhead : kEmpty; };
         #pragma unroll 1
         while (p.slice_units > 1) {
-            const Sequence lengths = {0, planned[p.batch_size + sequence], planned[2 * p.batch_size + sequence]};
+            const Sequence lengths = lengths_of(sequence);
             range = row_block_keys(mask, lengths, p.group, p.rows, place);
-            const long long end = start + (even ? even_cost : static_cast<long long>(range.end - range.begin) + overhead);
+            const long long keys = range.end - range.begin;
+            const long long end = start + (even ? even_cost : keys + overhead_at(lengths, place));
             if (sequence_known && end > goal) break;
             start = end;
             place += 1;
@@ -224,10 +246,10 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             }
         }
 
-        const int keys = range.end - range.begin;
-        const long long cost = even ? even_cost : (long long)keys + overhead, x = goal - start;
+        const int keys = range.end - range.begin, beyond = even ? 0 : overhead_at(lengths_of(sequence), place);
+        const long long cost = even ? even_cost : (long long)keys + beyond, x = goal - start;
         // The overhead stands at the item's beginning.
-        unsigned key = range.begin + (unsigned)(even ? keys * x / cost : max(x - overhead, 0ll));
+        unsigned key = range.begin + (unsigned)(even ? keys * x / cost : max(x - beyond, 0ll));
         bool at_begin = x <= slack, at_end = cost - x <= slack;
         if (0 < p.num_splits && p.num_splits < blocks) {
             const long long most = p.num_splits;

@@ -20,10 +20,17 @@ from cuflash.kernels.source import Variant, field_paths
 from cuflash.problem import make_problem
 from cuflash.simulator import SimModule
 
-KERNELS = ["plan", "decode", "append", "merge", "exchange"]
+KERNELS = {name: f"{name.capitalize()}Params" for name in ("plan", "decode", "append", "merge", "exchange")}
+KERNELS |= {"extend_wgmma": "TiledParams", "mla_wgmma": "TiledParams"}
 _PROBLEM = make_problem(1, 1, 64, 8, 64, qkv_dtype="bfloat16")
+_MANY_ROWS = make_problem(1, 99, 64, 8, 64, qkv_dtype="bfloat16")
+_LATENT = make_problem(1, 1, 64, 1, 576, headdim_v=512, qkv_dtype="bfloat16")
 VARIANTS = (
-    *kernels.variants(_PROBLEM, kernels.choose(_PROBLEM, Device(132, 90)), True),
+    *(
+        variant
+        for problem in (_PROBLEM, _MANY_ROWS, _LATENT)
+        for variant in kernels.variants(problem, kernels.choose(problem, Device(132, 90)), True)
+    ),
     merge_variant("bfloat16"),
     exchange_variant("bfloat16"),
 )
@@ -68,7 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_twin_has_the_compilers_layout(kernel: str) -> None:
-    file, struct = f"{kernel}.cu", f"{kernel.capitalize()}Params"
+    file, struct = f"{kernel}.cu", KERNELS[kernel]
     dtype = sources.struct_dtype(file, struct)
     fields = list(field_paths(dtype))
     offsets = "\n".join(f"    *out++ = __builtin_offsetof({struct}, {path});" for path, _, _ in fields)
@@ -99,7 +106,7 @@ def test_no_field_is_overlooked(kernel: str) -> None:
             if dtype[name].names:
                 check(kind, dtype[name])
 
-    check(f"{kernel.capitalize()}Params", sources.struct_dtype(f"{kernel}.cu", f"{kernel.capitalize()}Params"))
+    check(KERNELS[kernel], sources.struct_dtype(f"{kernel}.cu", KERNELS[kernel]))
 
 
 @pytest.mark.parametrize("scratch", [(), ("first",), ("table",), ("last", "first")], ids="-".join)
@@ -118,12 +125,18 @@ def test_nested_structs_and_pointers_anywhere(scratch: tuple[str, ...], folder: 
     own = tuple((name, Scratch(arrays[name].shape, arrays[name].dtype)) for name in scratch)
     places = {name: place for place, name in enumerate(name for name in arrays if name not in scratch)}
     (bound,) = bind(Step((launch,), own), places, len(places)).launches
-    words, pack, constants = bound.packing(len(places), [addresses[name] for name in scratch])
+    words, pack, constants = bound.packing(len(places), [addresses[name] for name in scratch], lambda *_: b"")
     params = np.frombuffer(pack(*words([*(addresses[name] for name in places), *constants])), launch.struct)
     module = SimModule(sources.source("nested.cu"), launch.variant.options)
     module.get_function("nested")(1, 1, (params, out), arrays=arrays)
     assert out.tolist() == [4325, 46]
     assert last.tolist() == [0, 0, 0, 7]
+
+
+def test_a_struct_fills_its_alignment(folder: Path) -> None:
+    (folder / "odd.cu").write_text("struct __align__(16) OddParams {\n    int first;\n};\n")
+    with pytest.raises(TypeError, match="multiples of 16 bytes; they have 4"):
+        sources.struct_dtype("odd.cu", "OddParams")
 
 
 @pytest.mark.parametrize("field", ["double number", "Unknown nested", "int a, b", "int many[4]"])

@@ -49,7 +49,19 @@ def choose(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     latent = [partition for partition in fitting if partition.family in _LATENT]  # no other one knows qv
     if latent:
         return latent[0]  # where wgmma fits, it was faster with any number of rows
+    if _outdoes_wide_blocks(problem, fitting):
+        fitting = [partition for partition in fitting if partition.family != decode.NAME or partition.rows <= 16]
     return min(fitting, key=lambda partition: _cost(problem, partition, max_seqlen_k or 0))
+
+
+def _outdoes_wide_blocks(problem: Problem, fitting: list[Partition]) -> bool:
+    """Whether there is a kernel that is faster than ``decode.cu`` with row blocks of 32, with half of its rows idle.
+
+    Those are short of registers, products of warpgroups are not: 8 queries, 32/8 heads of 128, b32 L4096 take 126 us
+    with them and else 130.5, b4 L1024 11.3 and 16.4, a head dim of 64 73.3 and 71.2 (H200).
+    """
+    is_wide = max(problem.headdim, problem.headdim_v) > 64 and not problem.is_quantised
+    return is_wide and any(partition.family == extend_wgmma.NAME for partition in fitting)
 
 
 def _cost(problem: Problem, partition: Partition, max_seqlen_k: int) -> int:

@@ -99,7 +99,7 @@ class BoundLaunch:
     places: tuple[int, ...]
     boxed: tuple[int, ...] = ()
 
-    def packing(self, count: int, scratch: Sequence[int], encode: Encoder) -> Packing:
+    def packing(self, count: int, scratch: Sequence[int], encode: Callable[[Boxed, int], bytes]) -> Packing:
         """Return how its parameter is made of the addresses of the call's arrays.
 
         Args:
@@ -179,7 +179,7 @@ def bind(step: Step, given: Mapping[str, int | None], count: int) -> BoundStep:
     for launch in step.launches:
         pointers = zip(launch.pointers, launch.offsets, (places[name] for name in launch.pointers))
         names, offsets, arrays = zip(*(pointer for pointer in pointers if pointer[2] is not None))
-        boxed = tuple(given[name] for name, _ in launch.boxed)
+        boxed = tuple(place for name, _ in launch.boxed if (place := given[name]) is not None)
         launches.append(BoundLaunch(replace(launch, pointers=names, offsets=offsets), arrays, boxed))
     return BoundStep(tuple(launches), step.scratch, count, {})
 

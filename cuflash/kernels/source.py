@@ -87,7 +87,7 @@ def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
     line, four spaces in; functions have parentheses and are no fields.
 
     Raises:
-        TypeError: If a field is anything else.
+        TypeError: If a field is anything else, or the struct ends before its alignment.
     """
     body = re.search(_STRUCT.format(name=struct), source(file), re.MULTILINE | re.DOTALL)
     if body is None:
@@ -108,11 +108,10 @@ def struct_dtype(file: str, struct: str) -> np.dtype[Any]:
         else:
             fields.append((field["name"], struct_dtype(file, kind)))
     dtype = np.dtype(fields, align=True)
-    size = -(-dtype.itemsize // int(body["align"] or 1)) * int(body["align"] or 1)
-    if size == dtype.itemsize:
-        return dtype
-    formats, offsets = zip(*((dtype.fields[name][0], dtype.fields[name][1]) for name in dtype.names))  # type: ignore[index, union-attr]
-    return np.dtype({"names": dtype.names, "formats": formats, "offsets": offsets, "itemsize": size}, align=True)
+    align = int(body["align"] or 1)
+    if dtype.itemsize % align:  # of which NumPy knows nothing
+        raise TypeError(f"fields of {struct} must fill multiples of {align} bytes; they have {dtype.itemsize}")
+    return dtype
 
 
 def field_paths(dtype: np.dtype[Any], offset: int = 0) -> Iterator[tuple[str, np.dtype[Any], int]]:

@@ -10,9 +10,7 @@ _MAGIC = 0x7365786F6273696D  # struct TensorMap of boxes.cpp begins with it
 _LAYOUT = "<QQ4Q3Q4II"
 
 
-def tensor_map(
-    itemsize: int, address: int, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
-) -> bytes:
+def tensor_map(itemsize: int, address: int, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
     """Return the map of a tensor of four axes, the contiguous one first, whose boxes lie in the 128-byte swizzle.
 
     Args:

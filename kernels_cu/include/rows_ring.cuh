@@ -42,7 +42,7 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, RingState& sta
     loader.start();
     Place place = {0};
     const auto load = [&](auto copy) {
-        wait_for_phase(state.empty[place.slot], place.parity ^ 1);  // of a slot never filled it is over
+        sleep_until_phase(state.empty[place.slot], place.parity ^ 1);  // of a slot never filled it is over
         copy(ring + place.slot * kSlotBytes, &state.full[place.slot]);
         arrive_with_copies(state.full[place.slot]);
         place.advance(1);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_share_of_codes(const LoaderParams& p, RingS
     const auto convert = [&](bool keys) {
         const u32 slot = ring + place.slot * kSlotBytes;
         cp_async_wait<kCodeStages - 1>();
-        wait_for_phase(state.empty[place.slot], place.parity ^ 1);
+        sleep_until_phase(state.empty[place.slot], place.parity ^ 1);
         if (keys) {
             loader.convert_keys(code_slot, slot, code_ring + kCodeRingBytes + place.slot * ScaleTile::kBytes);
         } else {

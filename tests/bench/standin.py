@@ -19,6 +19,7 @@ from cuflash import arrays, backends, layouts, memo
 from cuflash.backends.machine import KernelBackend, Launcher
 from cuflash.device import Device
 from cuflash.dtypes import FLOAT_DTYPES, numpy_dtype
+from cuflash.kernels.boxes import MAP_BYTES, Boxed
 from cuflash.kernels.launch import BoundLaunch, Scratch
 
 
@@ -220,6 +221,10 @@ class Machine:
         if array is None or array.host.nbytes < memory.nbytes:
             array = self._scratch[name] = DeviceArray(np.zeros(memory.shape, memory.dtype))
         return array
+
+    def tensor_map(self, boxed: Boxed, address: int) -> bytes:
+        """Return no map: nobody looks at it."""
+        return bytes(MAP_BYTES)
 
     def prepare(self, bound: BoundLaunch, scratch: list[DeviceArray]) -> Launcher:
         """Return what does nothing."""

@@ -35,6 +35,17 @@ __device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
     } while (!is_over);
 }
 
+// The same for those who have time: they sleep, and take neither instructions nor power from others.
+__device__ __forceinline__ void sleep_until_phase(u64& barrier, u32 parity) {
+    u32 is_over;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(is_over)
+                     : "r"(shared_address(&barrier)), "r"(parity)
+                     : "memory");
+    } while (!is_over);
+}
+
 // A barrier of `threads` threads, whole warps, beside __syncthreads, which is number 0.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

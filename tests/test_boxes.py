@@ -1,0 +1,122 @@
+"""Tiles that come in boxes: on which caches they do, and that nothing else changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import Backend, Case, check, make_inputs, run
+
+from cuflash import kernels, simulator
+from cuflash.kernels import attention, boxes, extend_wgmma, mla_wgmma
+from cuflash.kv_cache import KVCache
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
+SIM = Backend("sim", lambda array: array, np.asarray)
+MANY = Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 33, 0, 1), seqlens_q=9, causal=True)
+BOXED = boxes.Boxed(2, (64, 16, 2, 3), (256, 128, 4096), (64, 16, 1, 1))
+LATENT = Case(dtype="float16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(200, 65, 1), page_size=64)
+
+
+@pytest.fixture(autouse=True)
+def wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FAMILIES", (extend_wgmma, mla_wgmma))
+    for name, value in (("ARCH", "90"), ("BACKEND", "sim"), ("NUM_SM", "4")):
+        monkeypatch.setenv(f"CUFLASH_{name}", value)
+
+
+def attended(case: Case, number: int = 0) -> tuple[int, Any]:
+    """Check a case; return how many boxes were copied, and the output's bits."""
+    inputs = make_inputs(case)
+    with simulator.record(seed=case.seed, cp_async=("random", "early", "late")[number % 3]) as launches:
+        check(case, inputs, SIM)
+        out, lse, *_ = run(case, inputs, SIM)
+    launch = next(one for one in launches if one.kernel in ("extend_wgmma", "mla_wgmma"))
+    return launch.counters.classes.get("bulk", 0), (out.tobytes(), lse.tobytes())
+
+
+# Of a change to a case: whether boxes are copied then.
+CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
+    "contiguous": (MANY, {}, True),
+    "pages of 1": (MANY, {"page_size": 1}, False),
+    "pages of 4": (MANY, {"page_size": 4}, False),
+    "pages of 8": (MANY, {"page_size": 8}, True),
+    "pages of 16": (MANY, {"page_size": 16}, True),
+    "pages of 24": (MANY, {"page_size": 24}, True),
+    "pages of 48, HND": (MANY, {"page_size": 48, "layout": "HND"}, True),
+    "pages of 128": (MANY, {"page_size": 128}, True),
+    "leftpad": (MANY, {"leftpad": True}, True),
+    "leftpad, pages": (MANY, {"leftpad": True, "page_size": 16, "seqlens": (700, 33, 0, 1)}, True),
+    "negative pages": (MANY, {"negative_pages": True, "page_size": 16}, True),
+    "csr": (MANY, {"csr": True, "page_size": 16, "batch_idx": True}, True),
+    "strided": (MANY, {"strided": True, "page_size": 32}, True),
+    "window": (MANY, {"window": (100, 0), "page_size": 16}, True),
+    "head dims without whole lines": (MANY, {"headdim": (72, 40), "page_size": 16}, True),
+    "wide head dims": (MANY, {"headdim": (256, 192), "page_size": 16}, True),
+    "other head dims": (MANY, {"headdim": (64, 128), "dtype": "float16"}, True),
+    "128 rows": (MANY, {"seqlens_q": 40, "page_size": 16, "seqlens": (400, 129, 0)}, True),
+    "append": (MANY, {"new": 9, "page_size": 16, "rotary": "half"}, True),
+    "splits": (MANY, {"split_size": 64, "page_size": 16}, True),
+    "tree": (MANY, {"tree": "words", "causal": False, "page_size": 16}, False),
+    "codes": (MANY, {"kv_dtype": "float8_e4m3fn", "page_size": 16}, False),
+    "latent": (LATENT, {}, True),
+    "latent, contiguous": (LATENT, {"page_size": None}, True),
+    "latent, pages of 1": (LATENT, {"page_size": 1}, False),
+    "latent, in two arrays": (LATENT, {"mla": "qv", "headdim": (64, 512), "page_size": 16}, True),
+    "latent, narrower": (LATENT, {"mla": "qv", "headdim": (40, 448), "page_size": 8}, True),
+}
+
+
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_bits_are_those_of_rows_copied_one_by_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, change, has_boxes = CHANGES[what]
+    case = dataclasses.replace(case, seed=len(what), **change)
+    number, bits = attended(case, len(what))
+    assert (number > 0) == has_boxes
+    none = {"box_rows": 0, "box_step": 1, "is_packed": 0}
+    monkeypatch.setattr(attention, "boxed_cache", lambda cache, part_keys: (none, []))
+    assert attended(case, len(what) + 1) == (0, bits)
+
+
+def test_a_tensor_map_is_made_once() -> None:
+    """Of an address; a plan's next layer has another one."""
+    made: list[int] = []
+    launch = kernels.launch.make_launch(
+        kernels.source.Variant("mla_wgmma"), "TiledParams", 1, 32, 0, _zeros(), boxed=[("k", BOXED), ("v", BOXED)]
+    )
+    names = dict.fromkeys(launch.pointers, 0) | {"k": 1, "v": 2}
+    (bound,) = kernels.launch.bind(kernels.launch.Step((launch,)), names, 3).launches
+
+    def encode(boxed: boxes.Boxed, address: int) -> bytes:
+        made.append(address)
+        return address.to_bytes(boxes.MAP_BYTES, "little")
+
+    words, pack, constants = bound.packing(3, [], encode)
+    for address in (64, 128, 64, 128, 64):
+        params = pack(*words([256, address, 512, *constants]))
+        maps = params[: boxes.MAP_BYTES], params[boxes.MAP_BYTES : 2 * boxes.MAP_BYTES]
+        assert [int.from_bytes(one, "little") for one in maps] == [address, 512]
+        assert len(params) == launch.struct.itemsize
+    assert sorted(made) == [64, 128, 512]
+
+
+def _zeros() -> dict[str, int]:
+    fields = kernels.source.field_paths(kernels.source.struct_dtype("mla_wgmma.cu", "TiledParams"))
+    return {path: 0 for path, field, _ in fields if field != np.uint64 and field.kind != "V"}
+
+
+def test_no_map_for_what_a_driver_refuses() -> None:
+    cache = np.zeros((3, 16, 2, 64), np.float16)
+    table = np.zeros((1, 3), np.int32)
+
+    def rows(k: np.ndarray) -> int:
+        return boxes.boxed_cache(KVCache(k, cache, page_table=table), 16)[0]["box_rows"]
+
+    assert rows(cache) == 16
+    assert rows(np.broadcast_to(cache[:1], cache.shape)) == 0  # a stride of 0
+    assert rows(cache[:, :, :1]) == 16
+    assert rows(cache[:0]) == 0
+    assert rows(cache[:, :12]) == 0
