@@ -1,8 +1,9 @@
 """The planner in NumPy: lengths -> the int32 array of a plan. The bitwise twin of ``kernels_cu/plan.cu``.
 
 The keys of all items form one line, which is cut into shares of equal cost. An item is (sequence, KV head, row block);
-its cost is the keys that it sees plus a fixed overhead, or next to nothing if its sequence has no such rows. Every cut follows from its own number alone, so a GPU makes
-them all at once: the two versions share their formulas, which use integers only.
+its cost is the keys that it sees plus a fixed overhead, or next to nothing if its sequence has no such rows. Every cut
+follows from its own number alone, so a GPU makes them all at once: the two versions share their formulas, which use
+integers only.
 
 What a plan's words are stands in ``kernels_cu/include/schedule.cuh``.
 """

@@ -7,6 +7,7 @@
 #define USES_WGMMA 1
 #include "params.cuh"
 #include "ptx/barriers.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/copies.cuh"
 #include "latent_turns.cuh"
 #include "latent_wgmma.cuh"
@@ -71,7 +72,21 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& bl
     cp_async_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
+// A block stays until the other one of its cluster copies nothing to it any more, nor arrives at its barriers.
+__device__ __forceinline__ void leave_cluster() {
+    if constexpr (!kSharesTiles) return;
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+}
+
+#if SHARES_TILES
+#define CLUSTER_DIMS __cluster_dims__(2, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     mla_wgmma(const __grid_constant__ TiledParams params) {
     const DecodeParams& p = params.attention;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -81,8 +96,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const u32 ring = shared_address(shared);
     if (threadIdx.x < kStages * kParts) {
         init_barrier((&block.full[0][0])[threadIdx.x], kLoaderWarps * 32);
-        init_barrier((&block.empty[0][0])[threadIdx.x], kRowWarps);  // one warpgroup frees a part
+        // One warpgroup frees a part, of each block that it is copied for.
+        init_barrier((&block.empty[0][0])[threadIdx.x], kSharesTiles ? 2 * kRowWarps : kRowWarps);
+        if constexpr (kSharesTiles) fence_barrier_init();
     }
+    if constexpr (kSharesTiles) cluster_arrive();
     if (threadIdx.x == kThreads) prefetch_maps(params);
     wait_for_turn(p);
     if (threadIdx.x < 2) (&block.share.begin)[threadIdx.x] = load_cut(p, share_number() + threadIdx.x);
@@ -91,9 +109,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         (&block.rows_begin)[rows_edge] = p.lengths.cu_seqlens_q[rows_edge * p.batch_size];
     }
     __syncthreads();
+    if constexpr (kSharesTiles) cluster_wait();  // all have set up their barriers
     if (warp >= kWarps) {
         keep_registers<LOADER_REGISTERS>();
         load_share(params, block, ring + zero_of_each_lane());
+        leave_cluster();
         return;
     }
     take_registers<MATH_REGISTERS>();
@@ -106,7 +126,10 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     Place place;
     const auto wait_for = [&](int part) { wait_for_phase(block.full[place.slot][part], place.parity); };
     const auto leave = [&](int part) {
-        if (lane == 0) arrive(block.empty[place.slot][part]);
+        if (lane != 0) return;
+        u64& empty = block.empty[place.slot][part];
+        arrive(empty);
+        if constexpr (kSharesTiles) arrive_at_block(shared_of_block(shared_address(&empty), row_part() ^ 1));
     };
     Walker walker(block.share);
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
@@ -191,4 +214,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }
+    leave_cluster();
 }

@@ -38,7 +38,6 @@ constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up 
 constexpr int kShortOverhead = 16;   // .. at most so many
 constexpr int kEmpty = 1;            // a row block that its sequence does not have costs so many
 
-// Whether a sequence has a row block at a place.
 __device__ bool has_rows(const PlanParams& p, Sequence sequence, int place) {
     return (long long)place * p.rows < (long long)sequence.seqlen_q * p.group;
 }
@@ -168,8 +167,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
     }
 
-    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean. Row blocks that a
-    // sequence does not have are walked past.
+    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
     int overhead = 0;
     if (!even) {
         const long long most = all_keys / (kOverheadPart / 2 * ((long long)head_units * p.num_heads_kv));
@@ -177,12 +175,11 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         overhead *= p.overhead;
     }
     const int even_cost = even ? max(longest, 1) : 0;  // of each item
-    const auto cost_of = [&](long long keys, int all_units, int units_with_rows) {
-        return keys + (long long)(all_units - units_with_rows) * kEmpty + (long long)units_with_rows * overhead;
+    const auto cost_of = [&](long long keys, long long all, long long with_rows) {
+        return even ? all * even_cost : keys + (all - with_rows) * kEmpty + with_rows * overhead;
     };
-    before[thread] = even ? (long long)slice_begin * even_cost
-                          : cost_of(keys_through - slice_keys + warps_before, slice_begin, units_through - slice_units + units_before);
-    const long long head_total = even ? (long long)units * even_cost : cost_of(head_keys, units, head_units);
+    before[thread] = cost_of(keys_through - slice_keys + warps_before, slice_begin, units_through - slice_units + units_before);
+    const long long head_total = cost_of(head_keys, units, head_units);
     if (thread == 0) before[threads] = head_total;
 
     const long long total = head_total * p.num_heads_kv;
@@ -218,9 +215,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         int sequence = (slice >> p.slice_shift) * p.slice_sequences, place = (slice & (parts - 1)) * p.slice_units;
         long long start = before[slice], sequence_start = start;
         KeyRange range = slice_range[slice];
-        const auto lengths_of = [&](int s) {
-            return Sequence{0, planned[p.batch_size + s], planned[2 * p.batch_size + s]};
-        };
+        const auto lengths_of = [&](int s) { return Sequence{0, planned[p.batch_size + s], planned[2 * p.batch_size + s]}; };
         const auto overhead_at = [&](Sequence lengths, int place) { return has_rows(p, lengths, place) ? overhead : kEmpty; };
         #pragma unroll 1
         while (p.slice_units > 1) {
@@ -246,9 +241,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             }
         }
 
-        const int keys = range.end - range.begin, beyond = even ? 0 : overhead_at(lengths_of(sequence), place);
+        const int keys = range.end - range.begin, beyond = even ? 0 : overhead_at(lengths_of(sequence), place);  // stands first
         const long long cost = even ? even_cost : (long long)keys + beyond, x = goal - start;
-        // The overhead stands at the item's beginning.
         unsigned key = range.begin + (unsigned)(even ? keys * x / cost : max(x - beyond, 0ll));
         bool at_begin = x <= slack, at_end = cost - x <= slack;
         if (0 < p.num_splits && p.num_splits < blocks) {

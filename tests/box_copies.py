@@ -11,7 +11,7 @@ ROWS = 16
 SOURCE = r"""
 struct __align__(64) Params {
     TensorMap map;
-    unsigned short* out;  // (ROWS, 64)
+    unsigned short* out;  // (blocks, ROWS, 64)
     int column, row, head, page;
 };
 extern "C" __global__ void kernel(const __grid_constant__ Params p) {
@@ -22,10 +22,24 @@ extern "C" __global__ void kernel(const __grid_constant__ Params p) {
     __syncwarp();
     const bool is_elected = elect_lane();
     if (is_elected) expect_bytes(full, BYTES);
+#if BLOCKS > 0
+    fence_barrier_init();
+    cluster_arrive();
+    cluster_wait();
+    if (is_elected && blockIdx.x == 0) {
+        copy_box_to_blocks(box, p.map, p.column, p.row, p.head, p.page, full, BLOCKS, evict_first_policy());
+    }
+#else
     if (is_elected) copy_box(box, p.map, p.column, p.row, p.head, p.page, full, evict_first_policy());
+#endif
     arrive(full);
     WAIT
-    for (int i = threadIdx.x; i < ROWS * 64; i += 32) p.out[i] = reinterpret_cast<unsigned short*>(shared + SHIFT)[i];
+    unsigned short* const out = p.out + blockIdx.x * ROWS * 64;
+    for (int i = threadIdx.x; i < ROWS * 64; i += 32) out[i] = reinterpret_cast<unsigned short*>(shared + SHIFT)[i];
+#if BLOCKS > 0
+    cluster_arrive();
+    cluster_wait();
+#endif
 }
 """
 PARAMS = np.dtype(
@@ -40,13 +54,16 @@ PARAMS = np.dtype(
 
 def code() -> str:
     """The kernel's source: its options say ROWS, SHIFT, BYTES and WAIT."""
-    headers = "\n".join(source(f"ptx/{name}.cuh") for name in ("boxes", "barriers", "copies"))
+    headers = "\n".join(source(f"ptx/{name}.cuh") for name in ("boxes", "barriers", "cluster", "copies"))
     return f"{headers}\n{SOURCE}"
 
 
-def options(wait: str = "wait_for_phase(full, 0);", shift: int = 0, size: int = ROWS * 128) -> tuple[str, ...]:
-    """The compiler's options."""
-    return (f"-DROWS={ROWS}", f"-DSHIFT={shift}", f"-DBYTES={size}", f"-DWAIT={wait}", "-std=c++17")
+def options(
+    wait: str = "wait_for_phase(full, 0);", shift: int = 0, size: int = ROWS * 128, blocks: int = 0
+) -> tuple[str, ...]:
+    """The compiler's options; ``blocks`` of a cluster get the box from its first one, a bit each."""
+    values = {"ROWS": ROWS, "SHIFT": shift, "BYTES": size, "WAIT": wait, "BLOCKS": blocks}
+    return (*(f"-D{name}={value}" for name, value in values.items()), "-std=c++17")
 
 
 def boxed(tensor: np.ndarray) -> Boxed:

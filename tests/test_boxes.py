@@ -66,6 +66,18 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
     "latent, contiguous": (LATENT, {"page_size": None}, True),
     "latent, pages of 1": (LATENT, {"page_size": 1}, False),
     "latent, in two arrays": (LATENT, {"mla": "qv", "headdim": (64, 512), "page_size": 16}, True),
+    "latent, two blocks": (LATENT, {"heads": (128, 1), "seqlens": (200, 65, 1, 128, 0, 330), "causal": True}, True),
+    "latent, two blocks, a window": (
+        LATENT,
+        {"heads": (128, 1), "seqlens_q": 3, "window": (90, 0), "causal": True},
+        True,
+    ),
+    "latent, two blocks, pages of 1": (LATENT, {"heads": (128, 1), "page_size": 1, "softcap": 3.0}, False),
+    "latent, two blocks, leftpad": (
+        LATENT,
+        {"heads": (256, 1), "page_size": 16, "leftpad": True, "plan": "stale"},
+        True,
+    ),
     "latent, narrower": (LATENT, {"mla": "qv", "headdim": (40, 448), "page_size": 8}, True),
 }
 

@@ -160,7 +160,7 @@ def test_products_of_latent_attention_run_side_by_side(features: dict, dtype: st
     text = [instruction.text for instruction in sass.disassemble(code.code).instructions]
     assert sum("HGMMA" in line for line in text) == 36 + 2 * 4
     assert sum("WARPGROUP.DEPBAR" in line for line in text) == 3
-    assert code.local_bytes <= 128  # in what follows the main loop
+    assert code.local_bytes <= 160  # in what follows the main loop
 
 
 @pytest.mark.parametrize("queries", [5, 40])

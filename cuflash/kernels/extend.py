@@ -54,6 +54,7 @@ class Tiles:
         loader_warps: Warps beside those that multiply, which load: a warpgroup with ``extend_wgmma.cu``, else none.
         code_stages: Half-stages of the ring of codes; 0 without one.
         row_parts: Blocks that read the same share of the plan, each with so many of its rows.
+        shares_tiles: Whether these are a cluster, and a tile is copied once for all of them.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -71,6 +72,7 @@ class Tiles:
     loader_warps: int = 0
     code_stages: int = 0
     row_parts: int = 1
+    shares_tiles: bool = False
     cluster: int = 1
 
     @property

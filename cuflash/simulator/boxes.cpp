@@ -26,7 +26,7 @@ const TensorMap &map_at(Warp &w, u32 l, u64 a) {
     return map;
 }
 
-// o[0] destination, o[1] map, o[2] mbarrier, o[3..6] coordinates; widths a, b, d
+// o[0] destination, o[1] map, o[2] mbarrier, o[3..6] coordinates, o[7] blocks of the cluster; widths a, b, d
 void box_to_shared(Warp &w, const Ins &i, u32 m) {
     for (u32 t = m; t; t &= t - 1) {
         u32 l = first(t);
@@ -43,6 +43,10 @@ void box_to_shared(Warp &w, const Ins &i, u32 m) {
         Place to = shared_place(w, l, dst, u32(rows * LINE), true);
         Place bar = shared_place(w, l, operand_address(w, i.o[2], i.d, 0, l), 8, true);
         Actor actor = new_actor(*w.block);
+        auto &cluster = w.block->cluster->blocks;
+        u32 blocks = i.o[7] == NONE ? 1u << w.block->rank : w.reg<u32>(i.o[7])[l] & 0xffff;
+        if (!blocks || blocks >> cluster.size())
+            report(w, K_BOUNDS_SHARED, l, dst, "a copy to blocks %#x of a cluster of %u", blocks, u32(cluster.size()));
         for (u64 r = 0; r < rows; r++) {
             u64 from = map.address, rest = r;
             bool inside = true;
@@ -66,19 +70,24 @@ void box_to_shared(Warp &w, const Ins &i, u32 m) {
                 lanes |= 1u << k;
             }
             if (lanes) global_access(w, lanes, chunks, sizes, 16, READ, false, &actor);
-            Pending op{};
-            op.what = Pending::LINE_TO_SHARED;
-            op.actor = actor;
-            op.source = from;
-            op.have = bytes;
-            write_later(w, l, {to.block, u32(to.off + r * LINE)}, LINE, op.actor);
-            op.lane = l;
-            op.bytes = LINE;
-            op.block = to.block;
-            op.destination = to.off + r * LINE;
-            op.barrier_block = bar.block;
-            op.barrier = bar.off;
-            start(w, std::move(op));
+            for (u32 k = 0; k < cluster.size(); k++) {
+                if (!((blocks >> k) & 1)) continue;
+                Block &block = *cluster[k];
+                if (block.done)
+                    report(w, K_BOUNDS_SHARED, l, dst, "a copy to block %u of the cluster, which has exited", k);
+                Pending op{};
+                op.what = Pending::LINE_TO_SHARED;
+                op.actor = actor;
+                op.source = from;
+                op.have = bytes;
+                write_later(w, l, {&block, u32(to.off + r * LINE)}, LINE, op.actor);
+                op.lane = l;
+                op.bytes = LINE;
+                op.block = op.barrier_block = &block;
+                op.destination = to.off + r * LINE;
+                op.barrier = bar.off;
+                start(w, std::move(op));
+            }
         }
     }
 }

@@ -289,10 +289,11 @@ def _barrier(dec: Decoder, operand: Operand) -> tuple[Reg, int]:
 
 
 def _decode_box(dec: Decoder, mods: Sequence[str], a: Sequence[Operand]) -> None:
-    """Copies of boxes of tensors with four axes."""
-    rest = [m for m in mods if m != "tile" and "cache_hint" not in m]
+    """Copies of boxes of tensors with four axes, to this block or to some of its cluster."""
+    rest = [m for m in mods if m not in ("tile", "multicast::cluster") and "cache_hint" not in m]
+    to_many = "multicast::cluster" in mods
     kinds = ["4d", "shared::cluster", "global", "mbarrier::complete_tx::bytes"]
-    if rest not in (kinds, [kinds[0], "shared::cta", *kinds[2:]]) or len(a) != 3:
+    if rest not in (kinds, [kinds[0], "shared::cta", *kinds[2:]]) or len(a) != 3 + to_many:
         raise dec.unknown()
     source = a[1]
     if not isinstance(source, Mem) or source.coordinates is None or len(source.coordinates.items) != 4:
@@ -302,6 +303,8 @@ def _decode_box(dec: Decoder, mods: Sequence[str], a: Sequence[Operand]) -> None
     bar, width = _barrier(dec, a[2])
     ins: dict[int, Reg | tuple[int, int]] = {2: bar}
     ins |= {3 + k: dec.value(x, "s32") for k, x in enumerate(source.coordinates.items)}
+    if to_many:
+        ins[7] = dec.value(a[3], "u16")
     if dst:
         ins[0] = dst
     if at:

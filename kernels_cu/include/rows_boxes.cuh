@@ -6,6 +6,12 @@
 
 #if USES_WGMMA
 #include "ptx/boxes.cuh"
+#include "segment.cuh"
+
+#ifndef SHARES_TILES
+#define SHARES_TILES 0
+#endif
+constexpr bool kSharesTiles = SHARES_TILES;  // blocks side by side are a cluster, and read the same tiles
 
 // What kernels of sm_90a are told.
 struct __align__(64) TiledParams {
@@ -26,12 +32,12 @@ __device__ __forceinline__ void prefetch_maps(const TiledParams& p) {
     prefetch_map(p.value_boxes);
 }
 
-// The boxes of a warp's part of a tile.
+// The boxes of a warp's part of a tile. Blocks that share their tiles, two of a cluster, copy those of every other warp for both.
 class Boxes {
 public:
     static constexpr bool kExist = !kConvertsTiles && !kHasTree;  // with a tree there are no registers for them
 
-    __device__ __forceinline__ explicit Boxes(const TiledParams& p) : p_(p) {}
+    __device__ __forceinline__ Boxes(const TiledParams& p, int warp) : p_(p), copies_(!kSharesTiles || warp % 2 == row_part()) {}
 
     // Whether rows from this slot of a sequence on may be copied as boxes, if all are wanted and lie on pages.
     __device__ __forceinline__ bool fit(u32 slot) const { return kExist && p_.box_rows && !(slot & (p_.box_step - 1)); }
@@ -46,20 +52,27 @@ public:
         if (is_elected) expect_bytes(full, kRows * kLines * kLineBytes);
         const int page_of_lane = p_.is_packed ? 0 : place.page();
         const int row_of_lane = p_.is_packed ? place.page() + place.row() : place.row();
+        if (!copies_) return;
 #pragma unroll 1
         for (int i = 0; i < kRows; i += p_.box_rows) {
             const int page = __shfl_sync(kFullWarp, page_of_lane, i), row = __shfl_sync(kFullWarp, row_of_lane, i);
             if (!is_elected) continue;
 #pragma unroll
             for (int line = 0; line < kLines; ++line) {
-                copy_box(to + i * kLineBytes + line * Rows::kLaneStride, map, column + line * kLineElements, row, head, page,
-                         full, policy);
+                const u32 line_to = to + i * kLineBytes + line * Rows::kLaneStride;
+                const int first = column + line * kLineElements;
+                if constexpr (kSharesTiles) {
+                    copy_box_to_blocks(line_to, map, first, row, head, page, full, 3, policy);
+                } else {
+                    copy_box(line_to, map, first, row, head, page, full, policy);
+                }
             }
         }
     }
 
 private:
     const TiledParams& p_;
+    bool copies_;
 };
 
 #else
@@ -71,7 +84,7 @@ class Boxes {
 public:
     static constexpr bool kExist = false;
 
-    __device__ __forceinline__ explicit Boxes(const DecodeParams&) {}
+    __device__ __forceinline__ Boxes(const DecodeParams&, int) {}
     __device__ __forceinline__ bool fit(u32) const { return false; }
     template <bool, int, int, typename>
     __device__ __forceinline__ void copy(const PageCursor&, int, int, u32, u64&, u64) const {}

@@ -51,7 +51,7 @@ class Loader {
 
 public:
     __device__ __forceinline__ Loader(const LoaderParams& params, const Share& share, int warp, int lane)
-        : p_(attention_of(params)), share_(share), walker_(share), boxes_(params), policy_(evict_first_policy()),
+        : p_(attention_of(params)), share_(share), walker_(share), boxes_(params, warp), policy_(evict_first_policy()),
           lane_(lane), part_(warp * kPartKeys) {
         const DecodeParams& p = p_;
         using Keys = Copy<CopiedKeys>;

@@ -42,6 +42,23 @@ def test_a_box_is_what_the_tensor_holds(layout: str, dim: int, settings: dict[st
             assert 32 * read.read_sectors == read.read_bytes
 
 
+@pytest.mark.parametrize("settings", ORDERS)
+def test_a_box_comes_to_both_blocks_of_a_cluster(settings: dict[str, Any]) -> None:
+    tensor, out = arrays("HND", 128), np.zeros((2, ROWS, 64), np.uint16)
+    launch = run(
+        kernel(blocks=3), 2, 32, (given(tensor, out, AT[1]),),
+        shared_mem=2 * ROWS * 128, cluster=2, arrays={"tensor": tensor, "out": out}, **settings,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, np.stack([expected(tensor, AT[1])] * 2))
+    assert launch.counters.arrays["tensor"].read_bytes == out[0].nbytes  # once
+    for blocks in (4, 5, 7):
+        finding = found(
+            kernel(blocks=blocks), 2, 32, (given(tensor, out, AT[1]),),
+            shared_mem=2 * ROWS * 128, cluster=2, arrays={"tensor": tensor, "out": out}, **settings,
+        )  # fmt: skip
+        assert finding.check == "bounds"
+
+
 def test_mistakes_are_found() -> None:
     tensor, out = arrays("NHD", 128), np.zeros((ROWS, 64), np.uint16)
     launch: dict[str, Any] = {"shared_mem": 2 * ROWS * 128, "arrays": {"tensor": tensor, "out": out}}

@@ -31,6 +31,16 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
         : "memory");
 }
 
+// The same for several blocks of the cluster, a bit each: their bytes come to the same place, and count at the same barrier, of each.
+__device__ __forceinline__ void copy_box_to_blocks(u32 to, const TensorMap& map, int column, int row, int head, int page,
+                                                   u64& barrier, unsigned short blocks, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+        "[%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(head), "r"(page), "r"(shared_address(&barrier)), "h"(blocks), "l"(policy)
+        : "memory");
+}
+
 // Brings the map near, so that the first copy does not wait for it.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

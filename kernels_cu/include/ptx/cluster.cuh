@@ -23,6 +23,12 @@ __device__ __forceinline__ void store_async(u32 address, u32 barrier, float2 v) 
                  : "memory");
 }
 
+// Arrives at a barrier of another block of the cluster, whose address this is: what wgmma has read, and been waited for, may be
+// written. Not as a release to the cluster, which waits for memory (MEMBAR).
+__device__ __forceinline__ void arrive_at_block(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Tells the blocks of the cluster, with the next arrival, which mbarriers this thread has set up.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 

@@ -39,9 +39,10 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // The descriptor of a matrix in shared memory in the 128-byte swizzle: lines of 128 bytes, 8 rows of them 1024 bytes. `leading`
-// is the distance in bytes of two lines of a row, where the rows of the matrix are not contiguous in memory (MN-major).
+// is the distance in bytes of two lines of a row, where the rows of the matrix are not contiguous in memory (MN-major). In a
+// cluster, the upper bits of an address are the block's number.
 __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading = 16) {
-    return u64(address >> 4) | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+    return u64((address & 0x3ffff) >> 4) | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
 // The same matrix, `bytes` further on.
