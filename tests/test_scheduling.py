@@ -202,6 +202,23 @@ def test_many_short_items_are_shared_out() -> None:
     assert items.max() < 400  # of 2048: an item without keys costs something too
 
 
+@pytest.mark.parametrize(("batch", "keys", "chunk", "chunk_keys"), [(64, 4096, 2048, 8192), (128, 2048, 1024, 4096)])
+def test_row_blocks_that_a_sequence_does_not_have_cost_nothing(
+    batch: int, keys: int, chunk: int, chunk_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that decode beside a chunk have one of its many row blocks. Who reads them reads as much as others."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "132")
+    monkeypatch.setenv("CUFLASH_ARCH", "90")
+    starts = np.append(np.arange(batch + 1), batch + chunk).astype(np.int32)
+    lengths = np.append(np.full(batch, keys), chunk_keys)
+    meta = plan(lengths, cu_seqlens_q=starts, max_seqlen_q=chunk, causal=True)
+    work = meta.work()
+    shares = np.bincount(work["block"], weights=work["key_end"] - work["key_begin"], minlength=132)
+    decodes = np.bincount(work["block"], weights=work["sequence"] < batch, minlength=132) > 0
+    assert 10 < decodes.sum() < 120
+    assert abs(shares[decodes].mean() / shares[~decodes].mean() - 1) < 0.04
+
+
 def test_num_splits_one_never_splits() -> None:
     work = plan([100000, 5, 300, 70000], num_splits=1).work()
     assert (parts_of_items(work) == 1).all()

@@ -66,6 +66,7 @@ CASES = (
     # A latent cache.
     Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(700, 33), page_size=64),
     Case(dtype="float16", heads=(64, 1), headdim=(576, 512), mla="joint", seqlens=(500, 90), seqlens_q=2, causal=True),
+    Case(dtype="bfloat16", heads=(128, 1), headdim=(576, 512), mla="joint", seqlens=(130, *[70] * 22, 0), page_size=64),
     Case(dtype="bfloat16", heads=(16, 1), headdim=(64, 512), mla="qv", seqlens=(300, 33), page_size=16, new=1),
     Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(300, 33), page_size=16,
          kv_dtype="float8_e4m3fn", scales=("none", "float", "none")),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from box_copies import AT, ROWS, arrays, boxed, code, expected, options, params
+from conftest import backend_of
+from problems import Case, check, make_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +41,20 @@ def test_a_box_is_what_the_tensor_holds(layout: str, dim: int, tmp_path: Path) -
         out = cupy.zeros((ROWS, 64), np.uint16)
         launch(params(one, out.data.ptr, at).tobytes(), None)
         np.testing.assert_array_equal(out.get(), expected(tensor, at), f"{at}")
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+@pytest.mark.parametrize("change", [{}, {"seqlens_q": 2, "causal": True}, {"window": (60, 0)}], ids=str)
+def test_blocks_of_a_cluster_share_their_tiles(
+    page_size: int | None, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 heads, and enough sequences that two blocks read a tile together."""
+    case = Case(
+        dtype="float16", heads=(128, 1), headdim=(576, 512), mla="joint", seqlens=(700, *range(50, 200, 6), 0, 1),
+        page_size=page_size, plan="stale", **change,
+    )  # fmt: skip
+    monkeypatch.setenv("CUFLASH_BACKEND", "cuda")
+    check(case, make_inputs(case), backend_of("cuda"))
 
 
 def test_what_the_driver_refuses() -> None:
