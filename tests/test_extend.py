@@ -464,7 +464,7 @@ def test_few_rows_decode_and_many_extend() -> None:
                 expected = extend_wgmma if arch == 90 and (family is extend or is_wide) else family
                 choice = kernels.choose(_rows(rows, kv_dtype=kv_dtype), Device(132, arch), 4096)
                 assert choice.family == expected.NAME
-    assert kernels.choose(_rows(17), H200, 4096).family == "extend_wgmma"
+    assert kernels.choose(_rows(20), H200, 4096).family == "extend_wgmma"
     assert kernels.choose(_rows(32, 64), H200, 4096).family == "decode"
     assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
     assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend_wgmma"  # decode has 16 rows at most
