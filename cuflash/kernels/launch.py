@@ -19,7 +19,7 @@ from .source import Variant, field_paths, struct_dtype
 
 ABSENT = ""  # the array of a null pointer
 _POINTER = 8  # bytes
-_MOST_MAPS = 1024  # of one place, that are kept: as many as a model has layers, and more
+_MOST_MAPS = 1024  # of a launch, that are kept: as many as a model has layers, and more
 ROW_WARPS = 4  # warps of a block of append and merge, a row each
 
 
@@ -125,14 +125,19 @@ class BoundLaunch:
             begin = offset + _POINTER
         pack = Struct(layout).pack
         if self.boxed:
-            maps = [lru_cache(_MOST_MAPS)(partial(encode, boxed)) for _, boxed in self.launch.boxed]
-            words, pack = [*self.boxed, *words], partial(_pack_behind_maps, maps, pack)
+            maps = lru_cache(_MOST_MAPS)(partial(_maps, encode, [boxed for _, boxed in self.launch.boxed]))
+            words, pack = [*self.boxed, *words], partial(_pack_behind_maps, maps, len(self.boxed), pack)
         return Packing(itemgetter(*words), pack, tuple(constants))
 
 
-def _pack_behind_maps(maps: Sequence[Callable[[int], bytes]], pack: Callable[..., bytes], *parts: Any) -> bytes:
-    """Return tensor maps of the first addresses, and behind them what the other parts become."""
-    return b"".join([encode(address) for encode, address in zip(maps, parts)]) + pack(*parts[len(maps) :])
+def _maps(encode: Callable[[Boxed, int], bytes], boxed: Sequence[Boxed], *addresses: int) -> bytes:
+    """Return the tensor maps of tensors at their addresses."""
+    return b"".join(map(encode, boxed, addresses))
+
+
+def _pack_behind_maps(maps: Callable[..., bytes], count: int, pack: Callable[..., bytes], *parts: Any) -> bytes:
+    """Return the tensor maps of so many addresses, which come first, and behind them what the other parts become."""
+    return maps(*parts[:count]) + pack(*parts[count:])
 
 
 class Packing(NamedTuple):
