@@ -73,6 +73,11 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
         True,
     ),
     "latent, two blocks, pages of 1": (LATENT, {"heads": (128, 1), "page_size": 1, "softcap": 3.0}, False),
+    "latent, two blocks, merged": (
+        LATENT,
+        {"heads": (128, 1), "merge": True, "sinks": True, "seqlens": (99, 330)},
+        True,
+    ),
     "latent, two blocks, leftpad": (
         LATENT,
         {"heads": (256, 1), "page_size": 16, "leftpad": True, "plan": "stale"},

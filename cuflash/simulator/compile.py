@@ -207,6 +207,11 @@ def _message(name: str, arch: str, options: Sequence[str], log: str) -> str:
     return f"NVRTC cannot compile {name} for {arch} with {' '.join(options)}:\n" + "\n".join(errors[:12])
 
 
+def _buffer(size: int) -> bytes:
+    """Return memory that NVRTC may write: of two bytes and more, since Python has but one object for each single byte."""
+    return bytes(max(size, 2))
+
+
 def compile_ptx(
     code: str,
     options: Sequence[str] = (),
@@ -263,11 +268,11 @@ def compile_ptx(
             )
         )
         status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = _buffer(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)
         if int(status):
             raise CompileError(_message(name, arch, full, log.decode(errors="replace").rstrip("\0")))
-        buffer = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
+        buffer = _buffer(_checked(nvrtc.nvrtcGetPTXSize(program)))
         nvrtc.nvrtcGetPTX(program, buffer)
         nvrtc.nvrtcDestroyProgram(program)
         ptx = buffer.decode().rstrip("\0")

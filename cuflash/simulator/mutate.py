@@ -58,6 +58,8 @@ _DROPPED = {
     "wgmma.mma_async": "a product",
     "st": "a store",
     "cp.async": "a copy",
+    "cp.async.bulk.tensor": "a copy",
+    "mbarrier.expect_tx": "an expectation",
     "atom": "an atomic",
     "mbarrier.arrive": "an arrival",
     "cp.async.mbarrier.arrive": "an arrival",

@@ -109,8 +109,10 @@ __device__ __forceinline__ void clear_rows_of_none(const DecodeParams& p, int be
     }
 }
 
+constexpr int kSlotVectors = kRowParts * kRows * kVectors;  // float4s from a slot's outputs to the next one's
+
 __device__ __forceinline__ float4* partial_output(const DecodeParams& p, int slot) {
-    return reinterpret_cast<float4*>(p.partials) + (static_cast<long long>(slot) * kRowParts + row_part()) * (kRows * kVectors);
+    return reinterpret_cast<float4*>(p.partials) + static_cast<long long>(slot) * kSlotVectors + row_part() * (kRows * kVectors);
 }
 
 // The slots of the splits with which blocks go on; before them every block has two. At most one cut item begins in a block, so
@@ -164,7 +166,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     part[r][0] = load_cg_if(number > 0 && is_row, partial_output(p, parts.slot(begin)) + offset);
 #pragma unroll
                     for (int i = 1; i < kWide; ++i) {
-                        part[r][i] = load_cg_if(i < number && is_row, from + i * Parts::kStride * kRows * kVectors);
+                        part[r][i] = load_cg_if(i < number && is_row, from + i * Parts::kStride * kSlotVectors);
                     }
                 });
                 // Lane i % kWide weighs part begin + i.

@@ -118,13 +118,13 @@ def _run(text: str, name: str, options: tuple[str, ...], title: str = "") -> tup
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
     encoded = [option.encode() for option in options]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1] + 1)  # more than one byte: those are Python's own objects
     nvrtc.nvrtcGetProgramLog(program, log)
     report = log.rstrip(b"\0 ").decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         first = "\n".join(report.splitlines()[:8])
         raise CompileError(f"{title} does not compile with {' '.join(options)}:\n{first}")
-    code = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
+    code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
     return code, report

@@ -161,3 +161,11 @@ def test_an_image_of_another_version_is_made_anew(folder: Path) -> None:
     (image,) = folder.glob("image-*")
     cache.keep(image.name, b"no pickle")
     works()
+
+
+def test_compiling_leaves_pythons_objects_alone(tmp_path: Path) -> None:
+    """NVRTC writes its empty log, one zero byte, to memory of its own: Python has but one object for a blank."""
+    program = f"from cuflash.simulator import compile_ptx; compile_ptx({CODE!r}, ('-DSCALE=2',)); print(bytes([32])[0])"
+    environment = os.environ | {"CUFLASH_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "32\n"
