@@ -208,7 +208,7 @@ def _message(name: str, arch: str, options: Sequence[str], log: str) -> str:
 
 
 def _buffer(size: int) -> bytes:
-    """Return memory that NVRTC may write: of two bytes and more, since Python has but one object for each single byte."""
+    """Return memory that NVRTC may write: two bytes or more, since Python has but one object for each single byte."""
     return bytes(max(size, 2))
 
 
