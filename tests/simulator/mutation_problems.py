@@ -1110,6 +1110,12 @@ def _plans() -> Iterator[tuple[str, Callable[[], None]]]:
     for k, options in enumerate(({"cu_seqlens_q": 8 * np.arange(1101)}, {"attention_chunk": 13})):
         step = _step(rng.integers(0, 40, 1100), 2, max_seqlen_q=24, **options)
         yield f"plan of sequences in slices {k}", _twins(132, step)
+    # Sequences that have just so many rows as row blocks, or one row more, and fewer row blocks than others.
+    for k, (num_sm, batch) in enumerate(((5, 4), (13, 9), (132, 60), (132, 1100))):
+        starts = np.concatenate([[0], rng.choice((32, 33, 64, 65, 96, 0), batch).cumsum()])
+        for causal in (False, True):
+            step = _step(rng.integers(0, 900, batch), 2, max_seqlen_q=96, causal=causal, cu_seqlens_q=starts)
+            yield f"plan of whole row blocks {k} {causal}", _twins(num_sm, step)
     # Where a share's slack, and what num_splits bounds, are on their boundaries.
     for num_sm, heads, seqlens, num_splits in (
         (13, 3, (797, 1385, 138), 0),
