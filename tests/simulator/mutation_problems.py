@@ -185,6 +185,15 @@ def _has_64_rows(mutant: Mutant) -> bool:
 SOURCES = [Path(__file__).parents[2] / "kernels_cu" / folder for folder in ("", "include", "include/ptx")]
 EQUIVALENT = (
     Equivalent(
+        "a row block that a sequence does not have has no keys: a cut in it is one at its end, whatever it costs",
+        file=r"plan\.cu",
+        source=r"place \* p\.rows <",
+        call=r"overhead_at = ",
+        kind="lt -> le",
+        context=r"\nld\.global\.u32 .*\nmul\.wide\.s32 .*\nsetp\.lt\.s64 .*$",
+        kernel="plan",
+    ),
+    Equivalent(
         "one warpgroup has all rows: none lets tiles pass",
         unreached=True,
         call=r"block\.ring\.(full|empty)\[place\.slot\]",
