@@ -121,7 +121,6 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
     leftpad, seqlen_k, seqlen_q = sequence_lengths(problem, lengths)
     sequences[0], sequences[1], sequences[2] = leftpad, seqlen_k, seqlen_q
     begin, end = visible_keys(problem, partition, seqlen_k, seqlen_q)
-    has_rows = (np.arange(partition.row_blocks) * partition.rows < (seqlen_q * problem.group)[:, None]).ravel()
     items = len(begin) * problem.num_heads_kv
     cuts = array[PLAN_CUTS : array.size - 3 * problem.batch_size].reshape(-1, 4)
     array[1:PLAN_CUTS] = 0
@@ -132,6 +131,7 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
         cuts[used:] = (items, 0, used, used)
         return
 
+    has_rows = (np.arange(partition.row_blocks) * partition.rows < (seqlen_q * problem.group)[:, None]).ravel()
     item, key = _cut(problem, partition, begin, end, has_rows)
     used = len(item)
     blocks = np.arange(used)

@@ -47,6 +47,9 @@ void box_to_shared(Warp &w, const Ins &i, u32 m) {
         u32 blocks = i.o[7] == NONE ? 1u << w.block->rank : w.reg<u32>(i.o[7])[l] & 0xffff;
         if (!blocks || blocks >> cluster.size())
             report(w, K_BOUNDS_SHARED, l, dst, "a copy to blocks %#x of a cluster of %u", blocks, u32(cluster.size()));
+        // Elements of each row that are in the tensor; a column before it is not used here.
+        if (at[0] < 0) report(w, K_BOUNDS_GLOBAL, l, map.address, "a box that begins before the first column");
+        s64 there = std::min<s64>(map.box[0], s64(map.shape[0]) - at[0]);
         for (u64 r = 0; r < rows; r++) {
             u64 from = map.address, rest = r;
             bool inside = true;
@@ -56,9 +59,6 @@ void box_to_shared(Warp &w, const Ins &i, u32 m) {
                 inside = inside && index >= 0 && u64(index) < map.shape[k];
                 from += u64(index) * map.strides[k - 1];
             }
-            // Elements of the row from this one on, so many of them in the tensor; a column before it is not used here.
-            if (at[0] < 0) report(w, K_BOUNDS_GLOBAL, l, from, "a box that begins before the first column");
-            s64 there = std::min<s64>(map.box[0], s64(map.shape[0]) - at[0]);
             u32 bytes = inside && there > 0 ? u32(there) * map.itemsize : 0;
             from += u64(at[0]) * map.itemsize;
             u64 chunks[32];

@@ -250,7 +250,7 @@ def _decode_bulk(dec: Decoder, mods: list[str]) -> None:
         return dec.emit("nop", cls="bulk")
     if any("cache_hint" in m for m in mods):
         a = a[:-1]
-    if mods[0] == "tensor":
+    if mods[:1] == ["tensor"]:
         return _decode_box(dec, mods[1:], a)
     to_shared = bool(mods) and mods[0] in ("shared::cluster", "shared::cta")
     if len(mods) < 3 or "multicast::cluster" in mods or len(a) != (4 if to_shared else 3):
