@@ -24,27 +24,22 @@ __device__ __forceinline__ void arrive_for_bytes(u64& barrier, u32 bytes) {
                  : "memory");
 }
 
-// Waits until the phase of this parity has ended; the first one has parity 0. Not by try_wait, which may sleep too long.
-__device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) {
-    u32 is_over;
-    do {
-        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(is_over)
-                     : "r"(shared_address(&barrier)), "r"(parity)
-                     : "memory");
-    } while (!is_over);
-}
+// Asks until the phase of this parity has ended; the first one has parity 0.
+#define ASK_UNTIL_OVER(wait) \
+    u32 is_over; \
+    do { \
+        asm volatile("{ .reg .pred p; mbarrier." wait ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" \
+                     : "=r"(is_over) \
+                     : "r"(shared_address(&barrier)), "r"(parity) \
+                     : "memory"); \
+    } while (!is_over)
+
+// Waits for it. Not by try_wait, which may sleep too long.
+__device__ __forceinline__ void wait_for_phase(u64& barrier, u32 parity) { ASK_UNTIL_OVER("test_wait"); }
 
 // The same for those who have time: they sleep, and take neither instructions nor power from others.
-__device__ __forceinline__ void sleep_until_phase(u64& barrier, u32 parity) {
-    u32 is_over;
-    do {
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(is_over)
-                     : "r"(shared_address(&barrier)), "r"(parity)
-                     : "memory");
-    } while (!is_over);
-}
+__device__ __forceinline__ void sleep_until_phase(u64& barrier, u32 parity) { ASK_UNTIL_OVER("try_wait"); }
+#undef ASK_UNTIL_OVER
 
 // A barrier of `threads` threads, whole warps, beside __syncthreads, which is number 0.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
