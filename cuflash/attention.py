@@ -233,6 +233,13 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def check(given: dict[str, Any]) -> None:
+    """Raise what ``flash_attn_with_kvcache`` would raise for these arguments, before another call writes to them."""
+    if not memo.is_remembered(flash_attn_with_kvcache.__name__, given):
+        whole = {**DEFAULTS, **given}
+        arguments.attention(whole, arguments.plan_of(whole["scheduler_metadata"]))
+
+
 def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
     """Check everything, plan, attend, and remember nothing.
 

@@ -223,6 +223,13 @@ def repeatable(**pairs: tuple[str, str]) -> Callable[[Function], Function]:
     return decorate
 
 
+def is_remembered(function: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments would be a repeated one, of which nothing is checked any more."""
+    key, plan, _, addresses, _ = spell(function, (), kwargs)
+    again = None if key is None else (unplanned if plan is None else plan.calls).find(key)
+    return again is not None and again.fits(addresses)
+
+
 class Rest:
     """Arguments that many calls of a function have in common, which are spelled once.
 

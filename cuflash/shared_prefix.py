@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments.common import renamed
+import numpy as np
+
+from .arguments.common import output, renamed
 from .array_types import Array
 from .arrays import NativeArray, exporter, import_array, overlaps
-from .attention import flash_attn_with_kvcache
+from .attention import check, flash_attn_with_kvcache
 from .metadata import SchedulerMetadata
 from .problem import window_bounds
 
@@ -105,8 +107,17 @@ def shared_prefix_attention(
     if native.ndim not in (3, 4):
         raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")
     given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
-    if given["out"] is not None and overlaps(import_array("out", given["out"]), native):
+    rows = {name: _rows(name, array) for name, array in given.items() if array is not None}
+    if "out" in rows and overlaps(rows["out"], native):
         raise ValueError("out must share no memory with q, which the suffixes read, too, got overlapping arrays")
+    second, lse = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **suffix}, None
+    if "out" in rows or prefix_lse is not None:
+        # The first call writes there: what is wrong with the second one must be known by then.
+        shape = native.shape[-2], rows["q"].shape[0]
+        lse = output("prefix_lse", prefix_lse, native, shape, np.dtype(np.float32), strided=True)
+        if "out" in rows and rows["out"].shape[:-1] == rows["q"].shape[:-1]:
+            second["merge_with"] = _results(native, rows["out"], lse)
+        check(second)
     with renamed(_PREFIX):
         rows_out, lse = flash_attn_with_kvcache(
             k_cache=k_cache,
@@ -116,17 +127,24 @@ def shared_prefix_attention(
             cu_seqlens_q=prefix_cu_seqlens_q,
             max_seqlen_q=prefix_max_seqlen_q,
             scheduler_metadata=prefix_metadata,
-            softmax_lse=None if prefix_lse is None else import_array("prefix_lse", prefix_lse),
+            softmax_lse=lse,
             return_softmax_lse=True,
-            **{name: _rows(name, array) for name, array in given.items() if array is not None},
+            **rows,
             **{name: suffix[name] for name in _COMMON if name in suffix},
         )
-    if native.ndim == 4:
-        rows_out = rows_out.reshape(*native.shape[:3], -1)
-        lse = lse.reshape(lse.shape[0], *native.shape[:2]).swapaxes(0, 1)  # (batch, heads, seqlen_q)
-    if suffix.get("out") is None:
-        suffix["out"] = exporter(q)(rows_out)
-    return flash_attn_with_kvcache(q, k_cache, v_cache, merge_with=(rows_out, lse), **suffix)
+    if second.get("merge_with") is None:
+        second["merge_with"] = _results(native, rows_out, lse)
+    if second.get("out") is None:
+        second["out"] = exporter(q)(second["merge_with"][0])
+    return flash_attn_with_kvcache(**second)
+
+
+def _results(q: NativeArray, rows_out: NativeArray, lse: NativeArray) -> tuple[NativeArray, NativeArray]:
+    """Return the prefix's results as the suffixes' call takes them: of queries that may have four dimensions."""
+    if q.ndim == 3:
+        return rows_out, lse
+    # lse becomes (batch, heads, seqlen_q)
+    return rows_out.reshape(*q.shape[:3], -1), lse.reshape(lse.shape[0], *q.shape[:2]).swapaxes(0, 1)
 
 
 def _rows(name: str, array: Any) -> NativeArray:

@@ -72,7 +72,7 @@ def test_is_one_call_over_all_keys(dtype: str, queries: Any, backend: Backend) -
     shared, plain = _problem(dtype, queries)
     sinks = np.linspace(-1, 1, HEADS).astype(np.float32)
     native = _native(shared | {"sinks": sinks}, backend)
-    out, lse = cuflash.shared_prefix_attention(**native, softmax_scale=0.2, return_softmax_lse=True)
+    out, lse = cuflash.shared_prefix_attention(**native, softmax_scale=0.2, return_softmax_lse=True, merge_with=None)
     answer = expected(plain | {"sinks": sinks, "softmax_scale": 0.2})
     np.testing.assert_allclose(backend.to_numpy(lse), answer.lse, atol=2e-5)
     tolerance = 4 * UNIT_ROUNDOFF[dtype] + 1e-5
@@ -120,6 +120,38 @@ def test_an_output_in_the_queries_is_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="out must share no memory with q"):
         cuflash.shared_prefix_attention(**native, out=native["q"])
     np.testing.assert_array_equal(backend.to_numpy(native["q"]), before)
+
+
+@pytest.mark.parametrize("queries", [2, (1, 2, 1, 4, 0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cache_seqlens": np.full(6, 49, np.int32)},
+        {"cache_seqlens": np.zeros(5, np.int32)},
+        {"page_table": np.full((6, 3), 64, np.int32)},
+        {"sinks": np.zeros(HEADS + 1, np.float32)},
+        {"softmax_lse": np.zeros((1, 1), np.float32)},
+        {"scheduler_metadata": 3},
+        {"tree_mask": np.ones((1, 1, 1), bool)},
+        {"k": np.zeros((6, 2, KV_HEADS, DIM), np.float32)},
+        {"k_descale": 2.0},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_nothing_is_written_where_the_second_call_is_wrong(
+    wrong: dict[str, Any], queries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    shared, _ = _problem("float32", queries)
+    results = {
+        "out": np.full_like(shared["q"], 7),
+        "prefix_lse": np.full((HEADS, shared["q"].size // HEADS // DIM), 7, np.float32),
+    }
+    for given in (results, {"out": results["out"]}, {"prefix_lse": results["prefix_lse"]}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            cuflash.shared_prefix_attention(**shared | wrong, **given)
+        for array in results.values():
+            assert (array == 7).all()
 
 
 @pytest.mark.parametrize(
