@@ -119,9 +119,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kThreads, BLOCKS_PER_S
         u32 to = ring - 2 * kSlotBytes;
 #pragma unroll 1
         for (int h = -2; h < kStages - 1; h += 2) {
-            loader.load_keys(to, h >= 0);
+            loader.load_keys<true>(to, h >= 0);  // the first step is the look-up of the first tile
             if (h < 0) fetch(segment, 0);
-            loader.load_values(to + kSlotBytes);
+            if (h >= 0) loader.load_values(to + kSlotBytes);
+            else cp_async_commit();
             to += 2 * kSlotBytes;
         }
     };

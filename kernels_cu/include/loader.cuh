@@ -47,7 +47,10 @@ public:
         key_ -= kWarps * kTileKeys;
     }
 
-    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it.
+    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it. The page
+    // table answers behind the copies that were asked for before. So the look-up comes first while the ring fills, and always
+    // where it holds several tiles of short rows; else the copies need not wait for it.
+    template <bool kLooksFirst = (kStages > 3 && kKeyBytes <= 128)>
     __device__ __forceinline__ void load_keys(u32 slot, bool is_tile = true) {
         const bool exists = is_tile && key_ < end_;
         u32 units[kLookups];  // where the rows begin that this lane looked up, in 16-byte units
@@ -55,11 +58,11 @@ public:
             units[i] = places_[i].units(p_.cache.k) + key_head_;
             value_units_[i] = exists ? places_[i].units(p_.cache.v) + value_head_ : kNoTile;
         });
-        copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         copy_scales(slot, exists);
+        if constexpr (kLooksFirst) find_next_tile();
+        if (is_tile) copy_tile<kHeadDim, kKeyBytes>(keys_from_, units, keys_to_ + slot, exists);
         cp_async_commit();
-        key_ += kWarps * kTileKeys;
-        find_tile();
+        if constexpr (!kLooksFirst) find_next_tile();
     }
 
     // Starts the copy of the values that belong to the keys loaded last.
@@ -95,6 +98,11 @@ private:
         for_each<kLookups - 1>([&](int i) { places_[i + 1] = places_[0]; });
         if constexpr (kHasKeyScales) key_scales_ = p_.k_descale + segment.kv_head * p_.k_descale_strides.head;
         if constexpr (kHasValueScales) value_scales_ = p_.v_descale + segment.kv_head * p_.v_descale_strides.head;
+    }
+
+    __device__ __forceinline__ void find_next_tile() {
+        key_ += kWarps * kTileKeys;
+        find_tile();
     }
 
     // Moves to the first tile of this warp at or after `key_`, in the next segments if need be, and starts its page lookup.
