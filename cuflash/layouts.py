@@ -41,8 +41,9 @@ readers = _Readers()
 def _read_tensor(x: Any) -> tuple[Any, ...] | None:
     try:
         address = x.data_ptr()
-        # DLPack refuses tensors that ask for a gradient: a call with one is no repetition of a call without.
-        return (address, (x.device, x.shape, x.stride(), x.dtype, x.requires_grad)) if address else None
+        # Tensors that ask for a gradient and negated views are refused: calls with them repeat none without.
+        layout = x.device, x.shape, x.stride(), x.dtype, x.requires_grad, x.is_neg()
+        return (address, layout) if address else None
     except RuntimeError:  # it has no strided memory
         return None
 

@@ -265,6 +265,8 @@ def test_a_layout_is_part_of_a_call(machine: SimulatedGpu) -> None:
     arrays += [kind(array) for kind in (ForeignArray, Tensor) for array in arrays]
     arrays.append(Tensor(arrays[0]))
     arrays[-1].requires_grad = True
+    arrays.append(Tensor(arrays[0]))
+    arrays[-1].negative = True
     keys = [key("print", (), {"x": array}) for array in arrays]
     assert len(set(keys)) == len(arrays)
     assert key("print", (), {"x": DeviceArray(memory[4:12])}) == keys[0]
@@ -507,13 +509,17 @@ def test_tensors_that_change_in_place_are_read_anew(machine: SimulatedGpu, monke
         cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
 
 
-def test_a_tensor_that_requires_a_gradient_is_refused_also_later(machine: SimulatedGpu) -> None:
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [("requires_grad", "q cannot be shared: it requires a gradient"), ("negative", "q must have its values in memory")],
+)
+def test_what_a_tensor_cannot_share_is_refused_also_later(what: str, error: str, machine: SimulatedGpu) -> None:
     device = on_device(paged(1))
     given, metadata = in_kind(Tensor, device), plan(device)
     for _ in range(2):
         cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
-    given["q"].requires_grad = True
-    with pytest.raises(ValueError, match="q cannot be shared: it requires a gradient"):
+    setattr(given["q"], what, True)
+    with pytest.raises(ValueError, match=error):
         cuflash.flash_attn_with_kvcache(**given, scheduler_metadata=metadata)
 
 
@@ -563,7 +569,8 @@ def test_what_is_read_of_torchs_own_tensors() -> None:
     tensor = torch.zeros((4, 6, 8), dtype=torch.bfloat16)[1:, ::2]
     read = layouts.readers[torch.Tensor]
     layout = tensor.device, (3, 3, 8), (48, 16, 1), torch.bfloat16, False
-    assert read(tensor) == (tensor.data_ptr(), layout)
+    assert read(tensor) == (tensor.data_ptr(), (*layout, False))
+    assert read(torch._neg_view(tensor)) == (tensor.data_ptr(), (*layout, True))
     assert read(torch.zeros(3).to_sparse()) is None
     assert layouts.readers[torch.nn.Parameter] is None  # a subclass may mean anything
     assert memo.spell("name", (tensor,), {})[0] is None  # host memory

@@ -126,10 +126,10 @@ class _Device:
 class Tensor(ForeignArray):
     """What the library reads of a ``torch.Tensor``, in about the time that torch takes."""
 
-    __slots__ = ("requires_grad", "_address", "_device", "_stride")
+    __slots__ = ("requires_grad", "negative", "_address", "_device", "_stride")
 
     def __init__(self, native: DeviceArray) -> None:
-        self.requires_grad = False
+        self.requires_grad = self.negative = False
         self.set_(native)
 
     def set_(self, native: DeviceArray) -> None:
@@ -160,6 +160,10 @@ class Tensor(ForeignArray):
     def data_ptr(self) -> int:
         """As torch's."""
         return self._address
+
+    def is_neg(self) -> bool:
+        """As torch's: whether its values are the negative ones of what lies in memory."""
+        return self.negative
 
     def reshape(self, *shape: Any) -> Tensor:
         """Return a view."""
