@@ -651,6 +651,20 @@ EQUIVALENT = (
         kernel="decode|extend.*|mla.*",
     ),
     Equivalent(
+        "a variant of 8 rows has one row block: behind a sequence without rows the next item is one further",
+        file=r"segment\.cuh",
+        source=r"is_empty = ",
+        kind="lt -> le|gt -> ge",
+        operands=r"shl\.b32 .*, 3(\n|$)",
+    ),
+    Equivalent(
+        "a variant of 8 rows has one row block: the next item is one further, by either way",
+        file=r"segment\.cuh",
+        source=r"is_empty \?",
+        kind="sub -> add|swap a selection",
+        variants=_has_8_rows,
+    ),
+    Equivalent(
         "a variant of 8 rows, or of mla.cu of 16, has one row block, whose place is 0: what is asked of other places "
         "makes 0 of it, too",
         file="schedule.cuh",
@@ -956,6 +970,15 @@ def _cases() -> Iterator[tuple[Case, int]]:
     options = {"queries": 2, "ragged": True, "causal": True, "leftpad": True, "batch_idx": True}
     for first in (4128, 4144):
         yield _case({**options, "new": (16, 5, 70, 0, 9, 4)}, 8, (first, 3, 1, 3000, 7, 2000), 2), 6
+    # The same where several KV heads are a quarter to 7/8 of the multiprocessors: two blocks of 4 warps on each.
+    for k, more in enumerate(({}, {"page_size": 16}, {"page_size": 3, "plan": "stale"}, {"ragged": False})):
+        case = _case({**options, **more, "new": (16, 5, 70, 0, 9, 4)}, 8, (9128, 3, 1, 6000, 7, 5000), k)
+        yield dataclasses.replace(case, heads=(4, 2)), 14
+        case = _case({**options, **more}, 8, (1128, 40, 33, 600, 17, 500), k)
+        yield dataclasses.replace(case, heads=(4, 2)), (14, 20, 30, 47)[k]
+    for k, window in enumerate(((1500, 3), (700, 0))):
+        case = _case({"queries": 2, "window": window, "leftpad": k == 1}, 8, (2500, 2700, 1900, 2300, 20, 1800), k)
+        yield dataclasses.replace(case, heads=(4, 2)), 14
     for k, options in enumerate(({"leftpad": True, "page_size": 16}, {"batch_idx": True})):
         seqlens = ((2500, 2700, 1900, 2300, 20), (1600, 2000, 2100, 1700, 300))[k]
         yield _case({**options, "queries": 5, "window": (1500, (3, 1)[k])}, 8, seqlens, k), 5 * (1 + k)
