@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from problems import Backend, Case, check, make_inputs, run
 
+import cuflash
 from cuflash import kernels, simulator
 from cuflash.kernels import attention, boxes, extend_wgmma, mla_wgmma
 from cuflash.kv_cache import KVCache
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is Non
 SIM = Backend("sim", lambda array: array, np.asarray)
 MANY = Case(dtype="bfloat16", heads=(8, 2), headdim=(128, 128), seqlens=(300, 33, 0, 1), seqlens_q=9, causal=True)
 BOXED = boxes.Boxed(2, (64, 16, 2, 3), (256, 128, 4096), (64, 16, 1, 1))
+NO_BOXES = {"box_rows": 0, "box_step": 1, "is_packed": 0}
 LATENT = Case(dtype="float16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(200, 65, 1), page_size=64)
 
 
@@ -93,9 +95,36 @@ def test_bits_are_those_of_rows_copied_one_by_one(what: str, monkeypatch: pytest
     case = dataclasses.replace(case, seed=len(what), **change)
     number, bits = attended(case, len(what))
     assert (number > 0) == has_boxes
-    none = {"box_rows": 0, "box_step": 1, "is_packed": 0}
-    monkeypatch.setattr(attention, "boxed_cache", lambda cache, part_keys: (none, []))
+    monkeypatch.setattr(attention, "boxed_cache", lambda cache, part_keys: (NO_BOXES, []))
     assert attended(case, len(what) + 1) == (0, bits)
+
+
+@pytest.mark.parametrize("queries", [(9, 0, 5, 8), (70, 3, 0, 130)], ids=["64 rows", "128 rows"])
+def test_packed_keys_come_in_boxes_of_the_same_bits(queries: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, keys = np.random.default_rng(len(queries)), (140, 33, 0, 201)
+    starts = [np.cumsum((0, *counts), dtype=np.int32) for counts in (queries, keys)]
+    q, k, v = (
+        rng.standard_normal((total[-1], heads, 64), np.float32).astype(np.float16)
+        for total, heads in zip((starts[0], starts[1], starts[1]), (8, 2, 2), strict=True)
+    )
+    longest = max(queries), max(keys)
+
+    def attend(seed: int) -> tuple[int, Any]:
+        with simulator.record(seed=seed, cp_async="random") as launches:
+            results = cuflash.flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True, return_softmax_lse=True)
+        launch = next(one for one in launches if one.kernel == "extend_wgmma")
+        return launch.counters.classes.get("bulk", 0), results
+
+    number, (out, lse) = attend(0)
+    assert number > 0
+    monkeypatch.setattr(attention, "boxed_cache", lambda cache, part_keys: (NO_BOXES, []))
+    none, results = attend(1)
+    assert none == 0
+    for found, wanted in zip((out, lse), results, strict=True):
+        assert found.tobytes() == wanted.tobytes()
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    wanted = cuflash.flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True)
+    np.testing.assert_allclose(out.astype(np.float32), wanted.astype(np.float32), rtol=0, atol=4e-3)
 
 
 def test_a_tensor_map_is_made_once() -> None:
