@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import schedules
-from problems import Backend, Case, check_cache, check_lse, check_out, expected, make_inputs, run
+from problems import DTYPES, Backend, Case, check_cache, check_lse, check_out, expected, make_inputs, run
 
 import cuflash
 from cuflash import kernels, planner
@@ -1293,6 +1293,50 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(case, (1, 16)[n], extend)
 
 
+def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of tiles that come in boxes: pages of one box of 8 to 32 slots, of several, and of parts of one."""
+    rows = Case(dtype="bfloat16", heads=(8, 2), headdim=(64, 64), seqlens=(300, 33, 0, 201), causal=True)
+    latent = Case(dtype="bfloat16", heads=(16, 1), headdim=(576, 512), mla="joint", seqlens=(200, 65, 130))
+    pair = dataclasses.replace(latent, heads=(128, 1), seqlens=(130, *[70] * 6, 1))
+    for k, (page_size, layout) in enumerate(
+        ((8, "NHD"), (16, "HND"), (24, "NHD"), (32, "NHD"), (48, "HND"), (128, "NHD"), (None, "NHD"), (None, "HND"))
+    ):
+        options: dict[str, Any] = {"page_size": page_size, "layout": layout, "seed": k, "leftpad": k % 3 == 2}
+        for queries in (9, 35):
+            yield from _named(dataclasses.replace(rows, seqlens_q=queries, **options), (1, 4)[k % 2], extend_wgmma)
+        yield from _named(dataclasses.replace(rows, seqlens_q=9, split_size=64, **options), 3, extend_wgmma)
+        if layout == "NHD":
+            yield from _named(dataclasses.replace(latent, **options), (1, 5)[k % 2], mla_wgmma)
+            yield from _named(dataclasses.replace(pair, **options), 8, mla_wgmma)
+    for k, queries in enumerate(((9, 0, 5, 8), (70, 3, 0, 130), (16, 1, 1, 2), (40, 33, 1, 90))):
+        yield f"extend_wgmma packed keys {queries}", _packed(queries, (140, 33, 0, 201), (1, 4)[k % 2])
+
+
+def _packed(queries: tuple[int, ...], keys: tuple[int, ...], num_sm: int) -> Callable[[], Arrays]:
+    rng = np.random.default_rng(num_sm)
+    starts = [np.cumsum((0, *counts), dtype=np.int32) for counts in (queries, keys)]
+    arrays = [
+        rng.standard_normal((total[-1], heads, 64), np.float32).astype(DTYPES["bfloat16"])
+        for total, heads in zip((starts[0], starts[1], starts[1]), (8, 2, 2), strict=True)
+    ]
+
+    def attend() -> Arrays:
+        longest = max(queries), max(keys)
+        return cuflash.flash_attn_varlen_func(*arrays, *starts, *longest, causal=True, return_softmax_lse=True)
+
+    os.environ["CUFLASH_BACKEND"] = "numpy"
+    expected_out, expected_lse = attend()
+
+    def problem() -> Arrays:
+        with _gpu(num_sm, family=extend_wgmma):
+            out, lse = attend()
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected_out, np.float32), 0.02, 0.02)
+        return out, lse
+
+    return problem
+
+
 def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arrays]]]:
     """Problems of extend.cu or extend_wgmma.cu: of each variant few."""
     base = Case(dtype="bfloat16", heads=(4, 1), headdim=(64, 64))
@@ -1541,7 +1585,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
     out += _huge()
-    out += [*_many_rows(), *_latent()]
+    out += [*_many_rows(), *_boxes(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
