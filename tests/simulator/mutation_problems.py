@@ -1310,9 +1310,11 @@ def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(dataclasses.replace(pair, **options), 8, mla_wgmma)
     for k, queries in enumerate(((9, 0, 5, 8), (70, 3, 0, 130), (16, 1, 1, 2), (40, 33, 1, 90))):
         yield f"extend_wgmma packed keys {queries}", _packed(queries, (140, 33, 0, 201), (1, 4)[k % 2])
+    yield "extend_wgmma packed keys, splits", _packed((9, 0, 5, 9), (140, 33, 0, 201), 3, split_size=64)
 
 
-def _packed(queries: tuple[int, ...], keys: tuple[int, ...], num_sm: int) -> Callable[[], Arrays]:
+def _packed(queries: tuple[int, ...], keys: tuple[int, ...], num_sm: int, **options: Any) -> Callable[[], Arrays]:
+    """Keys of one sequence behind another, causal, also with other options."""
     rng = np.random.default_rng(num_sm)
     starts = [np.cumsum((0, *counts), dtype=np.int32) for counts in (queries, keys)]
     arrays = [
@@ -1322,7 +1324,9 @@ def _packed(queries: tuple[int, ...], keys: tuple[int, ...], num_sm: int) -> Cal
 
     def attend() -> Arrays:
         longest = max(queries), max(keys)
-        return cuflash.flash_attn_varlen_func(*arrays, *starts, *longest, causal=True, return_softmax_lse=True)
+        return cuflash.flash_attn_varlen_func(
+            *arrays, *starts, *longest, causal=True, return_softmax_lse=True, **options
+        )
 
     os.environ["CUFLASH_BACKEND"] = "numpy"
     expected_out, expected_lse = attend()
