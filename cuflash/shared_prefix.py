@@ -107,9 +107,9 @@ def shared_prefix_attention(
     if native.ndim not in (3, 4):
         raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")
     given = {"q": native, "qv": suffix.get("qv"), "out": suffix.get("out")}
-    rows = {name: _rows(name, array) for name, array in given.items() if array is not None}
-    if "out" in rows and overlaps(rows["out"], native):
+    if given["out"] is not None and overlaps(import_array("out", given["out"]), native):
         raise ValueError("out must share no memory with q, which the suffixes read, too, got overlapping arrays")
+    rows = {name: _rows(name, array) for name, array in given.items() if array is not None}  # copies, if they must be
     second, lse = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **suffix}, None
     if "out" in rows or prefix_lse is not None:
         # The first call writes there: what is wrong with the second one must be known by then.

@@ -112,14 +112,17 @@ def test_positions_from_the_beginning_are_refused(wrong: dict[str, Any], backend
         cuflash.shared_prefix_attention(**shared, **wrong)
 
 
-def test_an_output_in_the_queries_is_refused(backend: Backend) -> None:
-    """The prefix's results would stand where the suffixes read the queries."""
-    shared, _ = _problem("float32", 1)
-    native = _native(shared, backend)
-    before = backend.to_numpy(native["q"]).copy()
+@pytest.mark.parametrize("gap", [0, 3])
+def test_an_output_in_the_queries_is_refused(gap: int, backend: Backend) -> None:
+    """The prefix's results would stand where the suffixes read the queries. With a gap, rows of both are copies."""
+    shared, _ = _problem("float32", 2)
+    memory = backend.to_native(np.pad(shared["q"], ((0, 0), (0, gap), (0, 0), (0, 0))))
+    q = memory[:, :2]
+    native = _native(shared, backend) | {"q": q}
+    before = backend.to_numpy(q).copy()
     with pytest.raises(ValueError, match="out must share no memory with q"):
-        cuflash.shared_prefix_attention(**native, out=native["q"])
-    np.testing.assert_array_equal(backend.to_numpy(native["q"]), before)
+        cuflash.shared_prefix_attention(**native, out=q)
+    np.testing.assert_array_equal(backend.to_numpy(q), before)
 
 
 @pytest.mark.parametrize("queries", [2, (1, 2, 1, 4, 0, 3)], ids=str)
