@@ -8,6 +8,7 @@ cache rows are shared between sequences where nothing is appended.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,19 @@ class _Maker:
         for name in ("k_descale", "v_descale"):
             if np.ndim(self.inputs.get(name)) == 3:
                 self.inputs[name][unseen] = np.nan
+
+
+def packed_inputs(
+    queries: Sequence[int], keys: Sequence[int], dtype: Any, headdim: int = 64, seed: int = 0
+) -> dict[str, Any]:
+    """Packed queries and keys, as ``flash_attn_varlen_func`` takes them; keys that belong to no sequence are NaN."""
+    rng = np.random.default_rng(seed)
+    starts_q, starts_k = (np.concatenate([[0], np.cumsum(counts)]).astype(np.int32) for counts in (queries, keys))
+    q = rng.standard_normal((starts_q[-1], 8, headdim), np.float32).astype(dtype)
+    k, v = (rng.standard_normal((starts_k[-1] + 7, 2, headdim), np.float32).astype(dtype) for _ in range(2))
+    k[starts_k[-1] :] = v[starts_k[-1] :] = np.nan
+    return {"q": q, "k": k, "v": v, "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k,
+            "max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}  # fmt: skip
 
 
 def as_uint8(inputs: dict[str, Any], kv_dtype: str) -> dict[str, Any]:

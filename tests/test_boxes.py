@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inputs import packed_inputs
 from problems import Backend, Case, check, make_inputs, run
 
 import cuflash
@@ -101,17 +102,11 @@ def test_bits_are_those_of_rows_copied_one_by_one(what: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("queries", [(9, 0, 5, 8), (70, 3, 0, 130)], ids=["64 rows", "128 rows"])
 def test_packed_keys_come_in_boxes_of_the_same_bits(queries: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, keys = np.random.default_rng(len(queries)), (140, 33, 0, 201)
-    starts = [np.cumsum((0, *counts), dtype=np.int32) for counts in (queries, keys)]
-    q, k, v = (
-        rng.standard_normal((total[-1], heads, 64), np.float32).astype(np.float16)
-        for total, heads in zip((starts[0], starts[1], starts[1]), (8, 2, 2), strict=True)
-    )
-    longest = max(queries), max(keys)
+    given = packed_inputs(queries, (140, 33, 0, 201), np.float16)
 
     def attend(seed: int) -> tuple[int, Any]:
         with simulator.record(seed=seed, cp_async="random") as launches:
-            results = cuflash.flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True, return_softmax_lse=True)
+            results = cuflash.flash_attn_varlen_func(**given, causal=True, return_softmax_lse=True)
         launch = next(one for one in launches if one.kernel == "extend_wgmma")
         return launch.counters.classes.get("bulk", 0), results
 
@@ -123,7 +118,7 @@ def test_packed_keys_come_in_boxes_of_the_same_bits(queries: tuple[int, ...], mo
     for found, wanted in zip((out, lse), results, strict=True):
         assert found.tobytes() == wanted.tobytes()
     monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
-    wanted = cuflash.flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True)
+    wanted = cuflash.flash_attn_varlen_func(**given, causal=True)
     np.testing.assert_allclose(out.astype(np.float32), wanted.astype(np.float32), rtol=0, atol=4e-3)
 
 

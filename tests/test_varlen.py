@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from inputs import packed_inputs
 from problems import Backend
 
 import cuflash
@@ -19,14 +20,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 def inputs(lengths: str, dtype: Any, headdim: int = 64, seed: int = 0) -> dict[str, Any]:
-    """Queries and keys of some sequences; rows that belong to none are NaN."""
-    rng = np.random.default_rng(seed)
-    queries, keys = (np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in LENGTHS[lengths])
-    q = rng.standard_normal((queries[-1], 8, headdim), np.float32).astype(dtype)
-    k, v = (rng.standard_normal((keys[-1] + 7, 2, headdim), np.float32).astype(dtype) for _ in range(2))
-    k[keys[-1] :] = v[keys[-1] :] = np.nan
-    return {"q": q, "k": k, "v": v, "cu_seqlens_q": queries, "cu_seqlens_k": keys,
-            "max_seqlen_q": max(LENGTHS[lengths][0]), "max_seqlen_k": max(LENGTHS[lengths][1])}  # fmt: skip
+    return packed_inputs(*LENGTHS[lengths], dtype, headdim, seed)
 
 
 def expected(given: dict[str, Any], used: Any = None, **options: Any) -> reference.Answer:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import schedules
+from inputs import packed_inputs
 from problems import DTYPES, Backend, Case, check_cache, check_lse, check_out, expected, make_inputs, run
 
 import cuflash
@@ -1309,25 +1310,14 @@ def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(dataclasses.replace(latent, **options), (1, 5)[k % 2], mla_wgmma)
             yield from _named(dataclasses.replace(pair, **options), 8, mla_wgmma)
     for k, queries in enumerate(((9, 0, 5, 8), (70, 3, 0, 130), (16, 1, 1, 2), (40, 33, 1, 90))):
-        yield f"extend_wgmma packed keys {queries}", _packed(queries, (140, 33, 0, 201), (1, 4)[k % 2])
-    yield "extend_wgmma packed keys, splits", _packed((9, 0, 5, 9), (140, 33, 0, 201), 3, split_size=64)
+        yield f"extend_wgmma packed keys {queries}", _packed(queries, (1, 4)[k % 2])
+    yield "extend_wgmma packed keys, splits", _packed((9, 0, 5, 9), 3, split_size=64)
 
 
-def _packed(queries: tuple[int, ...], keys: tuple[int, ...], num_sm: int, **options: Any) -> Callable[[], Arrays]:
+def _packed(queries: tuple[int, ...], num_sm: int, **options: Any) -> Callable[[], Arrays]:
     """Keys of one sequence behind another, causal, also with other options."""
-    rng = np.random.default_rng(num_sm)
-    starts = [np.cumsum((0, *counts), dtype=np.int32) for counts in (queries, keys)]
-    arrays = [
-        rng.standard_normal((total[-1], heads, 64), np.float32).astype(DTYPES["bfloat16"])
-        for total, heads in zip((starts[0], starts[1], starts[1]), (8, 2, 2), strict=True)
-    ]
-
-    def attend() -> Arrays:
-        longest = max(queries), max(keys)
-        return cuflash.flash_attn_varlen_func(
-            *arrays, *starts, *longest, causal=True, return_softmax_lse=True, **options
-        )
-
+    given = packed_inputs(queries, (140, 33, 0, 201), DTYPES["bfloat16"])
+    attend = functools.partial(cuflash.flash_attn_varlen_func, **given, causal=True, return_softmax_lse=True, **options)
     os.environ["CUFLASH_BACKEND"] = "numpy"
     expected_out, expected_lse = attend()
 
