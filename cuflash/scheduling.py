@@ -155,8 +155,8 @@ def compile(scheduler_metadata: SchedulerMetadata) -> int:
 
     Kernels are compiled when they are first used (some 0.5 s each) and kept by content in a disk cache, CuPy's on a
     GPU, so that another process loads them in milliseconds. A CUDA graph must be captured after its kernels are loaded.
-    For a quantised cache there are kernels for scales per key and head, and for others; one for keys of the one kind
-    and values of the other is left to the first call.
+    For a quantised cache there are kernels for scales per key and head, and for others. Those of calls with a tree mask
+    or ``merge_with``, and one for keys of the one kind of scales and values of the other, are left to the first call.
 
     Args:
         scheduler_metadata: A plan, for whatever lengths.

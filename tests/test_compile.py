@@ -15,6 +15,7 @@ from bench import cubins, sass
 from cuflash.device import Device
 from cuflash.kernels import decode, extend, extend_wgmma, mla, mla_wgmma
 from cuflash.kernels.append import append_variant
+from cuflash.kernels.attention import Form
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, source
 from cuflash.kernels.tiles import tiling
@@ -78,7 +79,8 @@ def test_attention_on_quantised_caches_compiles(kv_dtype: str, arch: int) -> Non
         problem = make_problem(
             batch, 1, rows, 1, dims[0], headdim_v=dims[1], qkv_dtype=dtype, kv_dtype=kv_dtype, **features
         )
-        check(decode.decode_variant(problem, tiling(problem, Device(132, arch), longest), key_scales), arch)
+        form = Form(key_scales=key_scales, merges=key_scales > 1)
+        check(decode.decode_variant(problem, tiling(problem, Device(132, arch), longest), form), arch)
     if arch in (80, 90):
         check(append_variant("float8_e4m3fn", kv_dtype, "bfloat16"), arch)
         check(append_variant("float16", kv_dtype), arch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,22 +59,46 @@ def resident_partition(family: str, tiles: Any, problem: Problem, device: Device
     )
 
 
-def attention_defines(
-    problem: Problem, tiles: Any, has_tree: bool, own: Defines, key_scales: int = 0, rotates: bool = False
-) -> Defines:
+@dataclass(frozen=True)
+class Form:
+    """What a call says of its kernel that its problem does not know.
+
+    Attributes:
+        has_tree: Whether there is a tree mask.
+        key_scales: 1 if every key and head has a scale of its own, 2 if every value, 3 for both.
+        rotates: Whether the queries come from the append, which makes bfloat16 of those of 8 bits.
+        merges: Whether results over other keys come in. A test for them in all kernels cost 0.1 to 1 us a launch, at
+            the end of shares, where nothing hides it (H200).
+    """
+
+    has_tree: bool = False
+    key_scales: int = 0
+    rotates: bool = False
+    merges: bool = False
+
+    @classmethod
+    def of(cls, operands: Operands) -> Form:
+        """Return the form of a call."""
+        key_scales = operands.cache.k_scales.per_key + 2 * operands.cache.v_scales.per_key
+        rotates, merges = operands.rotary is not None, operands.merge_lse is not None
+        return cls(operands.tree_mask is not None, key_scales, rotates, merges)
+
+
+PLAIN = Form()
+
+
+def attention_defines(problem: Problem, tiles: Any, own: Defines, form: Form) -> Defines:
     """Return the macros of an attention kernel: everything not named here is a run-time value.
 
     Args:
         problem: The problem.
         tiles: Its tile sizes.
-        has_tree: Whether there is a tree mask, of which the problem knows nothing.
         own: What the family says itself: head dims of the keys, warps.
-        key_scales: 1 if every key and head has a scale of its own, 2 if every value, 3 for both.
-        rotates: Whether the queries come from the append, which makes bfloat16 of those of 8 bits.
+        form: What the call says.
     """
     return (
-        *element_defines(problem.out_dtype if rotates else problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
-        ("KEY_SCALES", key_scales),
+        *element_defines(problem.out_dtype if form.rotates else problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),
+        ("KEY_SCALES", form.key_scales),
         ("HEAD_DIM_V", problem.headdim_v),
         ("PADDED_HEAD_DIM_V", tiles.headdim_v),
         ("ROWS", tiles.rows),
@@ -84,22 +109,18 @@ def attention_defines(
         ("CLUSTER", tiles.cluster),
         *own,
         ("HAS_SOFTCAP", int(problem.has_softcap)),
-        *mask_defines(problem, has_tree),
+        *mask_defines(problem, form.has_tree),
         ("HAS_SPLIT_SIZE", int(problem.split_size is not None)),
+        ("MERGES", int(form.merges)),
     )
 
 
-def key_scales_of(operands: Operands) -> int:
-    """Return what ``attention_defines`` calls key_scales."""
-    return operands.cache.k_scales.per_key + 2 * operands.cache.v_scales.per_key
-
-
-def other_forms(problem: Problem, appends: bool) -> list[tuple[int, bool]]:
-    """Return (key_scales, rotates) of the kernels that calls of a plan may take instead of the plan's own."""
+def other_forms(problem: Problem, appends: bool) -> list[Form]:
+    """Return what plain calls of a plan may say instead: neither trees nor results over other keys."""
     if not problem.is_quantised:
         return []
     rotated = (False, True) if appends and problem.out_dtype != problem.qkv_dtype else (False,)
-    return [(key_scales, rotates) for key_scales in (0, 3) for rotates in rotated][1:]
+    return [Form(key_scales=key_scales, rotates=rotates) for key_scales in (0, 3) for rotates in rotated][1:]
 
 
 def attention_launch(

@@ -9,7 +9,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from .attention import attention_defines, attention_launch, key_scales_of, other_forms
+from .attention import PLAIN, Form, attention_defines, attention_launch, other_forms
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import PADDED_HEADDIMS, Tiling, tiling
@@ -32,9 +32,7 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 
 
 @lru_cache(maxsize=1024)
-def decode_variant(
-    problem: Problem, tiles: Tiling, key_scales: int = 0, rotates: bool = False, has_tree: bool = False
-) -> Variant:
+def decode_variant(problem: Problem, tiles: Tiling, form: Form = PLAIN) -> Variant:
     """Return the attention kernel for a problem; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
         ("HEAD_DIM", problem.headdim),
@@ -42,7 +40,7 @@ def decode_variant(
         ("WARPS", tiles.warps),
         ("QUERY_BUFFERS", tiles.query_buffers),
     )
-    return Variant(NAME, attention_defines(problem, tiles, has_tree, own, key_scales, rotates))
+    return Variant(NAME, attention_defines(problem, tiles, own, form))
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -52,13 +50,12 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead, by what no plan says: whether all keys have their own scales."""
-    return tuple(decode_variant(problem, partition.tiles, *form) for form in other_forms(problem, appends))
+    return tuple(decode_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    rotates, has_tree = operands.rotary is not None, operands.tree_mask is not None
-    kernel = decode_variant(problem, metadata.partition.tiles, key_scales_of(operands), rotates, has_tree)
+    kernel = decode_variant(problem, metadata.partition.tiles, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

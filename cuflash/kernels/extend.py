@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from ..device import Device
 from ..dtypes import numpy_dtype
@@ -18,10 +17,11 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from .attention import (
+    PLAIN,
     Defines,
+    Form,
     attention_defines,
     attention_launch,
-    key_scales_of,
     other_forms,
     resident_partition,
 )
@@ -161,9 +161,7 @@ def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16
 
 
-def defines(
-    problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
-) -> Defines:
+def defines(problem: Problem, tiles: Tiles, form: Form) -> Defines:
     """Return the macros of a kernel of this family; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
         ("HEAD_DIM", problem.headdim),
@@ -172,17 +170,12 @@ def defines(
         ("COLUMN_WARPS", tiles.column_warps),
         ("CODE_STAGES", tiles.code_stages),
     )
-    return attention_defines(problem, tiles, has_tree, own, key_scales, rotates)
-
-
-def form(operands: Operands) -> tuple[bool, int, bool]:
-    """Return what a call says of its kernel beside the plan: the last arguments of ``defines``."""
-    return operands.tree_mask is not None, key_scales_of(operands), operands.rotary is not None
+    return attention_defines(problem, tiles, own, form)
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, *form: Any) -> Variant:
-    return Variant(NAME, defines(problem, tiles, *form))
+def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+    return Variant(NAME, defines(problem, tiles, form))
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -192,12 +185,12 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, False, *other) for other in other_forms(problem, appends))
+    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, *form(operands))
+    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -7,7 +7,6 @@ multiprocessor where head dims allow; beyond there are two, which share the tile
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from ..device import Device
 from ..metadata import SchedulerMetadata
@@ -15,8 +14,8 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import extend
-from .attention import attention_launch, other_forms, resident_partition
-from .extend import MOST_STAGES, Tiles, code_slot_bytes, defines, form, scale_bytes, state_bytes
+from .attention import PLAIN, Form, attention_launch, other_forms, resident_partition
+from .extend import MOST_STAGES, Tiles, code_slot_bytes, defines, scale_bytes, state_bytes
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import RESERVED_SHARED
@@ -71,10 +70,10 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, *form: Any) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
     of_loader, of_math = _REGISTERS[tiles.row_warps // 4, tiles.blocks_per_sm]
     registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
-    return Variant(NAME, (*defines(problem, tiles, *form), *registers), arch_suffix="a")
+    return Variant(NAME, (*defines(problem, tiles, form), *registers), arch_suffix="a")
 
 
 def variant(problem: Problem, partition: Partition) -> Variant:
@@ -84,12 +83,12 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, False, *other) for other in other_forms(problem, appends))
+    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, *form(operands))
+    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

@@ -17,7 +17,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import MAX_HEADDIM, Problem
-from .attention import Defines, attention_defines, attention_launch, key_scales_of, other_forms, resident_partition
+from .attention import PLAIN, Defines, Form, attention_defines, attention_launch, other_forms, resident_partition
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
@@ -119,13 +119,11 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 
 @lru_cache(maxsize=1024)
-def _variant(
-    problem: Problem, tiles: Tiles, has_tree: bool = False, key_scales: int = 0, rotates: bool = False
-) -> Variant:
-    return Variant(NAME, defines(problem, tiles, has_tree, key_scales, rotates))
+def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+    return Variant(NAME, defines(problem, tiles, form))
 
 
-def defines(problem: Problem, tiles: Tiles, has_tree: bool, key_scales: int = 0, rotates: bool = False) -> Defines:
+def defines(problem: Problem, tiles: Tiles, form: Form) -> Defines:
     """Return the macros of a kernel of latent attention; see :func:`cuflash.kernels.attention.attention_defines`."""
     own = (
         ("HEAD_DIM", headdim_beside(problem)),
@@ -133,20 +131,19 @@ def defines(problem: Problem, tiles: Tiles, has_tree: bool, key_scales: int = 0,
         ("WARPS", tiles.math_warps),
         ("COLUMN_WARPS", tiles.column_warps),
     )
-    return attention_defines(problem, tiles, has_tree, own, key_scales, rotates)
+    return attention_defines(problem, tiles, own, form)
 
 
 def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
     """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, False, *form) for form in other_forms(problem, appends))
+    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    tiles, has_tree, rotates = metadata.partition.tiles, operands.tree_mask is not None, operands.rotary is not None
-    kernel = _variant(problem, tiles, has_tree, key_scales_of(operands), rotates)
+    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
     return latent_launch(kernel, problem, operands, metadata, arrays)
 
 

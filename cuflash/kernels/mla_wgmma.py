@@ -15,6 +15,7 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import mla
+from .attention import PLAIN, Form
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
@@ -66,14 +67,14 @@ def variant(problem: Problem, partition: Partition) -> Variant:
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, has_tree: bool = False) -> Variant:
-    own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles and not has_tree)), *_REGISTERS)
-    return Variant(NAME, (*mla.defines(problem, tiles, has_tree), *own), arch_suffix="a")
+def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+    own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles and not form.has_tree)), *_REGISTERS)
+    return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, operands.tree_mask is not None)
+    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
     return mla.latent_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

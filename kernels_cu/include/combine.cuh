@@ -49,7 +49,8 @@ struct Answer {
 // Merges a row that is finished, of which `factor` and `lse` are known, with the results over other keys, if there are some.
 // Where softmax_lse is merge_lse, no thread may write it before all threads of the row have been here.
 __device__ __forceinline__ Answer merge_other(const DecodeParams& p, const RowOutput& at, float factor, float& lse) {
-    const float other = p.merge.merge_lse ? p.merge.merge_lse[at.merge_lse(p.merge)] : -infinity();
+    if constexpr (!kMerges) return {factor, 0.0f};
+    const float other = p.merge.merge_lse[at.merge_lse(p.merge)];
     if (other == -infinity()) return {factor, 0.0f};
     const float top = fmaxf(lse, other);
     const float own_weight = exp2_approx((lse - top) * kLog2e), other_weight = exp2_approx((other - top) * kLog2e);
@@ -83,7 +84,7 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutp
 
 __device__ __forceinline__ void store_answer(const DecodeParams& p, const RowOutput& at, int vector, float4 o, Answer answer) {
     scale(o, answer.own);
-    if (answer.other != 0.0f) {
+    if (kMerges && answer.other != 0.0f) {
         const auto* const other = static_cast<const OutElement::Bits*>(p.merge.merge_out) + at.merge_out(p.merge, vector * 4);
         const auto load = [&](int column) { return OutElement::to_float(other[column * p.merge.column_stride]); };
         add_weighted(o, answer.other, make_float4(load(0), load(1), load(2), load(3)));
@@ -278,7 +279,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
                 store_answer(p, at, vector, output, merge_other(p, at, factor, lse));
                 if (vector == 0 && p.softmax_lse) {
                     // Others may not have read merge_lse yet, which may be the same array: the LSE waits in this block's slot.
-                    if (p.merge.merge_lse) partial_states(p, slot)[row] = make_float2(lse, 0.0f);
+                    if constexpr (kMerges) partial_states(p, slot)[row] = make_float2(lse, 0.0f);
                     else p.softmax_lse[at.lse] = lse;
                 }
             } else {
@@ -287,7 +288,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
             }
         });
     }
-    if (is_answer && p.merge.merge_lse && p.softmax_lse) {
+    if (kMerges && is_answer && p.softmax_lse) {
         __syncthreads();
         if (threadIdx.x < segment.valid_rows) {
             p.softmax_lse[RowOutput(p, segment, threadIdx.x).lse] = load_cg(partial_states(p, slot) + threadIdx.x).x;

@@ -35,6 +35,7 @@ constexpr bool kHasChunk = HAS_CHUNK;            // attention_chunk
 constexpr bool kHasShard = HAS_SHARD;            // context parallelism: the cache holds some positions only
 constexpr bool kHasTree = HAS_TREE;              // a tree mask
 constexpr bool kHasSplitSize = HAS_SPLIT_SIZE;   // items are cut at multiples of split_size keys
+constexpr bool kMerges = MERGES;                 // results over other keys are merged in (merge_with)
 
 constexpr int kGrain = 16;           // a cluster cuts its item at multiples of this many keys, like a plan of this family
 constexpr float kSlack = 8.0f;       // a maximum may be exceeded by this much, in log2 units, before it moves

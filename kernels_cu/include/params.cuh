@@ -6,10 +6,10 @@
 #include "mask.cuh"
 #include "paging.cuh"
 
-// Results of the same rows over other keys, to be merged in: merge_with.
+// Results of the same rows over other keys, to be merged in: merge_with. Kernels that do so are variants, kMerges.
 struct MergeWith {
-    const void* merge_out;       // as out, or null
-    const float* merge_lse;      // as softmax_lse, or null
+    const void* merge_out;       // as out
+    const float* merge_lse;      // as softmax_lse
     long long batch_stride;      // elements, as all strides
     long long row_stride;
     long long head_stride;

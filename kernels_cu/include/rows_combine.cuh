@@ -198,7 +198,7 @@ template <typename MergeCut>
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, MergeState& merge, MergeCut merge_cut) {
     const bool is_whole = segment.starts && segment.ends;
-    if (is_whole && !p.merge.merge_lse) return results.answer();
+    if (is_whole && !kMerges) return results.answer();
     // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
     // first one, slot 2 b.
     const int slot = 2 * share_number() + segment.starts;
@@ -232,7 +232,7 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
         const int slot = 2 * share_number() + 1;
         if (segment.split > 0) results.fold_after(slot, folded);
         const bool is_whole = segment.last && segment.ends;
-        if (is_whole && !p.merge.merge_lse) return results.answer();
+        if (is_whole && !kMerges) return results.answer();
         results.store(slot);
         if (is_whole) {
             if (threadIdx.x == 0) merge = {1, 0};

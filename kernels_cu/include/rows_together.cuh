@@ -181,7 +181,7 @@ private:
 __device__ __forceinline__ void hand_on_together(const DecodeParams& p, const Share& share, const Segment& segment,
                                                  const RowResults& results, MergeState& merge, TogetherState& state) {
     hand_on(p, share, segment, results, merge, [&](const Cut& cut, bool may_wait) {
-        if (p.merge.merge_lse || cut.last_block - cut.first_block >= Together::kMostParts) return false;
+        if (kMerges || cut.last_block - cut.first_block >= Together::kMostParts) return false;
         Together(p, segment, cut, state).merge(may_wait);
         return true;
     });

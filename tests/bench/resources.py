@@ -11,6 +11,7 @@ from cuflash.bench import report
 from cuflash.bench.report import Record
 from cuflash.device import Device
 from cuflash.dtypes import dtype_name, numpy_dtype
+from cuflash.kernels.attention import Form
 from cuflash.kernels.decode import decode_variant
 from cuflash.kernels.tiles import Tiling, tiling
 from cuflash.partition import GRAIN
@@ -97,7 +98,7 @@ def measure(
         problem = make_problem(batch, 1, 8 * number, 8, headdim, qkv_dtype=dtype, kv_dtype=kv_dtype)
         device = Device(NUM_SM[arch], arch)
         tiles = tiling(problem, device)
-        variant = decode_variant(problem, tiles, key_scales if problem.is_quantised else 0)
+        variant = decode_variant(problem, tiles, Form(key_scales=key_scales if problem.is_quantised else 0))
         kinds = f"{dtype} on {kv_dtype}" if problem.is_quantised else dtype
         yield {
             "variant": f"{kinds} {headdim}x{tiles.rows}",
