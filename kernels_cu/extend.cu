@@ -150,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
 
         math.begin_item(shared_address(queries) + row_warp * kWarpRows * kQueryBytes, lane);
         softmax.reset();
+        scaling.begin_item();
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
             const int begin = key;

@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const Warpgroup warpgroup(__shfl_sync(kFullWarp, threadIdx.x / 128, 0));  // else descriptors pass through a lane's registers
     Place keys = {0}, values = {1};
     const auto full = [&](const Place& place) {
-        wait_for_phase(block.ring.full[place.slot], place.parity);
+        sleep_until_phase(block.ring.full[place.slot], place.parity);
         return ring + place.slot * kSlotBytes;
     };
     const auto leave = [&](Place& place) {
@@ -121,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
         math.begin_item(shared_address(queries) + warp / 4 * 64 * kQueryBytes);
         softmax.reset();
+        scaling.begin_item();
         const Reach reach(p, segment, warp * kWarpRows, kWarpRows);
         const int first_row = segment.first_row + warp * kWarpRows;
         Scores scores;

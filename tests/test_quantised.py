@@ -282,7 +282,8 @@ def test_scales_whose_products_leave_float32(
     names = ("q_descale", "k_descale", "softmax_scale")
     out, lse = _attend(q.view(np.uint8), k, v, backend, **dict(zip(names, scales)))
     answer = reference.attention(q, k, v, cache_seqlens=np.array([70]), **dict(zip(names, scales)))
-    np.testing.assert_allclose(lse, answer.lse, rtol=2.0**-22, atol=1e-3)
+    # Sums of 64 products, in whichever order a machine's BLAS adds them up.
+    np.testing.assert_allclose(lse, answer.lse, rtol=2.0**-20, atol=1e-3)
     assert (np.abs(out - answer.out) <= 0.009 * answer.magnitude).all()
 
 

@@ -86,8 +86,7 @@ __device__ __forceinline__ void load_share_of_codes(const LoaderParams& p, RingS
         } else {
             loader.convert_values(code_slot, slot);
         }
-        fence_for_wgmma();
-        arrive(state.full[place.slot]);
+        arrive(state.full[place.slot]);  // the fence for wgmma is its readers', as with 16 bits
         place.advance(1);
         load(keys == (kCodeStages % 2 == 0), code_slot);
         code_slot += kCodeSlotBytes;

@@ -10,8 +10,13 @@ constexpr bool kScalesKeys = kScalesWeights || (kConvertsTiles && kHasKeyScales)
 
 class Scaling {
 public:
-    // Of a warp whose rows have these factors. They stay in shared memory: registers are scarcer.
+    // Of a warp whose rows have these factors, of one item after another.
     __device__ __forceinline__ Scaling(const float* factors, int lane) : lane_factors_(shared_address(factors + lane / 4)) {}
+
+    // Begins with an item whose factors have been written.
+    __device__ __forceinline__ void begin_item() {
+        if constexpr (kKeepsFactors) for_each<2>([&](int half) { kept_[half] = load_factor(0, half); });
+    }
 
     // Goes on to a tile of which the scales lie at `scales`, and of which the warp scores the keys from `first_key` on. Lane l has
     // those of the keys 2 (l % 4) and 2 (l % 4) + 1 of each 8.
@@ -23,9 +28,7 @@ public:
     __device__ __forceinline__ void scale_scores(Scores& s) const {
         if constexpr (kConvertsTiles) {
             float factor[kRowTiles][2];
-            for_each<kRowTiles, 2>([&](int t, int half) {
-                factor[t][half] = load_shared_float(lane_factors_ + (t * 16 + half * 8) * 4);
-            });
+            for_each<kRowTiles, 2>([&](int t, int half) { factor[t][half] = kKeepsFactors ? kept_[half] : load_factor(t, half); });
             for_each<kKeyTiles>([&](int n) {
                 const float2 key = kHasKeyScales ? load(0, n) : make_float2(1.0f, 1.0f);
                 for_each<kRowTiles, 2>([&](int t, int half) {
@@ -53,6 +56,13 @@ public:
     }
 
 private:
+    // A warp with 32 rows has no registers to spare: its factors stay in shared memory.
+    static constexpr bool kKeepsFactors = kConvertsTiles && kRowTiles == 1;
+
+    __device__ __forceinline__ float load_factor(int t, int half) const {
+        return load_shared_float(lane_factors_ + (t * 16 + half * 8) * 4);
+    }
+
     template <typename Multiply>
     __device__ __forceinline__ void scale_weights(Multiply multiply, Scores& s) const {
         for_each<kKeyTiles>([&](int n) {
@@ -66,4 +76,5 @@ private:
     __device__ __forceinline__ float2 load(int kind, int n) const { return load_shared_pair(lane_scales_ + kind + n * 32); }
 
     u32 lane_factors_, lane_scales_;
+    [[maybe_unused]] float kept_[2];
 };

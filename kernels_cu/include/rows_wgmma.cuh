@@ -1,18 +1,22 @@
 // The arithmetic of one warpgroup: wgmma with 64 packed query rows as M and keys, then value columns, as N.
 //
-//   S[64 rows x keys]     = Q K^T   Q and K from shared memory
+//   S[64 rows x keys]     = Q K^T   K from shared memory, Q, too, or from registers
 //   O[64 rows x columns] += P V     P, packed scores, from registers, V from shared memory as it lies
 //
 // Products run on while the warpgroup does other things. Two groups of them at most are under way: the scores of a tile and the
 // values of the one before it.
 #pragma once
 #include "elements.cuh"
+#include "ptx/matrices.cuh"
 #include "ptx/wgmma.cuh"
 #include "rows_tiles.cuh"
 
 template <typename T>
 class WgmmaMath {
     static constexpr int kSteps = (kHeadDim + 15) / 16;  // of 16 elements of a query
+    // Of codes, which pass through shared memory three times on their way, the queries lie in registers while an item is read: from
+    // shared memory they would be as many bytes for each tile as its keys.
+    static constexpr bool kKeepsQueries = kConvertsTiles && kRows == 64 && kSteps <= 8;
     static_assert(kRowTiles == 1 && kColumnWarps == 1, "a warp has 16 rows and all columns");
     static_assert(kColumnTiles % 8 == 0, "values are whole lines of 64 columns");
 
@@ -20,6 +24,10 @@ public:
     // Begins with an item's queries, 64 rows in shared memory.
     __device__ __forceinline__ void begin_item(u32 query) {
         query_ = query;
+        if constexpr (kKeepsQueries) {
+            const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+            for_each<kSteps>([&](int step) { ldmatrix_x4(kept_[step], query + QueryRows::offset(row, step * 2 + lane / 16)); });
+        }
         fill(output_, 0.0f);
     }
 
@@ -27,8 +35,12 @@ public:
     __device__ __forceinline__ void start_scores(u32 slot, Scores& s) const {
         wgmma_fence();
         for_each<kSteps>([&](int step) {
-            Wgmma<T, kKeyTiles>::scores(s[0], wgmma_descriptor(step_address<64>(query_, step)),
-                                        wgmma_descriptor(step_address<kTileKeys>(slot, step)), step > 0);
+            const u64 keys = wgmma_descriptor(step_address<kTileKeys>(slot, step));
+            if constexpr (kKeepsQueries) {
+                Wgmma<T, kKeyTiles>::scores(s[0], kept_[step], keys, step > 0);
+            } else {
+                Wgmma<T, kKeyTiles>::scores(s[0], wgmma_descriptor(step_address<64>(query_, step)), keys, step > 0);
+            }
         });
         wgmma_commit();
     }
@@ -82,5 +94,6 @@ private:
     }
 
     u32 query_;
+    [[maybe_unused]] u32 kept_[kSteps][4];  // A, 16 rows x 16 elements of a step
     Outputs output_;
 };

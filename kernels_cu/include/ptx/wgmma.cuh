@@ -65,8 +65,8 @@ __device__ __forceinline__ u64 advanced(u64 descriptor, u32 bytes) {
     "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
     "%127"
 
-// S[64 x 8 kTiles] = (adds ? S : 0) + A B^T, 16 columns of A and B, both K-major in shared memory; C[64 x 8 kTiles] += A B, A
-// [64 x 16] in registers, or K-major in shared memory, B [16 x 8 kTiles] in shared memory with contiguous rows (MN-major).
+// S[64 x 8 kTiles] = (adds ? S : 0) + A B^T, 16 columns of A and B, B K-major in shared memory; C[64 x 8 kTiles] += A B, B
+// [16 x 8 kTiles] in shared memory with contiguous rows (MN-major). A [64 x 16] lies in registers, or K-major in shared memory.
 template <typename T, int kTiles>
 struct Wgmma;
 
@@ -79,6 +79,14 @@ struct Wgmma;
                          ", p, 1, 1, 0, 0; }" \
                          : accumulators \
                          : "l"(a), "l"(b), "r"(static_cast<u32>(adds)) \
+                         : "memory"); \
+        } \
+        static __device__ __forceinline__ void scores(float (&c)[tiles][4], const u32 (&a)[4], u64 b, bool adds) { \
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" w ", 0; " \
+                         "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {%" x ", %" y \
+                         ", %" z ", %" u "}, %" v ", p, 1, 1, 0; }" \
+                         : accumulators \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<u32>(adds)) \
                          : "memory"); \
         } \
         static __device__ __forceinline__ void add(float (&c)[tiles][4], const u32 (&a)[4], u64 b) { \
