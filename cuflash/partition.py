@@ -22,8 +22,10 @@ class Partition:
         tiles: What the family alone knows of its tiles.
         grain: Keys: cuts lie at multiples of it.
         min_share: Keys of a block below which cutting items further does not pay.
-        overhead: What an item costs beyond its keys, as a multiple of what it costs with keys of 16 bits. It is counted
-            in keys, which take half the time where they have half the bytes.
+        overhead: What an item costs beyond its keys, as a multiple of what planner.item_overhead says. Beginning,
+            ending and merging an item takes microseconds, in which a block could read hundreds of keys; but long
+            shares are to have about as many keys as one another.
+        overhead_short: The same where shares are short.
         longest_share: Per cent of the mean share that keeping items whole may give the longest one ..
         longest_excess: .. and at most so many keys more than the mean.
     """
@@ -37,5 +39,6 @@ class Partition:
     grain: int = GRAIN
     min_share: int = 64
     overhead: int = 1
+    overhead_short: int = 8
     longest_share: int = 106
     longest_excess: int = 2**31 - 1

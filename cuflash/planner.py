@@ -25,6 +25,7 @@ PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
 _INT32_MAX = 2**31 - 1
 _EMPTY = 1  # what a row block costs that a sequence does not have, in keys
+_SHORT_SHARE = 1024  # keys: shorter shares are short
 
 Ints = NDArray[np.int64]
 
@@ -169,7 +170,9 @@ def _cut(
             even, blocks = True, aligned
     overheads = np.zeros(units, np.int64)
     if not even:  # row blocks that a sequence does not have are walked past
-        item_costs = item_overhead(int(has_rows.sum()) * heads, all_keys) * partition.overhead
+        is_short = all_keys < _SHORT_SHARE * blocks
+        item_costs = item_overhead(int(has_rows.sum()) * heads, all_keys)
+        item_costs *= partition.overhead_short if is_short else partition.overhead
         overheads = np.where(has_rows, item_costs, _EMPTY)
     costs = np.full(units, max(longest, 1)) if even else keys + overheads
     total = int(costs.sum()) * heads
@@ -246,9 +249,10 @@ def _cut_for_clusters(problem: Problem, partition: Partition, begin: Ints, end: 
 
 
 def item_overhead(items: int, all_keys: int) -> int:
-    """Return what an item costs beyond its keys, in keys of 16 bits: about 1/32 of the mean item, in [1, 128].
+    """Return what an item costs beyond its keys, in keys: about 1/32 of the mean item, in [1, 128].
 
-    Short items weigh up to 1/16 of the mean, so that the keys of the longest share stay within 8 % of the mean share.
+    Short items weigh up to 1/16 of the mean, so that the keys of the longest share stay within 8 % of the mean share,
+    where this counts once. Where shares are short it counts for more: see :class:`cuflash.partition.Partition`.
     """
     return max(1, min(128, max(all_keys // (32 * items), min(16, all_keys // (16 * items)))))
 

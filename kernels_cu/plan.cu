@@ -25,7 +25,8 @@ struct PlanParams {
     int split_size;       // items are cut at all multiples of this many keys, or 0
     unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
     int min_share;        // keys per block below which cutting items further does not pay
-    int overhead;         // factor of what an item costs beyond its keys
+    int overhead;         // factor of what an item costs beyond its keys ..
+    int overhead_short;   // .. and where shares are short
     int longest_share;    // per cent of the mean share that keeping items whole may give the longest one, ..
     int longest_excess;   // .. and at most so many keys more than the mean
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
@@ -36,6 +37,7 @@ struct PlanParams {
 constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
 constexpr int kShortOverhead = 16;   // .. at most so many
+constexpr int kShortShare = 1024;    // shares of fewer keys are short
 constexpr int kEmpty = 1;            // a row block that its sequence does not have costs so many
 
 __device__ bool has_rows(const PlanParams& p, Sequence sequence, int place) {
@@ -125,10 +127,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
     }
 
-    if (p.cluster > 1) {
-        plan_for_clusters(p, mask, items);
-        return;
-    }
+    if (p.cluster > 1) return plan_for_clusters(p, mask, items);
 
     // Scan over the block: within each warp, then every warp scans the sums of the warps.
     const long long keys_through = inclusive_scan(slice_keys, lane);  // of this slice and those before it in the warp
@@ -167,12 +166,12 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         }
     }
 
-    // What an item costs beyond its keys; never so much that the keys of the longest share are far from the mean.
+    // What an item costs beyond its keys; of long shares never so much that the keys of the longest are far from the mean.
     int overhead = 0;
     if (!even) {
         const long long most = all_keys / (kOverheadPart / 2 * ((long long)head_units * p.num_heads_kv));
         overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
-        overhead *= p.overhead;
+        overhead *= all_keys < (long long)kShortShare * blocks ? p.overhead_short : p.overhead;
     }
     const int even_cost = even ? max(longest, 1) : 0;  // of each item
     const auto cost_of = [&](long long keys, long long all, long long with_rows) {

@@ -60,6 +60,13 @@ def test_equal_items_on_seven_eighths_of_the_gpu(monkeypatch: pytest.MonkeyPatch
         check_twins(132, plain(np.full(batch, 1000), 3), monkeypatch)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_shares_about_to_be_short(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks on each of 4 multiprocessors, with 1024 keys each, or not quite."""
+    check_twins(4, plain(np.array([600, 100, 324 - missing] + [0] * 5)), monkeypatch)
+    check_twins(4, plain(np.array([600, 100, 324 - missing] * 4), 2, kv_dtype="int8"), monkeypatch)
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     check_twins(132, plain(np.random.default_rng(0).integers(0, 8192, 100_000)), monkeypatch)

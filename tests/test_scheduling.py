@@ -219,6 +219,14 @@ def test_row_blocks_that_a_sequence_does_not_have_cost_nothing(
     assert abs(shares[decodes].mean() / shares[~decodes].mean() - 1) < 0.04
 
 
+def test_items_weigh_more_where_shares_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1024 keys a block and more, shares have about as many as one another; of fewer, who begins items has fewer."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "4")
+    works = [plan([600, 100, 324 - missing] + [0] * 5).work() for missing in (0, 1)]
+    longest = [np.bincount(work["block"], work["key_end"] - work["key_begin"]).max() for work in works]
+    assert longest[0] <= 1.06 * 1024 < 1.2 * 1024 < longest[1]
+
+
 def test_num_splits_one_never_splits() -> None:
     work = plan([100000, 5, 300, 70000], num_splits=1).work()
     assert (parts_of_items(work) == 1).all()
@@ -332,7 +340,7 @@ def test_what_is_remembered() -> None:
 
 def test_text() -> None:
     text = str(plan([4096, 100, 2048], causal=True))
-    for part in ("3 sequences", "32 query, 8 KV", "132 used of 132", "per sequence 12, 2, 7", "efficiency", "median"):
+    for part in ("3 sequences", "32 query, 8 KV", "129 used of 132", "per sequence 10, 2, 6", "efficiency", "median"):
         assert part in text
     assert "1: 90" in str(plan([64] * 90, num_splits=1))
     assert "none" in str(plan([]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ..device import Device
@@ -22,13 +23,11 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
     if max(problem.headdim, problem.headdim_v) > PADDED_HEADDIMS[-1]:
         return None
     tiles = tiling(problem, device, max_seqlen_k)
-    # Keys of 8 bits: shares of as many bytes as with 16. What an item costs beside reading stays what it is, and that
-    # is more keys: on an H200, 64 random lengths took 0.8 to 2.5 us less of 22 with 4 times as many.
-    min_share, overhead = (128, 4) if problem.is_quantised else (64, 1)
     max_blocks = tiles.max_blocks(problem, device)
-    return Partition(
-        NAME, tiles.rows, tiles.row_blocks, max_blocks, tiles.cluster, tiles, min_share=min_share, overhead=overhead
-    )
+    partition = Partition(NAME, tiles.rows, tiles.row_blocks, max_blocks, tiles.cluster, tiles)
+    # Keys of 8 bits: shares of as many bytes as with 16. What an item costs beside reading stays what it is, and that
+    # is more keys, also of long shares.
+    return replace(partition, min_share=128, overhead=8) if problem.is_quantised else partition
 
 
 @lru_cache(maxsize=1024)

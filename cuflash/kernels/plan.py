@@ -38,6 +38,7 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
         "grain": problem.split_size or partition.grain,
         "min_share": partition.min_share,
         "overhead": partition.overhead,
+        "overhead_short": partition.overhead_short,
         "longest_share": partition.longest_share,
         "longest_excess": partition.longest_excess,
         "slice_sequences": slice_sequences,
