@@ -216,7 +216,14 @@ def _decode_fence(dec: Decoder, mods: Sequence[str]) -> None:
     dec.emit("fence", flags=flags, cls="fence")
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "pmevent", "brkpt")
+@instruction("griddepcontrol")
+def _decode_turn(dec: Decoder, mods: Sequence[str]) -> None:
+    if list(mods) not in (["wait"], ["launch_dependents"]):
+        raise dec.unknown()
+    dec.emit("griddepcontrol.wait" if mods[0] == "wait" else "nop", cls="other")
+
+
+@instruction("prefetch", "prefetchu", "discard", "applypriority", "pmevent", "brkpt")
 def _decode_nothing(dec: Decoder, mods: Sequence[str]) -> None:
     dec.emit("nop", cls="other")
 

@@ -25,7 +25,20 @@ _SIZE_LIMIT = 232448  # bytes of shared memory of a block, the most that any arc
 
 @dataclass(frozen=True)
 class Checks:
-    """Which checks a launch makes."""
+    """Which checks a launch makes.
+
+    Attributes:
+        bounds: accesses outside of every array, writes to read-only ones.
+        misalignment: addresses that are no multiples of an access' size.
+        uninitialised: shared memory that is read before it is written.
+        in_flight: shared memory that is read while a copy to it is under way.
+        never_waited: copies that are under way when the kernel ends.
+        shared_races: accesses to shared memory that no barrier orders.
+        global_races: the same of global memory, and releases and acquires.
+        barriers: barriers that not all threads reach, and deadlocks.
+        counters: what instructions, sectors and wavefronts are counted.
+        turn: global memory that is touched ahead of griddepcontrol.wait, in a kernel that has one.
+    """
 
     bounds: bool = True
     misalignment: bool = True
@@ -36,6 +49,7 @@ class Checks:
     global_races: bool = True
     barriers: bool = True
     counters: bool = True
+    turn: bool = True
 
     @classmethod
     def all(cls) -> Checks:
@@ -45,7 +59,7 @@ class Checks:
     @classmethod
     def none(cls) -> Checks:
         """No check but bounds, which protects the process itself."""
-        return cls(True, False, False, False, False, False, False, False, False)
+        return cls(True, False, False, False, False, False, False, False, False, False)
 
     @classmethod
     def cheap(cls) -> Checks:
@@ -64,6 +78,7 @@ class Checks:
             self.global_races,
             self.barriers,
             self.counters,
+            self.turn,
         )
         return sum(1 << k for k, v in enumerate(values) if v)
 
@@ -213,6 +228,7 @@ class _LaunchArgs(ctypes.Structure):
         ("window", ctypes.c_uint32),
         ("multiprocessors", ctypes.c_uint32),
         ("registers", ctypes.c_uint32),
+        ("waits", ctypes.c_uint32),
         ("release", ctypes.c_void_p),
         ("acquire", ctypes.c_void_p),
         ("signals", ctypes.c_void_p),
@@ -550,6 +566,7 @@ class Kernel:
             settings.window,
             132,
             program.registers,
+            int("griddepcontrol.wait" in program.names),
             *_python(),
         )
         start = time.perf_counter()

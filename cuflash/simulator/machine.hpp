@@ -106,6 +106,7 @@ struct LaunchArgs {
     const u32 *tables;  // branch targets of brx.idx
     u32 window, multiprocessors;
     u32 registers;  // of a thread as launched; 0: not known
+    u32 waits;      // whether it has a griddepcontrol.wait
     // PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals of the Python that called
     void *(*release)();
     void (*acquire)(void *);

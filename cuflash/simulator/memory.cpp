@@ -104,6 +104,8 @@ void global_access(Warp &w, u32 m, const u64 *a, const u8 *sizes, u32 bytes, Acc
     const Region *regions[32];
     bool bounds = L.check(C_BOUNDS);
     u32 &hint = L.hints[w.pc];
+    if (u32 early = L.args->waits && L.check(C_TURN) ? m & ~w.waited : 0)
+        report(w, K_EARLY, first(early), a[first(early)], "an access to global memory ahead of griddepcontrol.wait");
     if (L.region_count) {
         const Region *r = &L.regions[hint];
         for (u32 t = m; t; t &= t - 1) {
@@ -653,6 +655,7 @@ void stmatrix(Warp &w, const Ins &i, u32 m) {
 // -- fences, printf, assert, trap
 
 void fence(Warp &w, const Ins &i, u32 m) { fence_lanes(w, m, i.flags & CTA_SCOPE); }
+void wait_for_turn(Warp &w, const Ins &, u32 m) { w.waited |= m; }
 void warp_sync(Warp &w, const Ins &i, u32 m) {
     const u32 *masks = w.reg<u32>(i.o[15]);
     while (m) {  // lanes of different masks do not wait for each other
@@ -785,6 +788,7 @@ OP("ldmatrix", ldmatrix)
 OP("stmatrix", stmatrix)
 OP("fence", fence)
 OP("bar.warp.sync", warp_sync)
+OP("griddepcontrol.wait", wait_for_turn)
 OP("vprintf", printf_call)
 OP("__assertfail", assert_call)
 OP("trap", trap)

@@ -62,6 +62,7 @@ _DROPPED = {
     "mbarrier.expect_tx": "an expectation",
     "atom": "an atomic",
     "mbarrier.arrive": "an arrival",
+    "griddepcontrol.wait": "a wait",
     "cp.async.mbarrier.arrive": "an arrival",
 }
 

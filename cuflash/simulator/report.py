@@ -54,6 +54,7 @@ _KINDS: dict[int, tuple[str, str, str]] = {
         "the writer executes fence.proxy.async before the barrier, or the reader after it, ahead of wgmma",
     ),
     22: ("registers", "none", "look at the counts of setmaxnreg and at __launch_bounds__"),
+    23: ("turn", "global", "the kernel ahead may still run: griddepcontrol.wait comes first, in every thread"),
 }
 
 

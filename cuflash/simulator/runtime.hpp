@@ -120,6 +120,7 @@ enum Kind : u32 {
     K_WARPGROUP,
     K_PROXY,
     K_REGISTERS,
+    K_EARLY,
 };
 
 enum Check : u32 {
@@ -132,6 +133,7 @@ enum Check : u32 {
     C_RACE_GLOBAL = 64,
     C_BARRIERS = 128,
     C_COUNT = 256,
+    C_TURN = 512,
 };
 
 struct Finding {
@@ -222,6 +224,7 @@ struct Warp {
     Launch *launch = nullptr;
     u32 index = 0;  // in its block
     u32 exists = 0, live = 0;
+    u32 waited = 0;  // lanes that have executed griddepcontrol.wait
     u32 pc = 0;  // of the instruction being executed, for reports
     bool yield = false;
     bool progressed = false;

@@ -3,7 +3,8 @@
 #pragma once
 #include "ptx/registers.cuh"
 
-// Waits until all that comes before in the stream has finished and its writes are visible. No memory may be touched before.
+// Waits until all that comes before in the stream has finished and its writes are visible. No memory may be touched before: the
+// simulator looks.
 //
 // The parameters may: they come to a multiprocessor by lines of 64 bytes, each of which takes as long as a read from L2 when it
 // is first asked for. So all of them are asked for at once, here, where there is nothing else to do.

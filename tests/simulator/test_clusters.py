@@ -212,6 +212,7 @@ COPIES_ARRIVE = r"""
 extern "C" __global__ void kernel(const float4* x, float* out) {
   __shared__ float4 s[64];
   __shared__ u64 bar;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (threadIdx.x == 0) init(&bar, 64);
   __syncthreads();
   copy16(&s[threadIdx.x], &x[threadIdx.x]);
@@ -220,7 +221,7 @@ extern "C" __global__ void kernel(const float4* x, float* out) {
   wait_parity(&bar, 0);
 #endif
   out[threadIdx.x] = s[63 - threadIdx.x].y;  // use
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 """
 

@@ -1,4 +1,4 @@
-"""Nine bugs, planted one at a time: each is reported by its check at its line, and the kernel without it is clean."""
+"""Ten bugs, planted one at a time: each is reported by its check at its line, and the kernel without it is clean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import ORDERS, compiled, found, line_of, run
+from simulated import ORDERS, Checks, compiled, found, line_of, run
 
 # A ring of two stages: every thread copies 16 bytes per tile and sums up what its neighbour copied.
 PIPELINE = r"""
@@ -74,6 +74,40 @@ extern "C" __global__ void kernel(const float4* x) {
 """
     finding = found(compiled(source), 1, 32, (np.zeros((32, 4), np.float32),))
     assert finding.check == "never_waited"
+
+
+EARLY = r"""
+extern "C" __global__ void kernel(const float4* x, float4* out) {
+  __shared__ float4 s[64];
+#if AHEAD == 1
+  s[threadIdx.x] = x[threadIdx.x];  // load
+#elif AHEAD == 2
+  copy16(&s[threadIdx.x], &x[threadIdx.x]);  // copy
+#elif AHEAD == 3
+  if (threadIdx.x % 2)
+#endif
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  copy16(&s[threadIdx.x], &x[threadIdx.x]);  // late
+  commit();
+  wait<0>();
+  out[threadIdx.x] = s[threadIdx.x];
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+"""
+
+
+@pytest.mark.parametrize("settings", ORDERS)
+def test_memory_that_is_touched_before_the_turn_comes(settings: dict[str, Any]) -> None:
+    """Kernels are launched while the one ahead still writes."""
+    x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    out = np.zeros_like(x)
+    run(compiled(EARLY, options=("-DAHEAD=0",)), 1, 64, (x, out), **settings)
+    np.testing.assert_array_equal(out, x)
+    for early, place in (1, "load"), (2, "copy"), (3, "late"):
+        finding = found(compiled(EARLY, options=(f"-DAHEAD={early}",)), 1, 64, (x, out), **settings)
+        assert finding.check == "turn" and str(line_of(EARLY, place)) in finding.text
+        assert early < 3 or finding.thread[0] % 2 == 0
+    run(compiled(EARLY, options=("-DAHEAD=1",)), 1, 64, (x, out), checks=Checks(turn=False), **settings)
 
 
 SCALE = r"""
