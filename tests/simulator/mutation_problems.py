@@ -1294,6 +1294,25 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(case, (1, 16)[n], extend)
 
 
+def _many_codes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of extend.cu and extend_wgmma.cu on quantised caches: two forms of scales, maxima that move."""
+    e4m3 = Case(heads=(8, 2), headdim=(128, 128), kv_dtype="float8_e4m3fn", scales=("none", "heads", "heads"))
+    int8 = Case(heads=(4, 1), headdim=(64, 64), kv_dtype="int8", scales=("none", "keys", "keys"))
+    ragged: dict[str, Any] = {"dtype": "bfloat16", "page_size": 16, "causal": True}
+    for case, num_sm, options in (
+        (e4m3, 2, {"seqlens": (300, 1, 0, 170), "seqlens_q": (10, 1, 3, 16), **ragged}),
+        (int8, 1, {"seqlens": (300, 70, 129), "seqlens_q": (16, 9, 12), **ragged}),
+        (e4m3, 3, {"seqlens": (500, 90), "seqlens_q": 16, "dtype": "float16", "causal": True, "scale": 0.5}),
+        (int8, 4, {"seqlens": (700, 70), "seqlens_q": (16, 9), "dtype": "bfloat16", "causal": True, "scale": -0.4}),
+    ):
+        case = dataclasses.replace(case, **options)
+        for family in (extend, extend_wgmma):
+            yield from _named(case, num_sm, family)
+            if case.page_size is None:
+                grown = dataclasses.replace(case, scale=None)
+                yield f"{family.NAME} growing {case}", _attention(grown, num_sm, family=family, change=_grow(128))
+
+
 def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
     """Problems of tiles that come in boxes: pages of one box of 8 to 32 slots, of several, and of parts of one."""
     rows = Case(dtype="bfloat16", heads=(8, 2), headdim=(64, 64), seqlens=(300, 33, 0, 201), causal=True)
@@ -1579,7 +1598,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
     out += _huge()
-    out += [*_many_rows(), *_boxes(), *_latent()]
+    out += [*_many_rows(), *_many_codes(), *_boxes(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
