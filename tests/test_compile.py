@@ -15,7 +15,7 @@ from bench import cubins, sass
 from cuflash.device import Device
 from cuflash.kernels import decode, extend, extend_wgmma, mla, mla_wgmma
 from cuflash.kernels.append import append_variant
-from cuflash.kernels.attention import Form
+from cuflash.kernels.attention import Form, usual_forms
 from cuflash.kernels.merge import merge_variant
 from cuflash.kernels.source import Variant, source
 from cuflash.kernels.tiles import tiling
@@ -177,7 +177,8 @@ def test_products_of_many_rows_run_side_by_side(features: dict, queries: int, kv
     )
     partition = extend_wgmma.partition(problem, device, None)
     assert partition is not None
-    for variant in (extend_wgmma.variant(problem, partition), *extend_wgmma.other_variants(problem, partition, False)):
+    for form in usual_forms(problem, False):
+        variant = extend_wgmma.variant(problem, partition, form)
         code = check(variant, 90)
         text = [instruction.text for instruction in sass.disassemble(code.code).instructions]
         products = sum("HGMMA" in line for line in text)

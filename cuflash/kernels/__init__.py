@@ -4,8 +4,7 @@ A family is a module with
 
 - ``NAME``,
 - ``partition(problem, device, max_seqlen_k)``: how it cuts a problem for the planner, or None if it does not fit,
-- ``variant(problem, partition)``: its kernel,
-- ``other_variants(problem, partition, appends)``, if there are any: kernels that calls of the plan may take instead,
+- ``variant(problem, partition, form)``: its kernel for calls of this :class:`cuflash.kernels.attention.Form`,
 - ``launch(problem, operands, metadata, arrays)``: the launch that attends, and the scratch that it needs.
 """
 
@@ -21,6 +20,7 @@ from ..partition import Partition
 from ..problem import Problem
 from . import decode, extend, extend_wgmma, mla, mla_wgmma
 from .append import append_launch, append_variant
+from .attention import usual_forms
 from .launch import Launch, Scratch, Step
 from .plan import VARIANT as PLAN_VARIANT
 from .plan import plan_launch
@@ -115,11 +115,11 @@ def attention_step(problem: Problem, operands: Operands, metadata: SchedulerMeta
 
 
 def variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
-    """Return the kernels of a step: the planner's, attention's, and the append's where there is one."""
+    """Return the kernels of a step: the planner's, attention's for all usual calls, the append's where there is one."""
     append = (append_variant(problem.qkv_dtype, problem.kv_dtype, problem.out_dtype),) if appends else ()
     kernel = family(problem, partition)
-    others = kernel.other_variants(problem, partition, appends) if hasattr(kernel, "other_variants") else ()
-    return PLAN_VARIANT, *append, kernel.variant(problem, partition), *others
+    attention = (kernel.variant(problem, partition, form) for form in usual_forms(problem, appends))
+    return PLAN_VARIANT, *append, *attention
 
 
 __all__ = ["FAMILIES", "attention_step", "choose", "family", "plan_launch", "variants"]

@@ -115,12 +115,12 @@ def attention_defines(problem: Problem, tiles: Any, own: Defines, form: Form) ->
     )
 
 
-def other_forms(problem: Problem, appends: bool) -> list[Form]:
-    """Return what plain calls of a plan may say instead: neither trees nor results over other keys."""
+def usual_forms(problem: Problem, appends: bool) -> list[Form]:
+    """Return what calls of a plan say that have neither a tree mask nor results over other keys."""
     if not problem.is_quantised:
-        return []
+        return [PLAIN]
     rotated = (False, True) if appends and problem.out_dtype != problem.qkv_dtype else (False,)
-    return [Form(key_scales=key_scales, rotates=rotates) for key_scales in (0, 3) for rotates in rotated][1:]
+    return [Form(key_scales=key_scales, rotates=rotates) for key_scales in (0, 3) for rotates in rotated]
 
 
 def attention_launch(

@@ -10,7 +10,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
-from .attention import PLAIN, Form, attention_defines, attention_launch, other_forms
+from .attention import PLAIN, Form, attention_defines, attention_launch
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import PADDED_HEADDIMS, Tiling, tiling
@@ -42,19 +42,14 @@ def decode_variant(problem: Problem, tiles: Tiling, form: Form = PLAIN) -> Varia
     return Variant(NAME, attention_defines(problem, tiles, own, form))
 
 
-def variant(problem: Problem, partition: Partition) -> Variant:
+def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
     """Return the kernel of a partition."""
-    return decode_variant(problem, partition.tiles)
-
-
-def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
-    """Return the kernels that a call may take instead, by what no plan says: whether all keys have their own scales."""
-    return tuple(decode_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
+    return decode_variant(problem, partition.tiles, form)
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = decode_variant(problem, metadata.partition.tiles, Form.of(operands))
+    kernel = variant(problem, metadata.partition, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -22,7 +22,6 @@ from .attention import (
     Form,
     attention_defines,
     attention_launch,
-    other_forms,
     resident_partition,
 )
 from .launch import Launch, Scratch
@@ -174,23 +173,18 @@ def defines(problem: Problem, tiles: Tiles, form: Form) -> Defines:
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
     return Variant(NAME, defines(problem, tiles, form))
 
 
-def variant(problem: Problem, partition: Partition) -> Variant:
+def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
     """Return the kernel of a partition."""
-    return _variant(problem, partition.tiles)
-
-
-def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
-    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
+    return _variant(problem, partition.tiles, form)
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
+    kernel = variant(problem, metadata.partition, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays)

@@ -14,7 +14,7 @@ from ..operands import Operands
 from ..partition import Partition
 from ..problem import Problem
 from . import extend
-from .attention import PLAIN, Form, attention_launch, other_forms, resident_partition
+from .attention import PLAIN, Form, attention_launch, resident_partition
 from .extend import MOST_STAGES, Tiles, code_slot_bytes, defines, scale_bytes, state_bytes
 from .launch import Launch, Scratch
 from .source import Variant
@@ -70,25 +70,20 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
     of_loader, of_math = _REGISTERS[tiles.row_warps // 4, tiles.blocks_per_sm]
     registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
     return Variant(NAME, (*defines(problem, tiles, form), *registers), arch_suffix="a")
 
 
-def variant(problem: Problem, partition: Partition) -> Variant:
+def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
     """Return the kernel of a partition."""
-    return _variant(problem, partition.tiles)
-
-
-def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
-    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
+    return _variant(problem, partition.tiles, form)
 
 
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
+    kernel = variant(problem, metadata.partition, Form.of(operands))
     return attention_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

@@ -17,7 +17,7 @@ from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
 from ..problem import MAX_HEADDIM, Problem
-from .attention import PLAIN, Defines, Form, attention_defines, attention_launch, other_forms, resident_partition
+from .attention import PLAIN, Defines, Form, attention_defines, attention_launch, resident_partition
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
@@ -113,13 +113,13 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def variant(problem: Problem, partition: Partition) -> Variant:
+def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
     """Return the kernel of a partition: of both spellings, with and without ``qv``."""
-    return _variant(problem, partition.tiles)
+    return _variant(problem, partition.tiles, form)
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
     return Variant(NAME, defines(problem, tiles, form))
 
 
@@ -134,16 +134,11 @@ def defines(problem: Problem, tiles: Tiles, form: Form) -> Defines:
     return attention_defines(problem, tiles, own, form)
 
 
-def other_variants(problem: Problem, partition: Partition, appends: bool) -> tuple[Variant, ...]:
-    """Return the kernels that a call may take instead; see :func:`cuflash.kernels.decode.other_variants`."""
-    return tuple(_variant(problem, partition.tiles, form) for form in other_forms(problem, appends))
-
-
 def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
+    kernel = variant(problem, metadata.partition, Form.of(operands))
     return latent_launch(kernel, problem, operands, metadata, arrays)
 
 

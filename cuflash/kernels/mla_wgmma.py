@@ -61,13 +61,13 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     return Tiles(*sizes, loader_warps=_LOADER_WARPS, row_parts=row_parts, shares_tiles=is_shared)
 
 
-def variant(problem: Problem, partition: Partition) -> Variant:
+def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
     """Return the kernel of a partition: of both spellings, with and without ``qv``."""
-    return _variant(problem, partition.tiles)
+    return _variant(problem, partition.tiles, form)
 
 
 @lru_cache(maxsize=1024)
-def _variant(problem: Problem, tiles: Tiles, form: Form = PLAIN) -> Variant:
+def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
     own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles and not form.has_tree)), *_REGISTERS)
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 
@@ -76,5 +76,5 @@ def launch(
     problem: Problem, operands: Operands, metadata: SchedulerMetadata, arrays: dict[str, str]
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch and the scratch that it needs; see :func:`cuflash.kernels.attention.attention_launch`."""
-    kernel = _variant(problem, metadata.partition.tiles, Form.of(operands))
+    kernel = variant(problem, metadata.partition, Form.of(operands))
     return mla.latent_launch(kernel, problem, operands, metadata, arrays, has_boxes=True)

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -59,7 +59,7 @@ class Checks:
     @classmethod
     def none(cls) -> Checks:
         """No check but bounds, which protects the process itself."""
-        return cls(True, False, False, False, False, False, False, False, False, False)
+        return cls(**{check.name: check.name == "bounds" for check in fields(cls)})
 
     @classmethod
     def cheap(cls) -> Checks:
@@ -67,20 +67,8 @@ class Checks:
         return cls(uninitialised=False, in_flight=False, never_waited=False, shared_races=False, global_races=False)
 
     def bits(self) -> int:
-        """The flags of runtime.hpp."""
-        values = (
-            self.bounds,
-            self.misalignment,
-            self.uninitialised,
-            self.in_flight,
-            self.never_waited,
-            self.shared_races,
-            self.global_races,
-            self.barriers,
-            self.counters,
-            self.turn,
-        )
-        return sum(1 << k for k, v in enumerate(values) if v)
+        """The flags of runtime.hpp, whose order is that of the attributes."""
+        return sum(1 << k for k, check in enumerate(fields(self)) if getattr(self, check.name))
 
 
 @dataclass
@@ -566,7 +554,7 @@ class Kernel:
             settings.window,
             132,
             program.registers,
-            int("griddepcontrol.wait" in program.names),
+            int(program.waits),
             *_python(),
         )
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -99,3 +100,8 @@ class Program:
     variables: dict[int, tuple[str, int]] = field(
         default_factory=dict
     )  # row of `constants`: variable and offset whose address it is
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether it waits for its turn in the stream."""
+        return "griddepcontrol.wait" in self.names
