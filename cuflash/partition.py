@@ -21,11 +21,16 @@ class Partition:
         cluster: Blocks that share one item, or 1: blocks share all keys.
         tiles: What the family alone knows of its tiles.
         grain: Keys: cuts lie at multiples of it.
-        min_share: Keys of a block below which cutting items further does not pay.
+        min_share: Keys of a block below which cutting items further does not pay ..
+        most_parts: .. and of items with more parts than these ..
+        parted_share: .. so many keys: all parts are merged, by one block or a few.
         overhead: What an item costs beyond its keys, as a multiple of what planner.item_overhead says. Beginning,
             ending and merging an item takes microseconds, in which a block could read hundreds of keys; but long
-            shares are to have about as many keys as one another.
-        overhead_short: The same where shares are short.
+            shares of few rows are to have about as many keys as one another.
+        overhead_short: The same where shares have fewer keys than ``short_share``.
+        short_share: See there.
+        overhead_rows: Rows of a sequence from which on ``overhead`` counts: if all that have rows have so many. Beside
+            a long chunk of queries, the items of sequences that decode are to cost no more than their keys.
         longest_share: Per cent of the mean share that keeping items whole may give the longest one ..
         longest_excess: .. and at most so many keys more than the mean.
     """
@@ -38,7 +43,11 @@ class Partition:
     tiles: Any = None
     grain: int = GRAIN
     min_share: int = 64
+    most_parts: int = 32
+    parted_share: int = 64
     overhead: int = 1
     overhead_short: int = 8
+    short_share: int = 1024
+    overhead_rows: int = 1
     longest_share: int = 106
     longest_excess: int = 2**31 - 1

@@ -25,7 +25,6 @@ PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
 _INT32_MAX = 2**31 - 1
 _EMPTY = 1  # what a row block costs that a sequence does not have, in keys
-_SHORT_SHARE = 1024  # keys: shorter shares are short
 
 Ints = NDArray[np.int64]
 
@@ -132,8 +131,9 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
         cuts[used:] = (items, 0, used, used)
         return
 
-    has_rows = (np.arange(partition.row_blocks) * partition.rows < (seqlen_q * problem.group)[:, None]).ravel()
-    item, key = _cut(problem, partition, begin, end, has_rows)
+    rows = (seqlen_q * problem.group)[:, None]  # of the sequence
+    rows = np.where(np.arange(partition.row_blocks) * partition.rows < rows, rows, 0).ravel()
+    item, key = _cut(problem, partition, begin, end, rows)
     used = len(item)
     blocks = np.arange(used)
     # Blocks that hold a part of the item of a cut: from the one that holds its beginning to the one that holds its end.
@@ -146,10 +146,16 @@ def plan(problem: Problem, partition: Partition, lengths: Lengths, array: NDArra
     cuts[used:] = (items, 0, used, used)
 
 
-def _cut(
-    problem: Problem, partition: Partition, begin: Ints, end: Ints, has_rows: NDArray[np.bool_]
-) -> tuple[Ints, Ints]:
-    """Return (item, key) where the share of every used block begins."""
+def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Return (item, key) where the share of every used block begins.
+
+    Args:
+        problem: The problem.
+        partition: How its kernel family cuts it.
+        begin: (units,) first key that a unit, (sequence, row block), sees.
+        end: (units,) behind its last one.
+        rows: (units,) rows of its sequence; 0 for a row block that the sequence does not have.
+    """
     heads, row_blocks, num_blocks = problem.num_heads_kv, partition.row_blocks, partition.num_blocks
     units = len(begin)  # (sequence, row block): what the KV heads have in common
     items = units * heads
@@ -158,7 +164,8 @@ def _cut(
     keys = end - begin
     all_keys = int(keys.sum()) * heads
     shortest, longest = int(keys.min()), int(keys.max())
-    blocks = min(max(items, -(-all_keys // partition.min_share)), num_blocks)
+    min_share = max(partition.min_share, min(longest // partition.most_parts, partition.parted_share))
+    blocks = min(max(items, -(-all_keys // min_share)), num_blocks)
     # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that
     # are about as long as one another: they then count as equal.
     even = shortest == longest
@@ -170,10 +177,14 @@ def _cut(
             even, blocks = True, aligned
     overheads = np.zeros(units, np.int64)
     if not even:  # row blocks that a sequence does not have are walked past
-        is_short = all_keys < _SHORT_SHARE * blocks
-        item_costs = item_overhead(int(has_rows.sum()) * heads, all_keys)
-        item_costs *= partition.overhead_short if is_short else partition.overhead
-        overheads = np.where(has_rows, item_costs, _EMPTY)
+        is_short = all_keys < partition.short_share * blocks
+        has_rows = rows > 0
+        item_cost = item_overhead(int(has_rows.sum()) * heads, all_keys)
+        if is_short:
+            item_cost *= partition.overhead_short
+        elif not (has_rows & (rows < partition.overhead_rows)).any():
+            item_cost *= partition.overhead
+        overheads = np.where(has_rows, item_cost, _EMPTY)
     costs = np.full(units, max(longest, 1)) if even else keys + overheads
     total = int(costs.sum()) * heads
     slack = 0

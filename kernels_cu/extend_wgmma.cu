@@ -24,8 +24,10 @@ constexpr int kBlockThreads = kThreads + kLoaderThreads;
 // Registers of a thread of either kind; 0: all have what the launch gives them.
 constexpr int kLoaderRegisters = LOADER_REGISTERS, kMathRegisters = MATH_REGISTERS;
 
-// Named barriers, one for each warpgroup, behind that of all that multiply: what its warps have found out, and its turn.
-constexpr int kVotes = 2, kTurns = 4;
+// Named barriers behind that of all that multiply: one for each warpgroup, of what its warps have found out; one for each, of its
+// turn to multiply; and one for what is given.
+constexpr int kVotes = 2, kTurns = 4, kGiven = 6;
+constexpr bool kTakesTurns = kRows > 64;
 
 // What softmax asks of partners: all warps of a warpgroup move maxima if one of them has to, since they wait for the products that
 // are under way together.
@@ -41,6 +43,37 @@ public:
 private:
     int number_;
 };
+
+// What a warpgroup has found of some tiles, for the other one that has the same rows: 64 rows lie as the threads that hold them do.
+class Gift {
+public:
+    __device__ __forceinline__ explicit Gift(unsigned char* place)
+        : outputs_(reinterpret_cast<float4*>(place) + threadIdx.x % 128), states_(outputs_ + kColumnTiles * 128) {}
+
+    __device__ __forceinline__ void give(const Outputs& output, const RowStates& states) {
+        for_each<kColumnTiles>([&](int n) {
+            outputs_[n * 128] = make_float4(output[0][n][0], output[0][n][1], output[0][n][2], output[0][n][3]);
+        });
+        *states_ = make_float4(states[0][0].maximum, states[0][0].sum, states[0][1].maximum, states[0][1].sum);
+    }
+
+    // Adds it to what this thread has found of the other tiles.
+    __device__ __forceinline__ void take(float scale, Outputs& output, RowStates& states) const {
+        const float4 given = *states_;
+        const Fold folds[2] = {Fold::of(states[0][0], {given.x, given.y}, scale), Fold::of(states[0][1], {given.z, given.w}, scale)};
+        for_each<kColumnTiles>([&](int n) {
+            const float4 o = outputs_[n * 128];
+            output[0][n][0] = folds[0](output[0][n][0], o.x), output[0][n][1] = folds[0](output[0][n][1], o.y);
+            output[0][n][2] = folds[1](output[0][n][2], o.z), output[0][n][3] = folds[1](output[0][n][3], o.w);
+        });
+    }
+
+private:
+    float4 *outputs_, *states_;
+};
+constexpr int kGiftBytes = 128 * 16 * (kColumnTiles + 1);
+// The queries have been read when it is given: it takes their place.
+constexpr int kQueriesBytes = kKeyGroups > 1 && kGiftBytes > kRows * kQueryBytes ? kGiftBytes : kRows * kQueryBytes;
 
 // What the threads of a block have in common beside the tiles.
 struct BlockState {
@@ -58,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const DecodeParams& p = params.attention;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const queries = shared + kRingBytes;  // (kRows, kPaddedHeadDim)
-    unsigned char* const codes = queries + kRows * kQueryBytes;
+    unsigned char* const codes = queries + kQueriesBytes;
     unsigned char* const state = codes + kCodeRingBytes + kScalesBytes;
     BlockState& block = *reinterpret_cast<BlockState*>(state);
     float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);
@@ -87,9 +120,13 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
 
     Math math;
     Softmax softmax(p);
-    Scaling scaling(factors + warp * kWarpRows, lane);
-    const Warpgroup warpgroup(__shfl_sync(kFullWarp, threadIdx.x / 128, 0));  // else descriptors pass through a lane's registers
-    Place keys = {0}, values = {1};
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);  // else descriptors pass through a lane's registers
+    const int row_group = kKeyGroups > 1 ? 0 : group, key_group = kKeyGroups > 1 ? group : 0;
+    const int warp_row = kKeyGroups > 1 ? warp % kRowWarps * kWarpRows : warp * kWarpRows;
+    Scaling scaling(factors + warp_row, lane);
+    const Warpgroup warpgroup(group);
+    Place keys = {2 * key_group}, values = {2 * key_group + 1};
+    [[maybe_unused]] u32 next_tile = key_group;  // of the segment, that is this warpgroup's
     const auto full = [&](const Place& place) {
         sleep_until_phase(block.ring.full[place.slot], place.parity);
         return ring + place.slot * kSlotBytes;
@@ -97,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
     const auto leave = [&](Place& place) {
         __syncwarp();
         if (lane == 0) arrive(block.ring.empty[place.slot]);
-        place.advance(2);
+        place.advance(2 * kKeyGroups);
     };
-    if (kWarps > 4 && warp >= 4) named_barrier_arrive(kTurns, kThreads);  // the first warpgroup begins
+    if (kTakesTurns && warp >= 4) named_barrier_arrive(kTurns, kThreads);  // the first warpgroup begins
     Walker walker(block.share);
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
@@ -119,11 +156,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         fence_for_wgmma();
         worker_barrier();
 
-        math.begin_item(shared_address(queries) + warp / 4 * 64 * kQueryBytes);
+        math.begin_item(shared_address(queries) + row_group * 64 * kQueryBytes);
         softmax.reset();
         scaling.begin_item();
-        const Reach reach(p, segment, warp * kWarpRows, kWarpRows);
-        const int first_row = segment.first_row + warp * kWarpRows;
+        const Reach reach(p, segment, warp_row, kWarpRows);
+        const int first_row = segment.first_row + warp_row;
         Scores scores;
         Weights weights;
         // What follows the products of a tile that begins at `key`, and may run beside those of the values before it.
@@ -158,11 +195,18 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             leave(keys);
         };
         // One warpgroup starts its products while the other makes weights, and so they go on.
-        const bool takes_turns = kWarps > 4 && segment.valid_rows > 64;
+        const bool takes_turns = kTakesTurns && segment.valid_rows > 64;
         // Key numbers are unsigned: behind the last tile they may pass 2^31.
-        const u32 begin = segment.keys.begin, end = segment.keys.end;
-        if (warp / 4 * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
-            for (u32 key = begin; key < end; key += kTileKeys) {
+        constexpr u32 kStep = kKeyGroups * kTileKeys;
+        const u32 end = segment.keys.end;
+        u32 begin = segment.keys.begin;
+        if constexpr (kKeyGroups > 1) {
+            const u32 tiles = (end - begin + kTileKeys - 1) / kTileKeys;
+            begin += next_tile * kTileKeys;
+            next_tile ^= tiles % 2;  // the first one of the next segment, or the second
+        }
+        if (row_group * 64 >= segment.valid_rows) {  // this warpgroup has no rows: it lets the tiles pass
+            for (u32 key = begin; key < end; key += kStep) {
                 full(keys), leave(keys);
                 full(values), leave(values);
             }
@@ -174,11 +218,11 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
             weigh(begin, first_slot, true);
             pack_weights(scores, weights);
             u32 key = begin, values_slot = full(values), keys_slot = 0;
-            const auto has_next = [&] { return key + kTileKeys < end; };
+            const auto has_next = [&] { return key + kStep < end; };
             if (has_next()) keys_slot = full(keys);
             fence_for_wgmma();
             while (has_next()) {
-                key += kTileKeys;
+                key += kStep;
                 if (takes_turns) named_barrier(kTurns + warp / 4, kThreads);
                 math.start_scores(keys_slot, scores);
                 math.start_values(values_slot, weights);
@@ -189,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
                 // The next tile is waited for while the values are multiplied. These loops are also what keeps the weights there:
                 // ptxas would make them behind the wait for the values, where nothing runs beside them.
                 Place next = values;
-                next.advance(2);
+                next.advance(2 * kKeyGroups);
                 values_slot = full(next);
                 if (has_next()) keys_slot = full(keys);
                 math.wait_for_values();
@@ -205,7 +249,18 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         launch_next();  // not earlier, or the next kernel's blocks fill the free space unevenly
         RowStates states;
         softmax.finish(math, warpgroup, states);
-        RowResults results(p, block.segment, math.output(), states, warp, lane);
+        if constexpr (kKeyGroups > 1) {
+            Gift gift(queries);
+            worker_barrier();  // all have read the queries
+            if (key_group > 0) {
+                gift.give(math.output(), states);
+                named_barrier_arrive(kGiven, kThreads);
+            } else {
+                named_barrier(kGiven, kThreads);
+                gift.take(p.score_scale, math.output(), states);
+            }
+        }
+        RowResults results(p, block.segment, math.output(), states, warp, lane);  // none of the rows, where they were given
         if constexpr (kHasSplitSize) {
             hand_on_split(p, block.share, block.segment, results, folded, block.merge);
         } else {
@@ -213,5 +268,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS_PER_SM)
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }
-    if (kWarps > 4 && warp < 4) named_barrier(kTurns, kThreads);  // the turn that nobody has taken
+    if (kTakesTurns && warp < 4) named_barrier(kTurns, kThreads);  // the turn that nobody has taken
 }

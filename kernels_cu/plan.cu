@@ -24,9 +24,13 @@ struct PlanParams {
     int num_splits;       // 0: free, n: most parts of an item
     int split_size;       // items are cut at all multiples of this many keys, or 0
     unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
-    int min_share;        // keys per block below which cutting items further does not pay
-    int overhead;         // factor of what an item costs beyond its keys ..
-    int overhead_short;   // .. and where shares are short
+    int min_share;        // keys per block below which cutting items further does not pay, ..
+    int most_parts;       // .. and of items with more parts than these ..
+    int parted_share;     // .. so many keys
+    int overhead;         // factor of what an item costs beyond its keys, if each sequence has no rows or ..
+    int overhead_rows;    // .. so many, ..
+    int overhead_short;   // .. and where shares have fewer keys than ..
+    int short_share;      // .. these
     int longest_share;    // per cent of the mean share that keeping items whole may give the longest one, ..
     int longest_excess;   // .. and at most so many keys more than the mean
     int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
@@ -34,11 +38,9 @@ struct PlanParams {
     int slice_units;      // so many units
 };
 
-constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
-constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
-constexpr int kShortOverhead = 16;   // .. at most so many
-constexpr int kShortShare = 1024;    // shares of fewer keys are short
-constexpr int kEmpty = 1;            // a row block that its sequence does not have costs so many
+constexpr int kOverheadPart = 32;   // an item costs this part of the mean item beyond its keys, ..
+constexpr int kMostOverhead = 128, kShortOverhead = 16;  // .. at most so many; short items up to twice as much, at most so many
+constexpr int kEmpty = 1;           // a row block that its sequence does not have costs so many
 
 __device__ bool has_rows(const PlanParams& p, Sequence sequence, int place) {
     return (long long)place * p.rows < (long long)sequence.seqlen_q * p.group;
@@ -99,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const int slice_begin = s * p.row_blocks + place;  // units before the slice
     long long slice_keys = 0;
     int slice_units = 0;  // that have rows
+    bool has_few_rows = false;  // one of those
     int shortest = 2147483647, longest = 0;
     unsigned longest_pair = 0;  // of two units side by side
     #pragma unroll 1
@@ -114,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         const int keys = range.end - range.begin;
         slice_keys += keys;
         slice_units += has_rows(p, sequence, place);
+        has_few_rows |= has_rows(p, sequence, place) && (long long)sequence.seqlen_q * p.group < p.overhead_rows;
         shortest = min(shortest, keys);
         longest = max(longest, keys);
         if (p.row_blocks % 2 == 0 && place % 2 == 0) {
@@ -121,10 +125,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             longest_pair = max(longest_pair, static_cast<unsigned>(keys) + (other.end - other.begin));
         }
         place += 1;
-        if (place == p.row_blocks && parts == 1) {
-            place = 0;
-            s += 1;
-        }
+        if (place == p.row_blocks && parts == 1) place = 0, s += 1;
     }
 
     if (p.cluster > 1) return plan_for_clusters(p, mask, items);
@@ -142,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         warp_longest[warp] = longest;
         warp_longest_pair[warp] = longest_pair;
     }
-    __syncthreads();
+    has_few_rows = __syncthreads_or(has_few_rows);
     const long long warps_through = inclusive_scan(lane < warps ? warp_keys[lane] : 0ll, lane);
     const int warps_units_through = inclusive_scan(lane < warps ? warp_units[lane] : 0, lane);
     shortest = warp_min(lane < warps ? warp_shortest[lane] : 2147483647);
@@ -156,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     // Items of which all cost the same are cut into whole items per block, or whole blocks per item, if the GPU stays nearly full.
     // So are others that are about as long as one another: they then count as equal.
     bool even = shortest >= longest;  // also without any unit
-    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + p.min_share - 1) / p.min_share));
+    const int min_share = max(p.min_share, min(longest / p.most_parts, p.parted_share));
+    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + min_share - 1) / min_share));
     if (blocks) {
         const int aligned = items <= blocks ? blocks / items * items : p.divisor;
         const long long longest_share = longest_whole_share(p, items, aligned, longest, longest_pair);
@@ -171,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     if (!even) {
         const long long most = all_keys / (kOverheadPart / 2 * ((long long)head_units * p.num_heads_kv));
         overhead = (int)max(1ll, min((long long)kMostOverhead, max(most / 2, min((long long)kShortOverhead, most))));
-        overhead *= all_keys < (long long)kShortShare * blocks ? p.overhead_short : p.overhead;
+        overhead *= all_keys < (long long)p.short_share * blocks ? p.overhead_short : has_few_rows ? 1 : p.overhead;
     }
     const int even_cost = even ? max(longest, 1) : 0;  // of each item
     const auto cost_of = [&](long long keys, long long all, long long with_rows) {
@@ -254,8 +256,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             }
         }
         key = (key + p.grain / 2) / p.grain * p.grain;
-        if (at_begin) key = range.begin;
-        else if (at_end) key = range.end;
+        key = at_begin ? range.begin : at_end ? range.end : key;
         int item = (sequence * p.num_heads_kv + head) * p.row_blocks + place;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;

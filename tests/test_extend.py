@@ -183,6 +183,26 @@ def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend)
             check(case, make_inputs(case), sim)
 
 
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("options", [
+    {"seqlens": (1500, 37, 1100)},
+    {"seqlens": (64, 65, 900, 0), "page_size": 16, "softcap": 3.0, "leftpad": True},
+    {"seqlens": (129, 1, 2000), "page_size": 1, "window": (700, 40), "headdim": (96, 72)},
+    {"seqlens": (2500,), "seqlens_q": 13, "merge": "in place", "headdim": (72, 128), "layout": "HND"},
+    {"seqlens": (0, 700, 1, 1300), "seqlens_q": (15, 0, 16, 3), "causal": True, "page_size": 64, "sinks": True},
+    {"seqlens": (500, 900), "seqlens_q": 15, "causal": True, "scale": 0.5, "new": 5, "page_size": 8, "csr": True},
+    {"seqlens": (640, 128, 63), "tree": "bool", "page_size": 32, "merge": True},
+    {"seqlens": (1111, 300, 450), "chunk": 600, "negative_pages": True, "page_size": 16, "plan": "stale"},
+], ids=str)  # fmt: skip
+def test_warpgroups_in_turns(options: dict[str, Any], sim: Backend) -> None:
+    """Two warpgroups have the same rows and every other tile: of segments of no tile, of one, and of many rings."""
+    for number, dtype in enumerate(("float16", "bfloat16")):
+        case = Case(**{"heads": (4, 1), "headdim": (128, 128), "seqlens_q": 16, "dtype": dtype, **options})
+        with launched(case, number + len(case.seqlens)) as launches:
+            check(case, make_inputs(case), sim)
+        assert attention(launches).block[0] == 384  # two warpgroups that multiply, and one that copies
+
+
 @BOTH
 @pytest.mark.parametrize("page_size", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (None, 1))])
 def test_every_length(page_size: int | None, sim: Backend) -> None:
@@ -468,6 +488,25 @@ def test_few_rows_decode_and_many_extend() -> None:
     assert kernels.choose(_rows(32, 64), H200, 4096).family == "decode"
     assert kernels.choose(_rows(16, 256), H200, 4096).family == "decode"
     assert kernels.choose(_rows(32, 256), H200, 4096).family == "extend_wgmma"  # decode has 16 rows at most
+
+
+def test_warpgroups_take_turns_where_items_are_few() -> None:
+    """A block has a multiprocessor alone where items are whole or nearly so, or cut into whole blocks."""
+
+    def takes_turns(batch: int, queries: int, *heads: int, headdim: int = 128, **options: Any) -> bool:
+        problem = make_problem(batch, queries, *heads, headdim, **options)
+        tiles = extend_wgmma.tiling(problem, H200)
+        assert tiles is not None
+        assert (tiles.key_groups, tiles.blocks_per_sm, tiles.stages % 4) in ((2, 1, 0), (1, 2, tiles.stages % 4))
+        return tiles.key_groups == 2
+
+    assert takes_turns(32, 4, 64, 4) and takes_turns(1, 16, 32, 8) and takes_turns(16, 1, 256, 8)
+    assert not takes_turns(32, 16, 32, 8)  # 256 items
+    assert not takes_turns(6, 12, 32, 8)  # 48: in blocks of 2.75
+    assert not takes_turns(1, 1, 256, 8)  # 32 rows in many parts
+    assert not takes_turns(32, 4, 64, 4, headdim=64)
+    assert not takes_turns(32, 4, 64, 4, kv_dtype="int8")
+    assert not takes_turns(32, 4, 64, 4, split_size=256)
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])

@@ -67,6 +67,15 @@ def test_shares_about_to_be_short(missing: int, monkeypatch: pytest.MonkeyPatch)
     check_twins(4, plain(np.array([600, 100, 324 - missing] * 4), 2, kv_dtype="int8"), monkeypatch)
 
 
+@pytest.mark.parametrize("fewest", [15, 16, 17])
+def test_sequences_of_about_as_many_rows_as_weigh_more(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row blocks of 64: from 16 rows of each sequence on that has some, long items cost more."""
+    queries = np.array([64, 0, fewest, 33])
+    starts = np.append(0, np.cumsum(queries))
+    options = {"num_heads_q": 2, "max_seqlen_q": 64, "cu_seqlens_q": starts}
+    check_twins(4, plain(np.array([9000, 500, 3000, 7000]), 2, **options), monkeypatch)
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     check_twins(132, plain(np.random.default_rng(0).integers(0, 8192, 100_000)), monkeypatch)

@@ -227,6 +227,37 @@ def test_items_weigh_more_where_shares_are_short(monkeypatch: pytest.MonkeyPatch
     assert longest[0] <= 1.06 * 1024 < 1.2 * 1024 < longest[1]
 
 
+@pytest.mark.parametrize(("queries", "keys", "parts"), [
+    (1, 2000, 16), (1, 5000, 16), (1, 20_000, 39), (1, 66_000, 128), (1, 70_000, 132),
+    (8, 2000, 31), (8, 4000, 32), (8, 20_000, 78), (8, 33_000, 129),
+])  # fmt: skip
+def test_a_single_item_has_few_parts_unless_they_are_long(
+    queries: int, keys: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All parts are merged in the end: what more blocks save in reading, they cost in merging."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "132")
+    monkeypatch.setenv("CUFLASH_ARCH", "90")
+    meta = plan([keys], max_seqlen_q=queries, num_heads_q=8, num_heads_kv=1, max_seqlen_k=100_000)
+    assert abs(int(meta.array[0]) - parts) <= 1
+
+
+def test_items_of_many_rows_weigh_more_unless_some_have_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes to begin, end and merge 128 rows is not the same beside sequences that decode."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "132")
+    monkeypatch.setenv("CUFLASH_ARCH", "90")
+    lengths, queries = [8000, 3000, 1500, 6000, 7000, 2500], np.array([64, 64, 64, 64, 64, 64])
+
+    def keys_who_begins(queries: np.ndarray) -> float:
+        """Return the keys of a block that begins two items, in those of a block that begins none."""
+        starts = np.append(0, np.cumsum(queries)).astype(np.int32)
+        work = plan(lengths, cu_seqlens_q=starts, max_seqlen_q=64).work()
+        keys = np.bincount(work["block"], work["key_end"] - work["key_begin"])
+        begins = np.bincount(work["block"], work["key_begin"] == 0)
+        return float(keys[begins == 2].mean() / keys[begins == 0].mean())
+
+    assert keys_who_begins(queries) < 0.75 < 0.9 < keys_who_begins(queries - [63, 0, 0, 0, 0, 0])
+
+
 def test_num_splits_one_never_splits() -> None:
     work = plan([100000, 5, 300, 70000], num_splits=1).work()
     assert (parts_of_items(work) == 1).all()

@@ -10,8 +10,10 @@
 
 constexpr int kLoaderThreads = kLoaderWarps * 32;
 static_assert(!kConvertsTiles || kCodeStages >= 2, "codes come while others become numbers");
+// A slot is always the same warpgroup's. Else its readers would take turns, too, and one that waits for a phase could miss it.
+static_assert(kStages % (2 * kKeyGroups) == 0 || kKeyGroups == 1, "warpgroups that take turns at tiles have slots of their own");
 
-// mbarriers of the slots: `full` when a half-stage has landed, `empty` when all warps have read it.
+// mbarriers of the slots: `full` when a half-stage has landed, `empty` when all warps that read it have done so.
 struct RingState {
     u64 full[kStages], empty[kStages];
 
@@ -19,7 +21,7 @@ struct RingState {
     __device__ __forceinline__ void init() {
         if (threadIdx.x < kStages) {
             init_barrier(full[threadIdx.x], kLoaderThreads);
-            init_barrier(empty[threadIdx.x], kWarps);
+            init_barrier(empty[threadIdx.x], kWarps / kKeyGroups);
         }
     }
 };

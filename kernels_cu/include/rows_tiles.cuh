@@ -7,7 +7,12 @@
 constexpr int kTileKeys = TILE_KEYS;                // 32, 64 or 128
 constexpr int kStages = STAGES;                     // half-stages of the block's ring
 constexpr int kColumnWarps = COLUMN_WARPS;          // warps that share their rows and divide the value columns
-constexpr int kRowWarps = kWarps / kColumnWarps;
+#ifdef KEY_GROUPS
+constexpr int kKeyGroups = KEY_GROUPS;              // warpgroups that share their rows and take turns at the tiles
+#else
+constexpr int kKeyGroups = 1;
+#endif
+constexpr int kRowWarps = kWarps / kColumnWarps / kKeyGroups;
 constexpr int kWarpRows = kRows / kRowWarps;        // packed query rows of a warp
 constexpr int kWarpKeys = USES_WGMMA ? kTileKeys : kTileKeys / kColumnWarps;  // keys of a tile that a warp scores
 constexpr int kRowTiles = kWarpRows / 16;           // MMA row tiles of a warp
@@ -83,5 +88,5 @@ __device__ __forceinline__ void worker_barrier() {
 #endif
 }
 
-static_assert(kWarps % kColumnWarps == 0 && kWarpRows % 16 == 0 && kWarpKeys % 8 == 0, "warps have whole MMA tiles");
+static_assert(kWarps % (kColumnWarps * kKeyGroups) == 0 && kWarpRows % 16 == 0 && kWarpKeys % 8 == 0, "warps have whole MMA tiles");
 static_assert(kColumnPairs * kColumnWarps * 16 <= kPaddedHeadDimV, "values are padded to what the warps read");

@@ -1294,6 +1294,22 @@ def _many_rows() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(case, (1, 16)[n], extend)
 
 
+def _turns() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of two warpgroups with the same rows: segments of no tile, of one, of several rings."""
+    case = Case(dtype="bfloat16", heads=(4, 1), headdim=(128, 128), seqlens_q=16)
+    for k, options in enumerate((
+        {"seqlens": (1500, 37, 1100), "page_size": 16},
+        {"seqlens": (64, 65, 900, 0), "seqlens_q": (16, 1, 15, 9), "causal": True},
+        {"seqlens": (2500,), "headdim": (72, 128), "causal": True, "merge": True},
+        {"seqlens": (640, 128, 63), "tree": "words", "page_size": 16, "softcap": 3.0},
+        {"seqlens": (900, 330), "seqlens_q": (15, 16), "causal": True, "scale": 0.5},
+    )):  # fmt: skip
+        one = dataclasses.replace(case, seed=k, **options)
+        yield from _named(one, 4, extend_wgmma)
+        if k == 4:
+            yield f"extend_wgmma growing {one}", _attention(one, 4, family=extend_wgmma, change=_grow(128))
+
+
 def _many_codes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
     """Problems of extend.cu and extend_wgmma.cu on quantised caches: two forms of scales, maxima that move."""
     e4m3 = Case(heads=(8, 2), headdim=(128, 128), kv_dtype="float8_e4m3fn", scales=("none", "heads", "heads"))
@@ -1598,7 +1614,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
     out += _huge()
-    out += [*_many_rows(), *_many_codes(), *_boxes(), *_latent()]
+    out += [*_many_rows(), *_turns(), *_many_codes(), *_boxes(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
