@@ -66,7 +66,8 @@ def parts(folder: Path, workers: int) -> list[Part]:
             Part(tool, (python, f"{HERE}/sanitize.py", "--under", tool, *options), 240, needs="compute-sanitizer")
             for tool, options in (
                 ("memcheck", ()), ("initcheck", ()),
-                ("racecheck", ("--without-wgmma",)), ("synccheck", ("--without-wgmma", "--without-clusters")),
+                ("racecheck", ("--without-wgmma", "--without-meetings")),
+                ("synccheck", ("--without-wgmma", "--without-clusters")),
             )
         ),
         Part("counters", (python, f"{HERE}/counters.py"), 100, alone=True, shows=True, needs="ncu"),
