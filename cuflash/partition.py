@@ -21,9 +21,10 @@ class Partition:
         cluster: Blocks that share one item, or 1: blocks share all keys.
         tiles: What the family alone knows of its tiles.
         grain: Keys: cuts lie at multiples of it.
-        min_share: Keys of a block below which cutting items further does not pay ..
-        most_parts: .. and of items with more parts than these ..
-        parted_share: .. so many keys: all parts are merged, by one block or a few.
+        min_share: Keys of a block below which cutting items further does not pay.
+        most_parts: It does not pay either if an item has more parts than these ..
+        parted_share: .. and a block fewer keys than these, since all parts are merged, by one block or a few, ..
+        few_blocks: .. nor do more blocks than these for few items, if these have fewer keys each; 0: they do.
         overhead: What an item costs beyond its keys, as a multiple of what planner.item_overhead says. Beginning,
             ending and merging an item takes microseconds, in which a block could read hundreds of keys; but long
             shares of few rows are to have about as many keys as one another.
@@ -45,6 +46,7 @@ class Partition:
     min_share: int = 64
     most_parts: int = 32
     parted_share: int = 64
+    few_blocks: int = 0
     overhead: int = 1
     overhead_short: int = 8
     short_share: int = 1024

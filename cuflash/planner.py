@@ -164,7 +164,11 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints, rows: I
     keys = end - begin
     all_keys = int(keys.sum()) * heads
     shortest, longest = int(keys.min()), int(keys.max())
-    min_share = max(partition.min_share, min(longest // partition.most_parts, partition.parted_share))
+    few, min_share = partition.few_blocks, partition.min_share
+    if all_keys < partition.parted_share * (few or num_blocks):
+        min_share = max(min_share, min(longest // partition.most_parts, partition.parted_share))
+        if items * 16 <= few:
+            num_blocks = min(few, num_blocks)
     blocks = min(max(items, -(-all_keys // min_share)), num_blocks)
     # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that
     # are about as long as one another: they then count as equal.

@@ -4,39 +4,9 @@
 // sums a slice of consecutive units, a block scan turns the sums into the cost before each slice, and then every thread makes
 // the cut of its own number: where does cost b * total / blocks lie, and which place near it is good? The last step drops cuts
 // that fell together. cuflash/planner.py is the same in NumPy, bit for bit: change both.
+#include "plan_params.cuh"
 #include "scan.cuh"
-#include "schedule.cuh"
 #include "stream.cuh"
-
-struct PlanParams {
-    int* plan;            // schedule.cuh; every word is written
-    Lengths lengths;
-    Mask mask;
-    int batch_size;
-    int num_heads_kv;
-    int group;  // query heads per KV head
-    int rows;   // packed query rows of a row block
-    int row_blocks;
-    int num_blocks;       // most blocks that the plan may use
-    int num_cuts;         // entries of the plan
-    int divisor;          // largest divisor of the number of items in [7/8 num_blocks, num_blocks], or 0
-    int cluster;          // blocks that share an item, or 1: blocks share all keys
-    int num_splits;       // 0: free, n: most parts of an item
-    int split_size;       // items are cut at all multiples of this many keys, or 0
-    unsigned int grain;   // cuts lie at multiples of this many keys: a tile of the attention kernel, or split_size
-    int min_share;        // keys per block below which cutting items further does not pay, ..
-    int most_parts;       // .. and of items with more parts than these ..
-    int parted_share;     // .. so many keys
-    int overhead;         // factor of what an item costs beyond its keys, if each sequence has no rows or ..
-    int overhead_rows;    // .. so many, ..
-    int overhead_short;   // .. and where shares have fewer keys than ..
-    int short_share;      // .. these
-    int longest_share;    // per cent of the mean share that keeping items whole may give the longest one, ..
-    int longest_excess;   // .. and at most so many keys more than the mean
-    int slice_sequences;  // a thread sums up the units of so many sequences, or, where that is 1,
-    int slice_shift;      // those of one part of 2^slice_shift of a sequence:
-    int slice_units;      // so many units
-};
 
 constexpr int kOverheadPart = 32;   // an item costs this part of the mean item beyond its keys, ..
 constexpr int kMostOverhead = 128, kShortOverhead = 16;  // .. at most so many; short items up to twice as much, at most so many
@@ -124,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             const KeyRange other = row_block_keys(mask, sequence, p.group, p.rows, place + 1);
             longest_pair = max(longest_pair, static_cast<unsigned>(keys) + (other.end - other.begin));
         }
-        place += 1;
-        if (place == p.row_blocks && parts == 1) place = 0, s += 1;
+        if (++place == p.row_blocks && parts == 1) place = 0, s += 1;
     }
 
     if (p.cluster > 1) return plan_for_clusters(p, mask, items);
@@ -157,8 +126,10 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     // Items of which all cost the same are cut into whole items per block, or whole blocks per item, if the GPU stays nearly full.
     // So are others that are about as long as one another: they then count as equal.
     bool even = shortest >= longest;  // also without any unit
-    const int min_share = max(p.min_share, min(longest / p.most_parts, p.parted_share));
-    int blocks = (int)min((long long)p.num_blocks, max((long long)items, (all_keys + min_share - 1) / min_share));
+    const bool is_small = all_keys < (long long)p.parted_share * (p.few_blocks ? p.few_blocks : p.num_blocks);
+    const int min_share = max(p.min_share, is_small ? min(longest / p.most_parts, p.parted_share) : 0);
+    const int most_blocks = is_small && items * 16ll <= p.few_blocks ? min(p.few_blocks, p.num_blocks) : p.num_blocks;
+    int blocks = (int)min((long long)most_blocks, max((long long)items, (all_keys + min_share - 1) / min_share));
     if (blocks) {
         const int aligned = items <= blocks ? blocks / items * items : p.divisor;
         const long long longest_share = longest_whole_share(p, items, aligned, longest, longest_pair);

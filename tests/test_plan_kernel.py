@@ -67,6 +67,15 @@ def test_shares_about_to_be_short(missing: int, monkeypatch: pytest.MonkeyPatch)
     check_twins(4, plain(np.array([600, 100, 324 - missing] * 4), 2, kv_dtype="int8"), monkeypatch)
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"max_seqlen_q": 16}, {"num_splits": 20}])
+@pytest.mark.parametrize("heads", [1, 2, 4, 5])
+def test_few_items(heads: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One item in few parts, on half of the multiprocessors or on all of them: at the borders of all this."""
+    for keys in (63, 960, 2047, 2048, 4095, 63_359, 63_360, 33_791, 33_792, 270_000):
+        check_twins(132, plain(np.array([keys // heads]), heads, max_seqlen_k=300_000, **options), monkeypatch)
+    check_twins(7, plain(np.array([5000, 1, 0]), heads, max_seqlen_k=300_000, **options), monkeypatch)
+
+
 @pytest.mark.parametrize("fewest", [15, 16, 17])
 def test_sequences_of_about_as_many_rows_as_weigh_more(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row blocks of 64: from 16 rows of each sequence on that has some, long items cost more."""

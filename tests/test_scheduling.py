@@ -228,7 +228,8 @@ def test_items_weigh_more_where_shares_are_short(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("queries", "keys", "parts"), [
-    (1, 2000, 16), (1, 5000, 16), (1, 20_000, 39), (1, 66_000, 128), (1, 70_000, 132),
+    (1, 1900, 30), (1, 5000, 32), (1, 20_000, 32), (1, 40_000, 42), (1, 63_300, 66), (1, 63_400, 132),
+    (1, 140_000, 132),
     (8, 2000, 31), (8, 4000, 32), (8, 20_000, 78), (8, 33_000, 129),
 ])  # fmt: skip
 def test_a_single_item_has_few_parts_unless_they_are_long(

@@ -39,6 +39,7 @@ def plan_launch(problem: Problem, partition: Partition, lengths: Lengths, words:
         "min_share": partition.min_share,
         "most_parts": partition.most_parts,
         "parted_share": partition.parted_share,
+        "few_blocks": partition.few_blocks,
         "overhead": partition.overhead,
         "overhead_rows": partition.overhead_rows,
         "overhead_short": partition.overhead_short,

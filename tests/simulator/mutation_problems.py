@@ -1306,6 +1306,9 @@ def _turns() -> Iterator[tuple[str, Callable[[], Arrays]]]:
     )):  # fmt: skip
         one = dataclasses.replace(case, seed=k, **options)
         yield from _named(one, 4, extend_wgmma)
+        # Whole tiles, of one warpgroup more than of the other and of both as many.
+        yield from _named(dataclasses.replace(one, seqlens=(64 * (8 + k),), seqlens_q=16), 1, extend_wgmma)
+        yield from _named(dataclasses.replace(one, seqlens=(1024,), seqlens_q=14), 1, extend_wgmma)
         if k == 4:
             yield f"extend_wgmma growing {one}", _attention(one, 4, family=extend_wgmma, change=_grow(128))
 
