@@ -192,6 +192,7 @@ def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend)
     {"seqlens": (0, 700, 1, 1300), "seqlens_q": (15, 0, 16, 3), "causal": True, "page_size": 64, "sinks": True},
     {"seqlens": (500, 900), "seqlens_q": 15, "causal": True, "scale": 0.5, "new": 5, "page_size": 8, "csr": True},
     {"seqlens": (640, 128, 63), "tree": "bool", "page_size": 32, "merge": True},
+    {"seqlens": (128, 192, 64, 256), "num_splits": 1, "page_size": 16},
     {"seqlens": (1111, 300, 450), "chunk": 600, "negative_pages": True, "page_size": 16, "plan": "stale"},
 ], ids=str)  # fmt: skip
 def test_warpgroups_in_turns(options: dict[str, Any], sim: Backend) -> None:

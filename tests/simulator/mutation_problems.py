@@ -1309,6 +1309,8 @@ def _turns() -> Iterator[tuple[str, Callable[[], Arrays]]]:
         # Whole tiles, of one warpgroup more than of the other and of both as many.
         yield from _named(dataclasses.replace(one, seqlens=(64 * (8 + k),), seqlens_q=16), 1, extend_wgmma)
         yield from _named(dataclasses.replace(one, seqlens=(1024,), seqlens_q=14), 1, extend_wgmma)
+        for tiles in (2, 3):  # one more is asked for ahead, if there is one
+            yield from _named(dataclasses.replace(one, seqlens=(64 * tiles,), seqlens_q=13), 1, extend_wgmma)
         if k == 4:
             yield f"extend_wgmma growing {one}", _attention(one, 4, family=extend_wgmma, change=_grow(128))
 
