@@ -25,6 +25,7 @@ PLAN_CUTS = 8  # the word at which the cuts begin
 CUT = np.dtype([("item", "<i4"), ("key", "<i4"), ("first_block", "<i4"), ("last_block", "<i4")])
 _INT32_MAX = 2**31 - 1
 _EMPTY = 1  # what a row block costs that a sequence does not have, in keys
+_BLOCKS_OF_FEW = 16  # items are few if few_blocks are so many for each
 
 Ints = NDArray[np.int64]
 
@@ -167,7 +168,7 @@ def _cut(problem: Problem, partition: Partition, begin: Ints, end: Ints, rows: I
     few, min_share = partition.few_blocks, partition.min_share
     if all_keys < partition.parted_share * (few or num_blocks):
         min_share = max(min_share, min(longest // partition.most_parts, partition.parted_share))
-        if items * 16 <= few:
+        if items * _BLOCKS_OF_FEW <= few:
             num_blocks = min(few, num_blocks)
     blocks = min(max(items, -(-all_keys // min_share)), num_blocks)
     # Equal items: whole ones per block, or whole blocks per item, if the GPU stays nearly full. So are others cut that

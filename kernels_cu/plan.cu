@@ -8,9 +8,11 @@
 #include "scan.cuh"
 #include "stream.cuh"
 
-constexpr int kOverheadPart = 32;   // an item costs this part of the mean item beyond its keys, ..
-constexpr int kMostOverhead = 128, kShortOverhead = 16;  // .. at most so many; short items up to twice as much, at most so many
-constexpr int kEmpty = 1;           // a row block that its sequence does not have costs so many
+constexpr int kOverheadPart = 32;    // an item costs this part of the mean item beyond its keys, ..
+constexpr int kMostOverhead = 128;   // .. at most so many keys; short items up to twice that part, ..
+constexpr int kShortOverhead = 16;   // .. at most so many
+constexpr int kEmpty = 1;            // a row block that its sequence does not have costs so many
+constexpr int kBlocksOfFew = 16;     // items are few if few_blocks are so many for each
 
 __device__ bool has_rows(const PlanParams& p, Sequence sequence, int place) {
     return (long long)place * p.rows < (long long)sequence.seqlen_q * p.group;
@@ -71,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     const int slice_begin = s * p.row_blocks + place;  // units before the slice
     long long slice_keys = 0;
     int slice_units = 0;  // that have rows
-    bool has_few_rows = false;  // one of those
+    bool has_few_rows = false;  // whether the sequence of one of those has few
     int shortest = 2147483647, longest = 0;
     unsigned longest_pair = 0;  // of two units side by side
     #pragma unroll 1
@@ -86,15 +88,21 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
         slice_range[thread] = range;
         const int keys = range.end - range.begin;
         slice_keys += keys;
-        slice_units += has_rows(p, sequence, place);
-        has_few_rows |= has_rows(p, sequence, place) && (long long)sequence.seqlen_q * p.group < p.overhead_rows;
+        if (has_rows(p, sequence, place)) {
+            slice_units += 1;
+            has_few_rows |= (long long)sequence.seqlen_q * p.group < p.overhead_rows;
+        }
         shortest = min(shortest, keys);
         longest = max(longest, keys);
         if (p.row_blocks % 2 == 0 && place % 2 == 0) {
             const KeyRange other = row_block_keys(mask, sequence, p.group, p.rows, place + 1);
             longest_pair = max(longest_pair, static_cast<unsigned>(keys) + (other.end - other.begin));
         }
-        if (++place == p.row_blocks && parts == 1) place = 0, s += 1;
+        place += 1;
+        if (place == p.row_blocks && parts == 1) {
+            place = 0;
+            s += 1;
+        }
     }
 
     if (p.cluster > 1) return plan_for_clusters(p, mask, items);
@@ -128,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
     bool even = shortest >= longest;  // also without any unit
     const bool is_small = all_keys < (long long)p.parted_share * (p.few_blocks ? p.few_blocks : p.num_blocks);
     const int min_share = max(p.min_share, is_small ? min(longest / p.most_parts, p.parted_share) : 0);
-    const int most_blocks = is_small && items * 16ll <= p.few_blocks ? min(p.few_blocks, p.num_blocks) : p.num_blocks;
+    const int most_blocks = is_small && items * (long long)kBlocksOfFew <= p.few_blocks ? min(p.few_blocks, p.num_blocks) : p.num_blocks;
     int blocks = (int)min((long long)most_blocks, max((long long)items, (all_keys + min_share - 1) / min_share));
     if (blocks) {
         const int aligned = items <= blocks ? blocks / items * items : p.divisor;
@@ -227,7 +235,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan(const PlanParams p) {
             }
         }
         key = (key + p.grain / 2) / p.grain * p.grain;
-        key = at_begin ? range.begin : at_end ? range.end : key;
+        if (at_begin) key = range.begin;
+        else if (at_end) key = range.end;
         int item = (sequence * p.num_heads_kv + head) * p.row_blocks + place;
         const bool after = key >= (unsigned)range.end;
         if (after && x > 0) item += 1;

@@ -498,7 +498,8 @@ def test_warpgroups_take_turns_where_items_are_few() -> None:
         problem = make_problem(batch, queries, *heads, headdim, **options)
         tiles = extend_wgmma.tiling(problem, H200)
         assert tiles is not None
-        assert (tiles.key_groups, tiles.blocks_per_sm, tiles.stages % 4) in ((2, 1, 0), (1, 2, tiles.stages % 4))
+        assert (tiles.key_groups, tiles.blocks_per_sm) in ((2, 1), (1, 2))
+        assert tiles.key_groups == 1 or tiles.stages % 4 == 0
         return tiles.key_groups == 2
 
     assert takes_turns(32, 4, 64, 4) and takes_turns(1, 16, 32, 8) and takes_turns(16, 1, 256, 8)

@@ -246,7 +246,7 @@ def test_items_of_many_rows_weigh_more_unless_some_have_few(monkeypatch: pytest.
     """What it takes to begin, end and merge 128 rows is not the same beside sequences that decode."""
     monkeypatch.setenv("CUFLASH_NUM_SM", "132")
     monkeypatch.setenv("CUFLASH_ARCH", "90")
-    lengths, queries = [8000, 3000, 1500, 6000, 7000, 2500], np.array([64, 64, 64, 64, 64, 64])
+    lengths, queries = [8000, 3000, 1500, 6000, 7000, 2500], np.full(6, 64)
 
     def keys_who_begins(queries: np.ndarray) -> float:
         """Return the keys of a block that begins two items, in those of a block that begins none."""

@@ -34,7 +34,6 @@ MOST_STAGES = 8
 # An item of 64 rows costs as much as hundreds of keys, one of 128 rows twice as much: 6 sequences of up to 8192 keys
 # with 64 queries took 85.9 us, 60.9 and 56.7 where it counts 4 and 8 times (H200).
 _OVERHEAD_OF_64_ROWS = 4
-_SHORT_SHARE_IN_TURNS = 1536  # of a block that has its multiprocessor alone
 _PARTED_SHARE = 256
 _SHARE_BYTES = 128  # struct BlockState in extend.cu
 
@@ -100,13 +99,11 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
 
 def partition_of(family: str, tiles: Tiles, problem: Problem, device: Device) -> Partition:
     """Return the partition of a family of many rows."""
-    overhead = max(1, _OVERHEAD_OF_64_ROWS * tiles.rows // 64)
     return replace(
         resident_partition(family, tiles, problem, device),
-        overhead=overhead,
-        overhead_rows=max(1, tiles.rows // 4),
+        overhead=_OVERHEAD_OF_64_ROWS * tiles.rows // 64,
+        overhead_rows=tiles.rows // 4,
         parted_share=_PARTED_SHARE,
-        short_share=_SHORT_SHARE_IN_TURNS if tiles.key_groups > 1 else Partition.short_share,
     )
 
 
@@ -187,7 +184,6 @@ def defines(problem: Problem, tiles: Tiles, form: Form) -> Defines:
         ("WARPS", tiles.math_warps),
         ("COLUMN_WARPS", tiles.column_warps),
         ("CODE_STAGES", tiles.code_stages),
-        *(("KEY_GROUPS", tiles.key_groups) for _ in range(tiles.key_groups > 1)),
     )
     return attention_defines(problem, tiles, own, form)
 

@@ -7,6 +7,7 @@ the same rows, which take turns at the tiles, so that an item has half as many p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ..device import Device
@@ -26,6 +27,7 @@ _MOST_HEADDIM = 256
 _LOADER_WARPS = 4
 _LEAST_STAGES = 4  # the keys of a tile are waited for while the values of two tiles before it are there
 _BARRIERS_BYTES = 16  # of a half-stage: one for those that fill it, one for those that read it
+_SHORT_SHARE_IN_TURNS = 1536  # of a block that has its multiprocessor alone
 _MOST_STAGES_IN_TURNS = 12
 _STAGES_OF_TURNS = 4  # a tile of each warpgroup: a slot is always the same one's
 # Registers of the threads that load and of those that multiply, by warpgroups that multiply and blocks of a
@@ -36,7 +38,10 @@ _REGISTERS = {(1, 2): (56, 200), (2, 1): (56, 224), (1, 1): (0, 0)}
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
     """Return how the family cuts a problem for a device; None if it cannot."""
     tiles = tiling(problem, device)
-    return None if tiles is None else extend.partition_of(NAME, tiles, problem, device)
+    if tiles is None:
+        return None
+    partition = extend.partition_of(NAME, tiles, problem, device)
+    return replace(partition, short_share=_SHORT_SHARE_IN_TURNS) if tiles.key_groups > 1 else partition
 
 
 @lru_cache(maxsize=1024)
@@ -55,9 +60,10 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     blocks_per_sm = 2 if rows == 64 and not is_wide and key_groups == 1 else 1
     state = state_bytes(rows, row_warps, 1, tile_keys)
     most_stages = MOST_STAGES if key_groups == 1 else _MOST_STAGES_IN_TURNS
-    fixed, slot = rows * d * 2 + state + _BARRIERS_BYTES * most_stages, tile_keys * max(d, dv) * 2
-    if key_groups > 1:  # results are given where queries have been: 32 bits each, and what is known of the rows
-        fixed += max(0, rows * dv * 4 + 2048 - rows * d * 2)
+    queries = rows * d * 2
+    if key_groups > 1:  # results are given where queries have been: see Gift in extend_wgmma.cu
+        queries = max(queries, rows * dv * 4 + 16 * 128)
+    fixed, slot = queries + state + _BARRIERS_BYTES * most_stages, tile_keys * max(d, dv) * 2
     room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
     row_blocks, code_stages = max(1, -(-problem.rows // rows)), 0
     if problem.is_quantised:
@@ -97,8 +103,8 @@ def _takes_turns(problem: Problem, device: Device, rows: int, is_wide: bool) -> 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
     of_loader, of_math = _REGISTERS[tiles.math_warps // 4, tiles.blocks_per_sm]
-    registers = (("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math))
-    return Variant(NAME, (*defines(problem, tiles, form), *registers), arch_suffix="a")
+    own = ("KEY_GROUPS", tiles.key_groups), ("LOADER_REGISTERS", of_loader), ("MATH_REGISTERS", of_math)
+    return Variant(NAME, (*defines(problem, tiles, form), *own), arch_suffix="a")
 
 
 def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
