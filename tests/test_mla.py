@@ -219,6 +219,23 @@ def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
         assert (partition.rows, partition.num_blocks) == (rows, blocks)
 
 
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_tiles_scored_ahead(page_size: int, sim: Backend) -> None:
+    """Where two blocks share their tiles, the second of two is scored before the first is multiplied."""
+    case = Case(
+        dtype="bfloat16", heads=(128, 1), headdim=(576, 512), mla="joint", seqlens=(400, 65, 129, 0, 1, 190),
+        page_size=page_size,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    for seed in range(4):
+        if seed == 3:  # maxima move in most tiles, else hardly ever
+            inputs["q"] *= inputs["q"].dtype.type(8)
+        with launched(seed) as launches:
+            check(case, inputs, sim)
+        assert attention(launches).cluster == (2, 1, 1)
+
+
 @BOTH
 def test_bits_with_split_size(sim: Backend, monkeypatch: Any) -> None:
     """A sequence alone, in a batch, on few blocks and on many."""

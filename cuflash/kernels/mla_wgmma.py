@@ -25,7 +25,7 @@ NAME = "mla_wgmma"
 _ROWS = _TILE_KEYS = 64
 _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
-_STATE_BYTES = 3200  # struct BlockState in mla_wgmma.cu
+_STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
 _REGISTERS = (("LOADER_REGISTERS", 56), ("MATH_REGISTERS", 224))
 
 
@@ -56,7 +56,8 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     is_shared = is_common and 3 * items >= resident_blocks(problem, device, 1) and problem.split_size is None
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
-    shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + _STATE_BYTES
+    weights = _ROWS * _TILE_KEYS * 2
+    shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + weights + _STATE_BYTES
     sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
     return Tiles(*sizes, loader_warps=_LOADER_WARPS, row_parts=row_parts, shares_tiles=is_shared)
 

@@ -6,7 +6,9 @@
 
 void proxy_fence(Warp &w, u32 mask) {
     if (!w.launch->races.shared) return;
-    constexpr size_t KEPT = 8;  // of a warp; a thread's later fence covers what its earlier ones do
+    // Of a warp. A thread's later fence covers what its earlier ones do, but readers may know of an earlier one only: warps
+    // that copy run ahead of those that read, by all places of a ring, and each of their lanes may fence by itself.
+    constexpr size_t KEPT = 64;
     auto &all = w.clocks->proxy_fences;
     all.emplace_back();
     ProxyFence &f = all.back();

@@ -13,17 +13,12 @@ struct TurnState {
 
 // What softmax asks of partners, where the other warpgroup hears of a tile when it has been weighed.
 class Turns {
-    static constexpr int kGroupThreads = kThreads / 2;
-
 public:
     __device__ __forceinline__ Turns(TurnState& state, int warp, int lane)
         : state_(state), group_(warp / kRowWarps), row_warp_(warp % kRowWarps), lane_(lane) {}
 
     __device__ __forceinline__ int group() const { return group_; }
     __device__ __forceinline__ int row_warp() const { return row_warp_; }
-
-    // A barrier of this warpgroup.
-    __device__ __forceinline__ void meet() const { named_barrier(2 + group_, kGroupThreads); }
 
     __device__ __forceinline__ bool any(bool exceeds, const float (&)[kRowTiles][2]) const {
         exceeds = __any_sync(kFullWarp, exceeds);
@@ -38,9 +33,10 @@ public:
     }
 
     // Tells the weights of this warp's rows in this warpgroup's tile, of which there are 64, a line each, at an address of
-    // shared memory.
+    // shared memory: when both have read those of the tile before.
     template <int kFirst, int kCount>
     __device__ __forceinline__ void tell(const Weights& weights, u32 to) const {
+        pin(to);  // else all addresses are found ahead of the main loop, and wait in local memory
         for_each<kCount, 2>([&](int i, int half) {
             const int n = kFirst + i;
             store_shared(to + KeyRows::offset(row(0, half), n) + lane_ % 4 * 4, weights[0][n / 2][n % 2 * 2 + half]);
@@ -76,4 +72,23 @@ private:
 
     TurnState& state_;
     int group_, row_warp_, lane_;
+};
+
+// The same while products with values run, which end before anything of them changes. All warps of the warpgroup wait, or none,
+// as PTX asks: so all look at their maxima if one has to.
+template <typename Math>
+struct Running {
+    const Turns& turns;
+    Math& math;
+
+    __device__ __forceinline__ bool any(bool exceeds, const float (&top)[kRowTiles][2]) const {
+        return turns.any(named_barrier_any(2, kThreads / 2, exceeds), top);
+    }
+
+    __device__ __forceinline__ float maximum(int t, int half, float lane_top) const { return turns.maximum(t, half, lane_top); }
+
+    __device__ __forceinline__ void rescale(const float (&alpha)[kRowTiles][2]) const {
+        math.wait_for_values();
+        math.rescale(alpha);
+    }
 };

@@ -28,7 +28,6 @@ public:
     // run on until the wait.
     template <int kFirst, int kCount>
     __device__ __forceinline__ void start_scores(u32 slot, bool are_first, Scores& s) const {
-        fence_for_wgmma();
         wgmma_fence();
         const u64 query = wgmma_descriptor(query_), keys = wgmma_descriptor(slot);
         for_each<kCount / 16>([&](int i) {

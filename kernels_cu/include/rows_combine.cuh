@@ -14,15 +14,26 @@
 // registers: they would keep some of their main loop in local memory.
 constexpr bool kExchanges = USES_WGMMA && kColumnTiles <= 16;
 
+// Whether the rows of an answer pass through shared memory, where a kernel has room for them: else 256 columns of a warp are 64
+// stores of 4 bytes a lane, and fill half of each sector.
+#ifdef STAGES_ANSWERS
+constexpr bool kStagesAnswers = STAGES_ANSWERS;
+#else
+constexpr bool kStagesAnswers = false;
+#endif
+
 // The results of a warp's rows as they lie in registers.
 class RowResults {
+    static constexpr int kRowChunks = kColumnTiles * kColumnWarps;  // of 16 bytes, as an answer lies in shared memory
+
 public:
+    // `staged`, with kStagesAnswers, is an address of kRows rows.
     __device__ __forceinline__ RowResults(const DecodeParams& p, const Segment& segment, Outputs& output, RowStates& states,
-                                          int warp, int lane)
+                                          int warp, int lane, u32 staged = 0)
         : p_(p), segment_(segment), output_(output), states_(states),
           first_row_(warp / kColumnWarps * kWarpRows + lane / 4),
           column_(warp % kColumnWarps * (kColumnTiles * 8) + lane % 4 * 2),
-          has_state_(warp % kColumnWarps == 0 && lane % 4 == 0) {}
+          has_state_(warp % kColumnWarps == 0 && lane % 4 == 0), staged_(staged) {}
 
     __device__ __forceinline__ RowStates& states() const { return states_; }
 
@@ -60,10 +71,15 @@ public:
             const float factor = finish_row(p_, at, states_[t][half], lse);
             for_columns([&](int n) {
                 const float2 o = get(t, half, n);
-                store2<OutElement>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
+                if constexpr (kStagesAnswers) {
+                    stage<OutElement>(staged(row, column_ / 8 + n) + column_ % 8 * 2, o.x * factor, o.y * factor);
+                } else {
+                    store2<OutElement>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
+                }
             });
             if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
         });
+        if constexpr (kStagesAnswers) store_staged();
     }
 
 private:
@@ -81,6 +97,36 @@ private:
             });
         } else {
             for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
+        }
+    }
+
+    // The address of a chunk of a row on its way to memory. Rows in which lanes store together differ in banks.
+    __device__ __forceinline__ u32 staged(int row, int chunk) const {
+        return staged_ + (row * kRowChunks + (chunk ^ row % 8)) * 16;
+    }
+
+    template <typename T>
+    __device__ __forceinline__ void stage(u32 to, float low, float high) const {
+        store_shared(to, T::pack(low, high));
+    }
+
+    // Stores the rows that have been staged: every warp some of them, whole ones. One lane finds where a row begins for all.
+    __device__ __forceinline__ void store_staged() const {
+        constexpr int kAtOnce = 4, kPieces = (kRowChunks + 31) / 32;
+        static_assert(kRows / kWarps <= 32, "a lane finds one row");
+        worker_barrier();
+        const int thread = thread_number(), warp = thread / 32, lane = thread % 32;
+        const long long begin = RowOutput(p_, segment_, min(warp + lane * kWarps, segment_.valid_rows - 1)).out;
+#pragma unroll 1
+        for (int first = 0; warp + first * kWarps < segment_.valid_rows; first += kAtOnce) {
+            const auto row_of = [&](int i) { return min(warp + (first + i) * kWarps, kRows - 1); };
+            float4 v[kAtOnce][kPieces];
+            for_each<kAtOnce, kPieces>([&](int i, int piece) { v[i][piece] = load_shared(staged(row_of(i), piece * 32 + lane)); });
+            for_each<kAtOnce, kPieces>([&](int i, int piece) {
+                const long long to = __shfl_sync(kFullWarp, begin, (first + i) % 32) + (piece * 32 + lane) * 8;
+                if (warp + (first + i) * kWarps >= segment_.valid_rows || (piece * 32 + lane) * 8 >= kHeadDimV) return;
+                store_global(reinterpret_cast<float4*>(static_cast<unsigned short*>(p_.out) + to), v[i][piece]);
+            });
         }
     }
 
@@ -122,6 +168,7 @@ private:
     RowStates& states_;
     int first_row_, column_;
     bool has_state_;
+    u32 staged_;
 };
 
 // Words of `counters` that the blocks of an item share, the four of its first block; 0 between launches.
