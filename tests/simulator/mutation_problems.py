@@ -1352,7 +1352,8 @@ def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
     several = dataclasses.replace(pair, seqlens=(400, 65, 129, 0, 1, 190))  # tiles that are scored ahead
     for page_size in (1, 64):
         yield from _named(dataclasses.replace(several, page_size=page_size), 4, mla_wgmma)
-    yield f"mla_wgmma growing {several}", _attention(several, 4, family=mla_wgmma, change=_grow(128))
+    for first in (64, 128):  # maxima move in a second tile, and in a first one
+        yield f"mla_wgmma growing {first} {several}", _attention(several, 4, family=mla_wgmma, change=_grow(first))
     for k, queries in enumerate(((9, 0, 5, 8), (70, 3, 0, 130), (16, 1, 1, 2), (40, 33, 1, 90))):
         yield f"extend_wgmma packed keys {queries}", _packed(queries, (1, 4)[k % 2])
     yield "extend_wgmma packed keys, splits", _packed((9, 0, 5, 9), 3, split_size=64)
