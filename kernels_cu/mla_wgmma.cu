@@ -116,11 +116,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     }
     if (threadIdx.x < kStages * kParts) {
         init_barrier((&block.full[0][0])[threadIdx.x], kLoaderWarps * 32);
-        if constexpr (kSharesTiles) fence_barrier_init();
-    }
-    if (threadIdx.x < kStages * kGroups) {
         // One warpgroup frees a part, of each block that it is copied for.
-        init_barrier((&block.empty[0][0])[threadIdx.x], kSharesTiles ? 2 * kRowWarps : kRowWarps);
+        constexpr int kFreeing = kSharesTiles ? 2 * kRowWarps : kRowWarps;
+        if (threadIdx.x < kStages * kGroups) init_barrier((&block.empty[0][0])[threadIdx.x], kFreeing);
         if constexpr (kSharesTiles) fence_barrier_init();
     }
     if constexpr (kSharesTiles) cluster_arrive();
@@ -184,6 +182,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             math.start_scores<kPaddedHeadDimV, 64>(slot_of(at), !p.qv, scores);
             math.wait_for_scores(scores);
         };
+        const auto end_values = [&](const Place& at) {
+            math.wait_for_values();
+            __syncwarp();
+            leave(at);
+        };
         // Finds the weights of half of a tile's keys ..
         const auto weigh = [&](u32 key, Scores& scores, Weights& weights, auto& rescaled, const auto& partners) {
             if (!has_rows) return;  // what weights of rows that do not exist are, nobody asks
@@ -192,11 +195,6 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             softmax.move_maxima(scores, rescaled, partners, Scaling(nullptr, lane));
             softmax.weigh<0, 4>(scores);
             pack_weights<0, 4>(scores, weights);
-        };
-        const auto end_values = [&](const Place& at) {
-            math.wait_for_values();
-            __syncwarp();
-            leave(at);
         };
         // .. and tells them, so that their products run while the other weights are found.
         const auto multiply = [&](const Place& at, Scores& scores, Weights& weights) {

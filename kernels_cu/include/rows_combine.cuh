@@ -113,18 +113,18 @@ private:
     // Stores the rows that have been staged: every warp some of them, whole ones. One lane finds where a row begins for all.
     __device__ __forceinline__ void store_staged() const {
         constexpr int kAtOnce = 4, kPieces = (kRowChunks + 31) / 32;
-        static_assert(kRows / kWarps <= 32, "a lane finds one row");
+        static_assert(!kStagesAnswers || (kRows % (kWarps * kAtOnce) == 0 && kRows / kWarps <= 32), "a lane finds one row");
         worker_barrier();
         const int thread = thread_number(), warp = thread / 32, lane = thread % 32;
         const long long begin = RowOutput(p_, segment_, min(warp + lane * kWarps, segment_.valid_rows - 1)).out;
 #pragma unroll 1
         for (int first = 0; warp + first * kWarps < segment_.valid_rows; first += kAtOnce) {
-            const auto row_of = [&](int i) { return min(warp + (first + i) * kWarps, kRows - 1); };
+            const auto row = [&](int i) { return warp + (first + i) * kWarps; };
             float4 v[kAtOnce][kPieces];
-            for_each<kAtOnce, kPieces>([&](int i, int piece) { v[i][piece] = load_shared(staged(row_of(i), piece * 32 + lane)); });
+            for_each<kAtOnce, kPieces>([&](int i, int piece) { v[i][piece] = load_shared(staged(row(i), piece * 32 + lane)); });
             for_each<kAtOnce, kPieces>([&](int i, int piece) {
-                const long long to = __shfl_sync(kFullWarp, begin, (first + i) % 32) + (piece * 32 + lane) * 8;
-                if (warp + (first + i) * kWarps >= segment_.valid_rows || (piece * 32 + lane) * 8 >= kHeadDimV) return;
+                const long long to = __shfl_sync(kFullWarp, begin, first + i) + (piece * 32 + lane) * 8;
+                if (row(i) >= segment_.valid_rows || (piece * 32 + lane) * 8 >= kHeadDimV) return;
                 store_global(reinterpret_cast<float4*>(static_cast<unsigned short*>(p_.out) + to), v[i][piece]);
             });
         }
