@@ -85,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) extend(con
     const auto load = [&](bool keys, u32 to) {
         if (keys) {
             loader.load_keys(to);
+            loader.look_ahead();
         } else {
             loader.load_values(to);
         }

@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     };
     // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
     const auto begin_tile = [&](int key) {
-        loader.begin_tile();
+        loader.begin_tile_of_rows();
         if constexpr (kStages == 1) {
             __syncthreads();
             load(slot);
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             loader.start(walker, segment);
 #pragma unroll 1
             for (u32 tile = 0; tile < kStages - 1; ++tile) {
-                loader.begin_tile();
+                loader.begin_tile_of_rows();
                 load(ring + tile * kSlotBytes);
             }
             cp_async_wait<kStages - 1>();  // all but the groups of the ring

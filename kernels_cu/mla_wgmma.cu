@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& bl
     loader.start();
     for (Place place; loader.has_tile(); place.advance()) {
         const u32 slot = ring + place.slot * kSlotBytes;
-        loader.begin_tile();
+        loader.begin_tile_of_rows();
         const auto load = [&](int part, auto copy) {
             u64& full = block.full[place.slot][part];
             // Of a slot never filled it is over.

@@ -63,7 +63,7 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
     "128 rows": (MANY, {"seqlens_q": 40, "page_size": 16, "seqlens": (400, 129, 0)}, True),
     "append": (MANY, {"new": 9, "page_size": 16, "rotary": "half"}, True),
     "splits": (MANY, {"split_size": 64, "page_size": 16}, True),
-    "tree": (MANY, {"tree": "words", "causal": False, "page_size": 16}, False),
+    "tree": (MANY, {"tree": "words", "causal": False, "page_size": 16}, True),
     "codes": (MANY, {"kv_dtype": "float8_e4m3fn", "page_size": 16}, False),
     "latent": (LATENT, {}, True),
     "latent, contiguous": (LATENT, {"page_size": None}, True),
@@ -84,6 +84,12 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
     "latent, two blocks, leftpad": (
         LATENT,
         {"heads": (256, 1), "page_size": 16, "leftpad": True, "plan": "stale"},
+        True,
+    ),
+    "latent, tree": (LATENT, {"tree": "bool", "causal": False, "seqlens_q": 40}, True),
+    "latent, two blocks, tree": (
+        LATENT,
+        {"heads": (128, 1), "tree": "words", "causal": False, "seqlens_q": 5, "seqlens": (200, 65, 9, 330)},
         True,
     ),
     "latent, narrower": (LATENT, {"mla": "qv", "headdim": (40, 448), "page_size": 8}, True),

@@ -26,7 +26,7 @@ _ROWS = _TILE_KEYS = 64
 _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
 _STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
-_REGISTERS = (("LOADER_REGISTERS", 56), ("MATH_REGISTERS", 224))
+_REGISTERS = (("LOADER_REGISTERS", 72), ("MATH_REGISTERS", 216))
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
@@ -69,7 +69,7 @@ def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Varia
 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
-    own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles and not form.has_tree)), *_REGISTERS)
+    own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles)), *_REGISTERS)
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 
 

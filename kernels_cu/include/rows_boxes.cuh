@@ -35,7 +35,7 @@ __device__ __forceinline__ void prefetch_maps(const TiledParams& p) {
 // The boxes of a warp's part of a tile. Blocks that share their tiles, two of a cluster, copy those of every other warp for both.
 class Boxes {
 public:
-    static constexpr bool kExist = !kConvertsTiles && !kHasTree;  // with a tree there are no registers for them
+    static constexpr bool kExist = !kConvertsTiles;
 
     __device__ __forceinline__ Boxes(const TiledParams& p, int warp) : p_(p), copies_(!kSharesTiles || warp % 2 == row_part()) {}
 

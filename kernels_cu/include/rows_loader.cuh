@@ -81,23 +81,22 @@ public:
     __device__ __forceinline__ bool has_tile() const { return key_ < end_; }
 
     // Comes before the copies of a tile, and before what they wait for: finds out which rows of this warp's part are copied.
-    // Zeros stand in place of those behind the segment's end, on pages of a negative number and hidden from all rows by a tree
-    // mask: there may be NaN, which weights of 0 do not hide.
+    // Zeros stand in place of those behind the segment's end, and on pages of a negative number.
     __device__ __forceinline__ void begin_tile() {
         is_tile_ = has_tile();
         const u32 slot = key_ + part_ + lane_;  // of the cache
-        bool is_copied = lane_ < kPartKeys && slot < end_ && place_.exists();
-        if constexpr (kHasTree) {
-            if (key_ + kTileKeys > first_of_tree_) is_copied = is_copied && !is_hidden_from_all(slot);
-        }
-        copied_ = __ballot_sync(kFullWarp, is_copied);
-        comes_in_boxes_ = copied_ == kAllRows && boxes_.fit(key_ + part_);
-        // Where ptxas knows it to be uniform, all of the loader is: slower, but for codes and trees (see README.md).
-        if constexpr (!kConvertsTiles && !kHasTree) copied_ |= zero_of_each_lane();
+        choose(lane_ < kPartKeys && slot < end_ && place_.exists());
+        if constexpr (kConvertsTiles) leave_out_hidden();  // scales come beside the keys
     }
 
-    // Starts the copy of the next tile's keys to a slot of the ring, if there is one, and looks up the tile after it. With a
-    // quantised cache the ring is that of the codes. Boxes count their bytes at the slot's barrier, if it has one.
+    // The same of a tile whose rows are values, too.
+    __device__ __forceinline__ void begin_tile_of_rows() {
+        begin_tile();
+        leave_out_hidden();
+    }
+
+    // Starts the copy of the next tile's keys to a slot of the ring, if there is one. With a quantised cache the ring is that of
+    // the codes. Boxes count their bytes at the slot's barrier, if it has one.
     __device__ __forceinline__ void load_keys(u32 slot, u64* full = nullptr) {
         value_place_ = place_, value_head_ = kv_head_;
         if (Boxes::kExist && comes_in_boxes_) {
@@ -107,8 +106,13 @@ public:
             const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
             copy_part<kHeadDim, kConvertsTiles ? kHeadDim / 16 : kKeyChunks, CopiedKeys>(keys_from_, units, keys_to_ + slot);
         }
+        if (is_tile_) copy_scales(slot);
+    }
+
+    // Between the copies of a tile's keys and of its values: looks up the tile after it.
+    __device__ __forceinline__ void look_ahead() {
         if (!is_tile_) return;
-        copy_scales(slot);
+        if constexpr (!kConvertsTiles) leave_out_hidden();
         key_ += kTileKeys;
         find_tile();
     }
@@ -179,6 +183,22 @@ public:
     }
 
 private:
+    // Chooses the rows of this warp's part that are copied, and whether as boxes: whether this lane's is.
+    __device__ __forceinline__ void choose(bool is_copied) {
+        copied_ = __ballot_sync(kFullWarp, is_copied);
+        comes_in_boxes_ = copied_ == kAllRows && boxes_.fit(key_ + part_);
+        // Where ptxas knows it to be uniform, all of the loader is: slower, but for codes and trees (see README.md).
+        if constexpr (!kConvertsTiles && !kHasTree) copied_ |= zero_of_each_lane();
+    }
+
+    // Zeros stand also in place of values that a tree mask hides from all rows: there may be NaN, which weights of 0 do not hide.
+    // It takes long to find out, so keys are copied before: whatever their scores are, they are hidden.
+    __device__ __forceinline__ void leave_out_hidden() {
+        if constexpr (kHasTree) {
+            if (key_ + kTileKeys > first_of_tree_) choose((copied_ >> lane_ & 1) && !is_hidden_from_all(key_ + part_ + lane_));
+        }
+    }
+
     // Where a column that begins a line lies in a row of a slot.
     template <int kColumn>
     static constexpr u32 column_offset() {

@@ -52,6 +52,7 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, RingState& sta
     while (loader.has_tile()) {
         loader.begin_tile();
         load([&](u32 slot, u64* full) { loader.load_keys(slot, full); });
+        loader.look_ahead();
         load([&](u32 slot, u64* full) { loader.load_values(slot, full); });
     }
     cp_async_commit();
@@ -70,6 +71,7 @@ __device__ __forceinline__ void load_share_of_codes(const LoaderParams& p, RingS
             tiles += loader.has_tile();
             loader.begin_tile();
             loader.load_keys(to);
+            loader.look_ahead();
         } else {
             loader.load_values(to);
         }

@@ -37,20 +37,26 @@ __device__ __forceinline__ u32 keys_of_lane(u32 word, int lane) {
 __device__ __forceinline__ void hidden_by_tree(const DecodeParams& p, const Segment& segment, int first_query, int last_query,
                                                const int (&query)[2], u32 first_key, int lane, u32 (&hidden)[2]) {
     constexpr int kAtOnce = 4;  // loads under way
+    // Of each lane: else ptxas works in the uniform registers that hold descriptors of wgmma, in all tiles.
+    const unsigned char* const first_row = tree_row(p, segment, first_query) + zero_of_each_lane();
     hidden[0] = hidden[1] = 0;
 #pragma unroll 1
     for (int word = (kKeyTiles - 1) / 4; word >= 0; --word) {
         const u32 key = first_key + word * 32;
         u32 hides[2] = {0, 0};
         if (tree_column(p, segment, key + 31) >= 0) {
+            const int column = tree_column(p, segment, key + lane);
+            const int asked = max(0, min(column, segment.lengths.seqlen_q - 1));
+            const unsigned char* row = first_row;
 #pragma unroll 1
             for (int first = first_query; first <= last_query; first += kAtOnce) {
-                bool is_hidden[kAtOnce];
+                bool is_seen[kAtOnce];
                 for_each<kAtOnce>([&](int i) {
-                    is_hidden[i] = tree_hides(p, segment, tree_row(p, segment, min(first + i, last_query)), key + lane);
+                    is_seen[i] = p.tree.sees(row, asked);
+                    if (first + i < last_query) row += p.tree.row_stride;
                 });
                 for_each<kAtOnce>([&](int i) {
-                    const u32 votes = __ballot_sync(kFullWarp, is_hidden[i]);
+                    const u32 votes = __ballot_sync(kFullWarp, column >= 0 & !is_seen[i]);
                     for_each<2>([&](int half) {
                         if (query[half] == first + i) hides[half] = votes;
                     });
@@ -61,10 +67,11 @@ __device__ __forceinline__ void hidden_by_tree(const DecodeParams& p, const Segm
     }
 }
 
-// Hides from each row the keys that it does not see; for the tiles in which that differs from row to row. The scores begin at
-// `first_key`, and at packed row `first_row`.
-__device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
-                                            int lane, Scores& s) {
+// For each of a lane's rows: visit(row tile, half, bits of the keys that it does not see), for the tiles in which those differ from
+// row to row. Scores begin at `first_key`, and at packed row `first_row`.
+template <typename Visit>
+__device__ __forceinline__ void for_hidden_keys(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
+                                                int lane, Visit visit) {
     for_each<kRowTiles>([&](int t) {
         const int row = first_row + t * 16, last_row = segment.first_row + segment.valid_rows - 1;
         const int query[2] = {query_of(p, row + lane / 4), query_of(p, row + 8 + lane / 4)};
@@ -80,11 +87,22 @@ __device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment
             const int end = min(segment.keys.end, mask_of(p).last_visible(segment.lengths, query[half])) - lane_key;
             hidden[half] |= keys_before(begin) | ~keys_before(end);
             if (kHasTree && row + half * 8 + lane / 4 > last_row) hidden[half] = ~0u;  // has no row of the tree mask
-            for_each<kKeyTiles, 2>([&](int n, int column) {
-                if (hidden[half] >> (2 * n + column) & 1) s[t][n][half * 2 + column] = -infinity();
-            });
+            visit(t, half, hidden[half]);
         });
     });
+}
+
+// Hides keys from a row.
+__device__ __forceinline__ void hide_keys(int t, int half, u32 hidden, Scores& s) {
+    for_each<kKeyTiles, 2>([&](int n, int column) {
+        if (hidden >> (2 * n + column) & 1) s[t][n][half * 2 + column] = -infinity();
+    });
+}
+
+// Hides from each row the keys that it does not see.
+__device__ __forceinline__ void mask_scores(const DecodeParams& p, const Segment& segment, int first_row, u32 first_key,
+                                            int lane, Scores& s) {
+    for_hidden_keys(p, segment, first_row, first_key, lane, [&](int t, int half, u32 hidden) { hide_keys(t, half, hidden, s); });
 }
 
 // Rounds weights to elements, of kCount tiles of 8 keys from kFirst on: two C fragments side by side are an A fragment.
