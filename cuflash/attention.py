@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any, Literal, overload
 
 from . import arguments, backends, memo
 from .array_types import Array, ArrayT
-from .arrays import (
-    NativeArray,
-    address_of,
-    exporter,
-    is_on_device,
-    is_same,
-    refuse_in_capture,
-    span_of,
-)
-from .layouts import new_array
+from .arrays import NativeArray, is_on_device
 from .metadata import SchedulerMetadata
-from .operands import Lengths, Operands
+from .operands import Lengths
 from .problem import Problem
 from .public import public
+from .repeated_call import RepeatedCall, came_as_they_are, in_kind, refuse_planning_in_capture
 from .scheduling import make_metadata
 
 
@@ -250,7 +241,7 @@ def attend_once(given: dict[str, Any], max_seqlen_k: int) -> Any:
     problem, operands = arguments.attention(given, None)
     backend, plan = backends.select(operands.q), None
     if backend.uses_plan:
-        _refuse_planning_in_capture(operands.q)
+        refuse_planning_in_capture(operands.q)
         plan, _ = make_metadata(problem, operands.lengths, max_seqlen_k, given["pack_gqa"])
     backend.attend(problem, operands, plan)
     return _results(given, operands.out, operands.softmax_lse)
@@ -263,7 +254,7 @@ def _attend(given: dict[str, Any]) -> Any:
     backend = backends.select(operands.q)
     refill, words = None, None
     if plan is None and backend.uses_plan:
-        _refuse_planning_in_capture(operands.q)
+        refuse_planning_in_capture(operands.q)
         longest = _longest(operands.lengths, operands.cache.capacity, problem)
         plan, refill = make_metadata(problem, operands.lengths, longest, given["pack_gqa"])
         words = plan.array.shape
@@ -274,144 +265,18 @@ def _attend(given: dict[str, Any]) -> Any:
     if refill is not None:
         step = replace(step, launches=refill.launches + step.launches)
 
-    def again(arrays: memo.Arrays) -> _Call | None:
-        if not _came_as_they_are(operands, arrays):
+    def again(arrays: memo.Arrays) -> RepeatedCall | None:
+        if not came_as_they_are(operands, arrays):
             return None
-        return _Call(backend, step, words, operands, arrays, given["return_softmax_lse"])
+        return RepeatedCall(backend, step, words, operands, arrays, given["return_softmax_lse"])
 
     return memo.first(results, again)
 
 
-def _came_as_they_are(operands: Operands, arrays: memo.Arrays) -> bool:
-    """Whether no array had to be copied: a repeated call hands them on as they are."""
-    return all(
-        is_same(array, arrays[name])
-        for name, array in operands.arrays.items()
-        if array is not None and name in arrays and name not in _VIEWS
-    )
-
-
-_CACHES = ("k_cache", "v_cache")
-_VIEWS = (*_CACHES, "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
-_RESULTS = ("out", "softmax_lse")  # made if they were not given
-
-
-class _Call:
-    """A call that has been checked and prepared, for calls of the same key.
-
-    Its arrays have places: first those that it is given, in their order, then those that it makes, and a plan.
-    """
-
-    def __init__(
-        self,
-        backend: Any,
-        step: Any,
-        words: tuple[int, ...] | None,
-        operands: Operands,
-        arrays: memo.Arrays,
-        returns_lse: bool,
-    ) -> None:
-        """Remember what the call prepared, and none of the caller's arrays.
-
-        Args:
-            backend: Who runs it.
-            step: The launches, with the planner's for a call without a plan.
-            words: The shape of a plan's array, for a call without a plan.
-            operands: The data of the first call.
-            arrays: Its arrays by argument as they came, in their order.
-            returns_lse: Whether it returns the LSE, too.
-        """
-        used = {name: array for name, array in operands.arrays.items() if array is not None}
-        new = {name: used[name] for name in _RESULTS if name in used and name not in arrays}
-        made = {name: used[name] for name in used if name not in arrays and name not in new}  # of numbers
-        names = [*arrays, *made, *new, "plan"]
-        places = {name: place for place, name in enumerate(names)}
-        # What was given and has no partner is ignored.
-        ignored = dict.fromkeys(operands.arrays.keys() - used.keys())
-        self._backend, self._step = backend, backend.bind(step, places | ignored, len(names))
-        self._plans, self._new = words is not None, [(array.shape, array.dtype.name) for array in new.values()]
-        if words is not None:
-            self._new.append((words, "int32"))
-        self._made, self._made_addresses = list(made.values()), [address_of(array) for array in made.values()]
-        self._returned = [places[name] for name in _RESULTS[: 1 + returns_lse]]
-        self._results = itemgetter(*self._returned)
-        self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
-        self._caches = places["k_cache"], places["v_cache"]
-        self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
-        pairs = [("out", name) for name in ("q", "qv", "k", "v", *_CACHES)]
-        if operands.k is not None:
-            pairs += [(name, cache) for name in ("q", "qv", "k", "v") for cache in _CACHES]
-            pairs += [_CACHES, ("k_descale", "v_descale")]
-        self._apart = [
-            (places[one], places[other], *_distances(arrays[one], arrays[other]))
-            for one, other in pairs
-            if one in arrays and other in arrays
-        ]
-
-    def fits(self, addresses: list[int]) -> bool:
-        """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
-        k_place, v_place = self._caches
-        if (addresses[k_place] == addresses[v_place]) != self._together:
-            return False
-        for place, other_place, below, above, known in self._apart:
-            distance = addresses[place] - addresses[other_place]
-            if below < distance < above and distance != known:
-                return False
-        return True
-
-    def __call__(
-        self, arrays: list[Any], addresses: list[int], plan: SchedulerMetadata | None, foreign: dict[int, Any]
-    ) -> Any:
-        """Attend, on a new plan without one."""
-        if self._plans:
-            refuse_in_capture(*_PLANNED)
-        arrays += self._made
-        addresses += self._made_addresses
-        q = arrays[self._q]
-        for shape, dtype in self._new:
-            array, address = new_array(shape, dtype, q)
-            arrays.append(array)
-            addresses.append(address)
-        if plan is not None:
-            arrays.append(plan.array)
-            addresses.append(plan.array.data.ptr)
-        self._backend.repeat(self._step, self._gpu, arrays, addresses)
-        if foreign:
-            q = foreign.get(self._q, q)
-            for place in self._returned:
-                native = arrays[place]
-                arrays[place] = _in_kind(native, foreign.get(place, native) if place < self._num_given else None, q)
-        return self._results(arrays)
-
-
-def _distances(array: NativeArray, other: NativeArray) -> tuple[int, int, int]:
-    """Return between which distances of an array behind another their spans meet, and the distance that they have."""
-    (begin, end), (other_begin, other_end) = span_of(array), span_of(other)
-    distance = address_of(array) - address_of(other)
-    return other_begin - end + distance, other_end - begin + distance, distance
-
-
 def _results(given: dict[str, Any], out: NativeArray, lse: NativeArray | None) -> Any:
     """Return what the caller asked for, as arrays of his kind."""
-    result = _in_kind(out, given["out"], given["q"])
-    return (result, _in_kind(lse, given["softmax_lse"], given["q"])) if given["return_softmax_lse"] else result
-
-
-def _in_kind(native: NativeArray, mine: Any, q: Any) -> Any:
-    """Return the caller's own output, or without one an array of the queries' kind."""
-    if mine is native or (mine is None and type(native) is type(q)):
-        return native
-    # Exported also where it was given: that makes a framework's own stream wait for the result.
-    exported = exporter(q if mine is None else mine)(native)
-    return exported if mine is None else mine
-
-
-def _refuse_planning_in_capture(array: NativeArray) -> None:
-    if is_on_device(array):
-        refuse_in_capture(*_PLANNED)
-
-
-_PLANNED = "scheduler_metadata", "be given"
+    result = in_kind(out, given["out"], given["q"])
+    return (result, in_kind(lse, given["softmax_lse"], given["q"])) if given["return_softmax_lse"] else result
 
 
 def _longest(lengths: Lengths, capacity: int, problem: Problem) -> int:
