@@ -215,6 +215,17 @@ def test_every_length(page_size: int | None, sim: Backend) -> None:
         check(case, make_inputs(case), sim)
 
 
+@BOTH
+@pytest.mark.parametrize("tree", ["bool", "words"])
+def test_trees_that_begin_anywhere(tree: str, sim: Backend) -> None:
+    """In every place of a word of keys, and with as many rows as leave every number of them to the last warp."""
+    for queries in (9, 10, 11, 12):
+        seqlens = tuple(range(queries + 250 + queries % 2, queries + 282, 2))
+        case = Case(dtype="float16", heads=(8, 1), headdim=(64, 64), seqlens=seqlens, seqlens_q=queries, tree=tree)
+        with launched(case):
+            check(case, make_inputs(case), sim)
+
+
 @pytest.mark.parametrize(
     ("arch", "headdim"), [("90", (64, 64)), ("90a", (64, 64)), pytest.param("90", (512, 512), marks=pytest.mark.slow)]
 )

@@ -1421,6 +1421,9 @@ def _more_many_rows(family: ModuleType) -> Iterator[tuple[str, Callable[[], Arra
         (tree, 1, {"seqlens": (57, 40), "seqlens_q": 92}),
         (tree, 5, {"seqlens": tuple(range(73, 105)), "seqlens_q": 33}),
         (tree, 1, {"seqlens": (50, 40), "seqlens_q": (8, 7), "unowned": (3, 2), "heads": (9, 1)}),
+        # Trees that begin with the last key of a word, whose mask has a row of another query behind it, or none.
+        (tree, 2, {"seqlens": (41, 73, 297, 105), "seqlens_q": 10, "heads": (8, 1), "tree": "words"}),
+        (tree, 2, {"seqlens": (41, 73, 297), "seqlens_q": 10, "heads": (8, 1)}),
         # Masks at many places of a tile, where maxima move late.
         (base, 5, {"seqlens": tuple(range(200, 232)), "seqlens_q": 21, "window": (150, 1), "scale": 9.0}),
         (tree, 5, {"seqlens": tuple(range(200, 216)), "seqlens_q": 90, "tree": "words", "scale": 9.0}),
