@@ -463,14 +463,16 @@ def test_counts(headdim: int, rows: int, arch: str, kv_dtype: str | None, sim: B
         run(case, make_inputs(dataclasses.replace(case, poison=False)), sim)
     counters = attention(launches).counters
     visible = sum(lengths) * headdim * (1 if kv_dtype else 2)
+    # Rings of codes and of numbers do not fit beside 128 queries of 256 elements: two row blocks read the keys.
+    blocks = 2 if (headdim, rows, arch) == (256, 128, "90a") and kv_dtype else 1
     for name in ("k_cache", "v_cache"):
-        assert counters.arrays[name].read_bytes <= 1.02 * visible
+        assert (blocks - 0.01) * visible <= counters.arrays[name].read_bytes <= (blocks + 0.02) * visible
         assert counters.arrays[name].read_sectors == counters.arrays[name].read_ideal
     ideal, real = counters.wavefronts("cp.async", "ldmatrix", "ld.shared")
     assert real == ideal
     if kv_dtype:
         for name in ("k_descale", "v_descale"):
-            assert counters.arrays[name].read_bytes == 4 * sum(lengths)
+            assert counters.arrays[name].read_bytes == 4 * blocks * sum(lengths)
         ideal, real = counters.wavefronts("st.shared")
         assert real <= 1.02 * ideal  # what blocks fold is stored less evenly
 
