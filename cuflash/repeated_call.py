@@ -92,11 +92,11 @@ class RepeatedCall:
         self, arrays: list[Any], addresses: list[int], plan: SchedulerMetadata | None, foreign: dict[int, Any]
     ) -> Any:
         """Attend, on a new plan without one."""
+        q = arrays[self._q]
         if self._plans:
-            refuse_planning_in_capture(arrays[self._q])
+            refuse_planning_in_capture(q)
         arrays += self._made
         addresses += self._made_addresses
-        q = arrays[self._q]
         for shape, dtype in self._new:
             array, address = new_array(shape, dtype, q)
             arrays.append(array)
