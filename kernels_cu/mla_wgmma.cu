@@ -17,6 +17,7 @@
 #include "rows_loader.cuh"
 #include "rows_queries.cuh"
 #include "rows_reach.cuh"
+#include "rows_scatter.cuh"
 #include "rows_softmax.cuh"
 #include "rows_together.cuh"
 #include "segment.cuh"
@@ -27,6 +28,7 @@ constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
 constexpr int kGroupColumns = kPaddedHeadDimV / 2;
 constexpr u32 kToldBytes = kRows * kTileKeys * Element::kBytes;  // of the weights that are told, a line for each row
 constexpr bool kScoresAhead = kSharesTiles;
+static_assert(ReduceScatter::kSharedBytes <= kRingBytes, "pieces lie where tiles were");
 static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
 static_assert(kPaddedHeadDim == kPaddedHeadDimV + 64 && kTileKeys == 64 && kRows == 64, "weights are a line");
 
@@ -40,6 +42,7 @@ struct BlockState {
     Segment segment;
     TurnState turns;
     MergeState merge;
+    ScatterState scatter;
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
@@ -155,7 +158,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     Walker walker(block.share);
     [[maybe_unused]] RowStates folded;  // with split_size: of the item's splits so far
     for (Segment segment; walker.next(p, block.share, segment);) {
-        if (threadIdx.x == 0) block.segment = segment;
+        if (threadIdx.x == 0) {
+            block.segment = segment;
+            ReduceScatter::load_end(p, block.share, segment, block.scatter);
+        }
         load_latent_queries(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
@@ -268,8 +274,17 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
         RowResults results(p, block.segment, math.output(), states, result_warp, thread % 32, staged);
         if constexpr (kHasSplitSize) {
             hand_on_split(p, block.share, block.segment, results, folded, block.merge);
+        } else if constexpr (kMerges) {
+            hand_on(p, block.share, block.segment, results, block.merge);
+        } else if (block.segment.starts && block.segment.ends) {
+            results.answer();
+        } else if (ReduceScatter::fits(block.share, block.segment, block.scatter)) {
+            ReduceScatter(p, block.share, block.segment, block.scatter, ring).merge(math.output(), states);
         } else {
-            hand_on_together(p, block.share, block.segment, results, block.merge, *reinterpret_cast<TogetherState*>(queries));
+            results.store(slot_of_result(block.segment));
+            const Cut cut = cut_item(block.share, block.segment);
+            TogetherState& together = *reinterpret_cast<TogetherState*>(queries);
+            Together(p, block.segment, cut, together).merge(has_nothing_behind(block.share, block.segment));
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }

@@ -14,10 +14,12 @@ from problems import Backend, Case, all_pairs, check, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
 
 import cuflash
-from cuflash import kernels, simulator
+from cuflash import kernels, memo, simulator
+from cuflash.backends import sim as sim_backend
 from cuflash.backends.sim import SimulatedMachine
 from cuflash.device import Device
 from cuflash.kernels import mla, mla_wgmma
+from cuflash.kernels.source import source
 from cuflash.problem import Problem, make_problem
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
@@ -42,9 +44,9 @@ def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @contextlib.contextmanager
-def launched(number: int = 0) -> Iterator[Any]:
-    """Record launches, and see that the kernel was among them."""
-    with simulator.record(seed=number, cp_async=COPIES[number % 3]) as launches:
+def launched(number: int = 0, window: int | None = None) -> Iterator[Any]:
+    """Record launches, of which so many blocks run side by side, and see that the kernel was among them."""
+    with simulator.record(seed=number, cp_async=COPIES[number % 3], window=window) as launches:
         yield launches
     attention(launches)
 
@@ -177,18 +179,11 @@ def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, 
     [(40, 16, 2560), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 64, 4480), (132, 128, 8448)))],
 )
 @pytest.mark.parametrize("arch", ["90a"])
-def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim: Backend, monkeypatch: Any) -> None:
+def test_more_parts_than_a_warp_merges(
+    num_sm: int, heads: int, length: int, sim: Backend, counters: list[Any], monkeypatch: Any
+) -> None:
     """Warps share the parts of a row; whoever merges what, the bits are the same, and counters are left at zero."""
     monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
-    counters, scratch = [], SimulatedMachine.scratch
-
-    def watched(self: Any, name: str, memory: Any) -> Any:
-        array = scratch(self, name, memory)
-        if name == "counters":
-            counters.append(array)
-        return array
-
-    monkeypatch.setattr(SimulatedMachine, "scratch", watched)
     case = Case(
         dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(length,), page_size=64, sinks=True
     )
@@ -199,6 +194,73 @@ def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim
             check(case, inputs, sim)
             bits.add(b"".join(array.tobytes() for array in run(case, inputs, sim)[:2]))
         assert attention(launches).grid == (num_sm, 1, 1)
+    assert len(bits) == 1 and counters and not any(array.any() for array in counters)
+
+
+@pytest.fixture
+def counters(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arrays in which blocks count each other."""
+    arrays, scratch = [], SimulatedMachine.scratch
+
+    def watched(self: Any, name: str, memory: Any) -> Any:
+        array = scratch(self, name, memory)
+        if name == "counters":
+            arrays.append(array)
+        return array
+
+    monkeypatch.setattr(SimulatedMachine, "scratch", watched)
+    return arrays
+
+
+@pytest.fixture
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """How often a block looks whether the others have arrived: 0 times, and all but the last one leave their pieces."""
+    text = "kPatience = 200"
+
+    def hurried(file: str) -> str:
+        assert text in source(file) or file != "mla_wgmma.cu"
+        return source(file).replace(text, f"kPatience = {request.param}")
+
+    def forget() -> None:
+        sim_backend._function.cache_clear()
+        memo.unplanned.clear()
+
+    monkeypatch.setattr(sim_backend, "source", hurried)
+    forget()
+    yield request.param
+    forget()
+
+
+@pytest.mark.parametrize("patience", [0, 10**9], indirect=True)
+@pytest.mark.parametrize(
+    ("parts", "heads", "headdim_v"),
+    [(2, 40, 456), (3, 20, 512), (5, 33, 512), (2, 128, 512),
+     *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 16, 512), (4, 64, 456), (8, 64, 512)))],
+)  # fmt: skip
+@pytest.mark.parametrize("arch", ["90a"])
+def test_pieces_of_few_parts(
+    parts: int, heads: int, headdim_v: int, patience: int, sim: Backend, counters: list[Any], monkeypatch: Any
+) -> None:
+    """Blocks keep a piece each and do not store it, unless they leave; whoever merges it, the bits are the same."""
+    num_sm = 2 * parts if heads == 128 else parts
+    monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=(headdim_v + 64, headdim_v), mla="joint", seqlens=(parts * 100,),
+        sinks=True, page_size=64,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    rows = -(-heads // 16) * 16  # whole warps store
+    pieces = 1 << (parts - 1).bit_length()
+    stored = parts * rows * (headdim_v * 4 + 8) - parts * rows * headdim_v * 4 // pieces
+    bits = set()
+    for seed in range(2):
+        with launched(seed, window=num_sm) as launches:
+            bits.add(b"".join(array.tobytes() for array in run(case, inputs, sim)[:2]))
+        launch = attention(launches)
+        assert launch.grid == (num_sm, 1, 1)
+        partials = launch.counters.arrays["partials"]
+        assert partials.write_bytes == stored if patience else partials.write_bytes > stored
+    check(case, inputs, sim)
     assert len(bits) == 1 and counters and not any(array.any() for array in counters)
 
 

@@ -59,6 +59,7 @@ class Tiles:
         key_groups: Warpgroups that have the same rows and take turns at the tiles.
         row_parts: Blocks that read the same share of the plan, each with so many of its rows.
         shares_tiles: Whether these are a cluster, and a tile is copied once for all of them.
+        scattered_parts: Most parts of an item that its blocks merge piece by piece, 0 for none.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -78,6 +79,7 @@ class Tiles:
     key_groups: int = 1
     row_parts: int = 1
     shares_tiles: bool = False
+    scattered_parts: int = 0
     cluster: int = 1
 
     @property

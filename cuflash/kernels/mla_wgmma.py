@@ -26,6 +26,7 @@ _ROWS = _TILE_KEYS = 64
 _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
 _STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
+_MOST_PARTS = 256  # of an item: rows_together.cuh
 _REGISTERS = (("LOADER_REGISTERS", 72), ("MATH_REGISTERS", 216))
 
 
@@ -34,7 +35,7 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
     tiles = tiling(problem, device)
     if tiles is None:
         return None
-    num_blocks = max(1, resident_blocks(problem, device, 1) // tiles.row_parts)
+    num_blocks = max(1, min(_MOST_PARTS, resident_blocks(problem, device, 1) // tiles.row_parts))
     return Partition(NAME, tiles.row_parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
 
 
@@ -52,14 +53,27 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     is_long = items > resident_blocks(problem, device, 1)
     # Where both have heads of one query, they read the same tiles, and one can copy for the other. That pays unless
     # items lie in many blocks: b16 L1024 with 128 heads 26.8 us without, 27.1 with (H200).
-    is_common = problem.group % (2 * _ROWS) == 0
+    # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows.
+    has_boxes = problem.page_size is None or problem.page_size % 8 == 0
+    is_common = problem.group % (2 * _ROWS) == 0 and has_boxes
     is_shared = is_common and 3 * items >= resident_blocks(problem, device, 1) and problem.split_size is None
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
+    # Where the blocks divide into so many an item, each merges a piece of what it has: b32 L4096 with 128 heads 75.5 us
+    # without, 67 with, 64 heads 54.8 and 49.2, b16 L1024 with 128 heads 26.8 and 20.5. To 16 rows two warps do it all:
+    # b16 L1024 14.3 and 14.6, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
+    most_parts = 8 if problem.rows > 16 else 4
+    is_scattered = 8 * most_parts * items >= 7 * resident_blocks(problem, device, 1)
     weights = _ROWS * _TILE_KEYS * 2
     shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + weights + _STATE_BYTES
     sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
-    return Tiles(*sizes, loader_warps=_LOADER_WARPS, row_parts=row_parts, shares_tiles=is_shared)
+    return Tiles(
+        *sizes,
+        loader_warps=_LOADER_WARPS,
+        row_parts=row_parts,
+        shares_tiles=is_shared,
+        scattered_parts=most_parts if is_scattered else 0,
+    )
 
 
 def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
@@ -69,7 +83,12 @@ def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Varia
 
 @lru_cache(maxsize=1024)
 def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
-    own = (("ROW_PARTS", tiles.row_parts), ("SHARES_TILES", int(tiles.shares_tiles)), *_REGISTERS)
+    own = (
+        ("ROW_PARTS", tiles.row_parts),
+        ("SHARES_TILES", int(tiles.shares_tiles)),
+        ("SCATTERED_PARTS", tiles.scattered_parts),
+        *_REGISTERS,
+    )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 
 

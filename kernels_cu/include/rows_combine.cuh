@@ -185,6 +185,9 @@ __device__ __forceinline__ unsigned int* counters_of(const DecodeParams& p, int 
     return p.counters + kItemWords * (share * kRowParts + row_part());
 }
 
+// Times that a block looks whether all have arrived, each some half a microsecond, where nobody is to depend on anybody.
+constexpr int kPatience = 200;
+
 // What the threads of a block have in common when an item is merged, in shared memory.
 struct MergeState {
     u32 mergers;  // blocks that merge the item; 0: this one does not
@@ -239,16 +242,21 @@ __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment&
     }
 }
 
-// Hands a segment's results on: to the output, or to the blocks of its item. merge_cut(cut, whether this block may wait for
-// others) may take the merge of an item in several parts upon itself, once this one is stored, and then returns true.
-template <typename MergeCut>
+// Whether a segment is the last one of its share.
+__device__ __forceinline__ bool has_nothing_behind(const Share& share, const Segment& segment) {
+    return !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
+}
+
+// The slot of a segment's result. Of all items in its share, block b can have begun but not finished only the last one, slot
+// 2 b + 1, and continue only the first one, slot 2 b.
+__device__ __forceinline__ int slot_of_result(const Segment& segment) { return 2 * share_number() + segment.starts; }
+
+// Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
-                                        const RowResults& results, MergeState& merge, MergeCut merge_cut) {
+                                        const RowResults& results, MergeState& merge) {
     const bool is_whole = segment.starts && segment.ends;
     if (is_whole && !kMerges) return results.answer();
-    // Of all items in its share, block b can have begun but not finished only the last one, slot 2 b + 1, and continue only the
-    // first one, slot 2 b.
-    const int slot = 2 * share_number() + segment.starts;
+    const int slot = slot_of_result(segment);
     results.store(slot);
     Parts parts = {slot, slot, 1};
     if (is_whole) {  // other results are to be merged in
@@ -256,16 +264,10 @@ __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& shar
         worker_barrier();
     } else {
         const Cut cut = cut_item(share, segment);
-        const bool may_wait = !segment.ends || (share.end.item == segment.item + 1 && share.end.key == 0);
-        if (merge_cut(cut, may_wait)) return;
         parts = {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1};
-        if (!joins_merge(p, cut, may_wait, merge)) return;
+        if (!joins_merge(p, cut, has_nothing_behind(share, segment), merge)) return;
     }
     merge_rows(p, segment, parts, merge);
-}
-__device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
-                                        const RowResults& results, MergeState& merge) {
-    hand_on(p, share, segment, results, merge, [](const Cut&, bool) { return false; });
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they

@@ -19,7 +19,6 @@ class Together {
     // An item's counter counts three things: blocks that have arrived, those that have left before all had, and units that have
     // been asked for. Every block asks until there is none, unless it has left: so the last of all is known.
     static constexpr u32 kArrival = 1, kLeft = 1 << 10, kUnit = 1 << 20, kPartsMask = kLeft - 1;
-    static constexpr int kPatience = 200;  // times that a block looks whether all have arrived, each some half a microsecond
     static constexpr int kAtOnce = 32;     // float4s of a lane whose loads are in flight together
     static constexpr int kFewest = 4;      // of them of one cell
     static constexpr int kPieces = (kVectors + 31) / 32;  // of a row; a piece of one row is a cell
@@ -176,13 +175,3 @@ private:
     int warp_cells_;  // cells that a warp merges at once
     int unit_cells_;  // cells of a unit
 };
-
-// Hands a segment's results on as hand_on() does, but for cut items, which their blocks merge together.
-__device__ __forceinline__ void hand_on_together(const DecodeParams& p, const Share& share, const Segment& segment,
-                                                 const RowResults& results, MergeState& merge, TogetherState& state) {
-    hand_on(p, share, segment, results, merge, [&](const Cut& cut, bool may_wait) {
-        if (kMerges || cut.last_block - cut.first_block >= Together::kMostParts) return false;
-        Together(p, segment, cut, state).merge(may_wait);
-        return true;
-    });
-}

@@ -53,6 +53,18 @@ __device__ __forceinline__ float4 load_cg_if(bool exists, const float4* from) {
     return v;
 }
 
+// The same, or from an address of shared memory, or neither.
+__device__ __forceinline__ float4 load_either(bool is_global, const float4* from, bool is_shared, u32 address) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.u32 p, %6, 0; setp.ne.u32 q, %7, 0; @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; "
+        "@q ld.shared.v4.f32 {%0, %1, %2, %3}, [%5]; }"
+        : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+        : "l"(from), "r"(address), "r"(static_cast<u32>(is_global)), "r"(static_cast<u32>(is_shared))
+        : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float2 load_cg_if(bool exists, const float2* from) {
     float2 v = {0.0f, 0.0f};
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.cg.v2.f32 {%0, %1}, [%2]; }"
