@@ -45,18 +45,16 @@ __device__ __forceinline__ void hidden_by_tree(const DecodeParams& p, const Segm
         const u32 key = first_key + word * 32;
         u32 hides[2] = {0, 0};
         if (tree_column(p, segment, key + 31) >= 0) {
-            const int column = tree_column(p, segment, key + lane);
-            const int asked = max(0, min(column, segment.lengths.seqlen_q - 1));
             const unsigned char* row = first_row;
 #pragma unroll 1
             for (int first = first_query; first <= last_query; first += kAtOnce) {
-                bool is_seen[kAtOnce];
+                bool is_hidden[kAtOnce];
                 for_each<kAtOnce>([&](int i) {
-                    is_seen[i] = p.tree.sees(row, asked);
+                    is_hidden[i] = tree_hides(p, segment, row, key + lane);
                     if (first + i < last_query) row += p.tree.row_stride;
                 });
                 for_each<kAtOnce>([&](int i) {
-                    const u32 votes = __ballot_sync(kFullWarp, column >= 0 & !is_seen[i]);
+                    const u32 votes = __ballot_sync(kFullWarp, is_hidden[i]);
                     for_each<2>([&](int half) {
                         if (query[half] == first + i) hides[half] = votes;
                     });
