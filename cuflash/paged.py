@@ -6,6 +6,7 @@ table and one plan serve a whole step of the model (:class:`~cuflash.DecodeStep`
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,16 @@ from .pages import Pages, PageTable
 from .problem import boolean, integer
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
+
+
+def _array_module(xp: Any) -> Any:
+    """Return what makes arrays as a cache needs them, of NumPy's dtypes and written in place, or raise TypeError."""
+    try:
+        xp.zeros(1, np.int32)[:] = xp.ones(1, np.int32)
+    except (AttributeError, TypeError):  # not those of a GPU that fails
+        got = xp.__name__ if isinstance(xp, ModuleType) else repr(xp)
+        raise TypeError(f"xp must be the module numpy or cupy, got {got}") from None
+    return xp
 
 
 class PagedKVCache:
@@ -108,7 +119,7 @@ class PagedKVCache:
         capacity = self.num_pages * self.page_size
         self.max_seqlen = capacity if max_seqlen is None else integer("max_seqlen", max_seqlen, 1)
 
-        self.xp = xp
+        self.xp = _array_module(xp)
         rows = (self.num_layers, self.num_pages, self.page_size, self.num_heads_kv)
         # Float8 as bytes: not every array module knows its name.
         storage = np.dtype(np.uint8) if self.kv_dtype.startswith("float8") else numpy_dtype(self.kv_dtype)

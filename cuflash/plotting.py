@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .requirements import MATPLOTLIB, install
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -52,7 +54,7 @@ def plot_work(
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+        raise ImportError(f"plot needs matplotlib: {install(MATPLOTLIB)}") from error
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 6), layout="constrained")
     block, sequence = work["block"].astype(int), work["sequence"].astype(int)

@@ -13,7 +13,7 @@ from .array_types import Array, ArrayT
 from .memo import Rest
 from .paged import PagedKVCache
 from .pages import integers
-from .problem import cap, integer
+from .problem import cap, check_heads, integer
 from .public import is_written_down
 from .step_shape import NativeArray, StepArrays, StepShape
 
@@ -96,6 +96,8 @@ class DecodeStep:
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
         self.cache = cache
+        num_heads_q = integer("num_heads_q", num_heads_q, 1)
+        check_heads("num_heads_q", num_heads_q, "the cache's num_heads_kv", cache.num_heads_kv)
         mask = {"causal": causal, "window_size": window_size, "attention_chunk": attention_chunk}
         kv_dtype = cache.kv_dtype if cache.is_quantised else None
         self._planned: dict[str, Any] = mask | {

@@ -204,7 +204,8 @@ BAD = [
     (["--layers", "two"], "argument --layers: invalid positive integer"),
     (["--heads", "7/2"], "num_heads_q must be a multiple of num_heads_kv=2, got 7"),
     (["--dtype", "float64"], "--dtype must be one of"),
-    (["--dtype", "int8"], "qkv_dtype"),
+    (["--dtype", "int8"], "--dtype must be one of float16, bfloat16, float32, got 'int8'"),
+    (["--dtype", "float8_e4m3fn"], "--dtype must be one of float16, bfloat16, float32, got 'float8_e4m3fn'"),
     (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
     (["cache", "clean"], "argument action: invalid choice: 'clean'"),
     (["bench", "--seqlen", "0"], "argument --seqlen: invalid positive integer"),
@@ -323,6 +324,13 @@ def test_advice_is_what_the_extras_are():
         assert list(requirements) == extras[f"cuda{major}"]
     assert {*packages.SIMULATOR, packages.MATPLOTLIB} <= {*extras["sim"], *extras["plot"]}
     assert {*packages.MPI, packages.NCCL} <= {*extras["mpi"], *extras["nccl"], *extras["test"]}
+
+
+def test_the_simulator_advises_what_info_advises(monkeypatch):
+    for module in ("cuda", "cuda.bindings", "cupy", "cupy.cuda"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(simulator.CompilerNotFound, match=re.escape(packages.install(*packages.SIMULATOR))):
+        simulator.compile._nvrtc()
 
 
 def test_no_message_advises_extras():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HAS_GPU
 from problems import DTYPES, Backend
 
 import cuflash
@@ -106,6 +107,16 @@ def test_bench() -> None:
     out = run(2, "-m", "tests.bench", "ranks", "--shapes", "b2 L640", "--rounds", "1", "--json")
     (record,) = json.loads(out)
     assert record["workload"] == "b2 L640" and record["collective_us"] > 0
+
+
+@needs_mpi
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_bench_without_a_gpu() -> None:
+    """It says so, and takes a shape that a host has memory for."""
+    code, out, err = finish(start(1, "-m", "tests.bench", "ranks", "--rounds", "1", "--json"))
+    assert code == 0, err
+    assert "no GPU found" in err and "on host arrays, b1 L640" in err
+    assert [record["workload"] for record in json.loads(out)] == ["b1 L640"]
 
 
 # ------------------------------------------------------------------------------------------------ one process

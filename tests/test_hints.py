@@ -46,6 +46,7 @@ def test_caches_of_heads_first() -> None:
     arguments = contiguous()
     arguments |= {name: arguments[name].swapaxes(1, 2).copy() for name in ("k_cache", "v_cache")}
     fails(ValueError, 'need layout="HND"', cuflash.flash_attn_with_kvcache, arguments)
+    fails(ValueError, "a multiple of k_cache's num_heads_kv=", cuflash.flash_attn_with_kvcache, arguments)
     cuflash.flash_attn_with_kvcache(**arguments, layout="HND")
     fails(ValueError, 'need layout="NHD"', cuflash.flash_attn_with_kvcache, contiguous() | {"layout": "HND"})
 

@@ -61,7 +61,7 @@ except ImportError as error:
 """)
     mean, message = out.splitlines()
     assert float(mean) == pytest.approx(1)
-    assert "pip install matplotlib" in message
+    assert 'pip install "matplotlib>=' in message
 
 
 def test_public_names():

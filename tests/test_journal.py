@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_the_standard_error(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("CUFLASH_LOG", "stderr")
     cuflash.get_scheduler_metadata(**planning())
     assert json.loads(capsys.readouterr().err)["arguments"]["num_heads_q"] == 4
+
+
+def test_a_replay_on_cuda_needs_a_gpu(log: Path, capsys: Any, monkeypatch: Any) -> None:
+    for _ in range(2):
+        cuflash.get_scheduler_metadata(**planning())
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(SystemExit) as raised:
+        main(["replay", str(log), "--backend", "cuda"])
+    captured = capsys.readouterr()
+    assert raised.value.code == 2 and not captured.out
+    assert "backend cuda needs a GPU and CuPy: CuPy is not installed" in " ".join(captured.err.split())
 
 
 def test_strides_and_gaps_are_rebuilt() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import math
 import pickle
+import types
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -426,6 +428,8 @@ def test_what_a_step_refuses():
         step.begin([a, b], 1.5)
     with pytest.raises(TypeError, match="PagedKVCache"):
         cuflash.DecodeStep(None, 4)
+    with pytest.raises(ValueError, match="^num_heads_q must be a multiple of the cache's num_heads_kv=2, got 7"):
+        cuflash.DecodeStep(cache, 7)
     assert cache.num_free_pages == 8
     step.begin([a, b])
     with pytest.raises(ValueError, match=r"q must have shape \(2 \* 1, heads, dim\)"):
@@ -472,6 +476,11 @@ def test_what_a_cache_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             make(1, 2, 4, 1, 8, **options)
+    immutable = types.ModuleType("immutable")
+    immutable.zeros, immutable.ones = (lambda *shape: ()), np.ones
+    for xp, got in (("numpy", "'numpy'"), (None, "None"), (math, "math"), (immutable, "immutable")):
+        with pytest.raises(TypeError, match=f"^xp must be the module numpy or cupy, got {got}$"):
+            make(1, 2, 4, 1, 8, xp=xp)
     cache = make(1, 2, 4, 1, 8, max_sequences=1)
     a = cache.add()
     for call in (cache.add, lambda: cache.fork(a)):

@@ -84,6 +84,7 @@ def test_used_keys(backend: Backend) -> None:
         ("seqused_k", np.array([-1, 0, 0, 0, 0], np.int32), "^seqused_k must be at least 0"),
         ("k", np.zeros((153, 2, 64), np.float32), "^k must have the dtype of q"),
         ("v", np.zeros((153, 1, 64), np.float16), "^v must have the shape of k but"),
+        ("q", np.zeros((1, 7, 64), np.float16), "num_heads_q must be a multiple of k's num_heads_kv=2, got 7"),
     ],
     ids=str,
 )  # fmt: skip

@@ -113,7 +113,7 @@ def problem_of(given: Given) -> tuple[Problem, NativeArray, KVCache, float]:
     batch_size, seqlen_q = _query_shape(q, given["cu_seqlens_q"], given["max_seqlen_q"])
     softcap = cap(given["softcap"])
     check_heads(
-        "q: num_heads_q", q.shape[-2], "num_heads_kv of k_cache", cache.k.shape[2],
+        "q: num_heads_q", q.shape[-2], "k_cache's num_heads_kv", cache.k.shape[2],
         other_layout(given["layout"], q.shape[-2], cache),
     )  # fmt: skip
     check_headdims("q: headdim", q.shape[-1], "v_cache: headdim_v", cache.v.shape[-1])

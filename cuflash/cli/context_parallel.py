@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..context_parallel import ContextParallel
-from ..dtypes import dtype_name, numpy_dtype
+from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from . import packages
 from .info import backend_in_use
 from .text import bars, environment, hanging, seconds, size, width
@@ -81,7 +81,7 @@ class _Demo:
         self.batch, median = arguments.batch or _BATCH, arguments.seqlen or _MEDIAN
         self.layers, self.page_size = arguments.layers or _LAYERS, arguments.page_size
         self.headdim = arguments.headdim or 128
-        self.dtype = dtype_name("--dtype", arguments.dtype or ("bfloat16" if on_gpus else "float32"))
+        self.dtype = dtype_name("--dtype", arguments.dtype or ("bfloat16" if on_gpus else "float32"), FLOAT_DTYPES)
         self.rng = np.random.default_rng(arguments.seed)  # the same on all ranks
         lengths = self.rng.lognormal(np.log(median), 1.0, self.batch)
         self.seqlens = np.clip(lengths, 1, 16 * median).astype(np.int32)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
-from ..dtypes import QUANTISED_DTYPES, dtype_name, numpy_dtype
+from ..dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name, numpy_dtype
 from .info import backend_in_use
 from .text import Progress, aligned, bars, environment, hanging, heads, positive, seconds, size, width
 
@@ -42,7 +42,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument("--layers", type=positive, help="layers that share the plan")
     parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
     parser.add_argument("--headdim", type=int, help="elements of a key (default 128; sim: 64)")
-    parser.add_argument("--dtype", help="float16, bfloat16 or float32")
+    parser.add_argument("--dtype", help=f"one of {', '.join(FLOAT_DTYPES)}")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and values (default 0)")
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     num_layers, page_size = arguments.layers or num_layers, arguments.page_size
     num_heads = arguments.heads or ((8, 2) if backend == "sim" else (32, 8))
     headdim = arguments.headdim or (64 if backend == "sim" else 128)
-    dtype = dtype_name("--dtype", arguments.dtype or _DTYPES[backend])
+    dtype = dtype_name("--dtype", arguments.dtype or _DTYPES[backend], FLOAT_DTYPES)
     kv_dtype = None if arguments.kv_dtype is None else dtype_name("--kv-dtype", arguments.kv_dtype)
     rng = np.random.default_rng(arguments.seed)
     seqlens = np.clip(rng.lognormal(np.log(median), 1.0, batch), 1, 16 * median).astype(np.int32)

@@ -1,14 +1,14 @@
-"""Which packages the library can use, and the commands that install what is missing.
-
-The commands name the packages themselves: they work wherever this one was installed from.
-"""
+"""Which packages the library can use, and the commands that install what is missing."""
 
 from __future__ import annotations
 
 from importlib import metadata
 from typing import NamedTuple
 
+from ..requirements import MATPLOTLIB, SIMULATOR, install
 from . import driver
+
+__all__ = ["CUDA", "MATPLOTLIB", "MPI", "NCCL", "SIMULATOR", "Cuda", "cuda", "install"]
 
 
 class Cuda(NamedTuple):
@@ -24,15 +24,8 @@ CUDA = {
     12: Cuda("cupy-cuda12x>=14.2,<15", "nvidia-cuda-nvrtc-cu12>=12.8,<13", "nvidia-cuda-runtime-cu12>=12.8,<13"),
     13: Cuda("cupy-cuda13x>=14.2,<15", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"),
 }
-SIMULATOR = ("cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
-MATPLOTLIB = "matplotlib>=3.8"
 MPI = ("mpi4py>=4.1", "mpich>=5")
 NCCL = "nccl4py>=0.6,<0.7"
-
-
-def install(*requirements: str) -> str:
-    """Return a command that installs packages."""
-    return " ".join(["pip install", *(f'"{r}"' if set(r) & set("<>[") else r for r in requirements)])
 
 
 def cuda() -> Cuda:

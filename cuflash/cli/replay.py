@@ -15,7 +15,8 @@ import numpy as np
 import cuflash
 
 from .. import journal
-from .text import hanging
+from .info import backend_in_use
+from .text import environment, hanging
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         lines = [line for line in arguments.file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"FILE must be what CUFLASH_LOG wrote: {error}") from None
+    if arguments.backend == "cuda":
+        with environment(CUFLASH_BACKEND="cuda"):
+            backend_in_use()  # one error instead of one a line
     numbers = range(1, len(lines) + 1)
     if arguments.line is not None:
         if not (arguments.line and abs(arguments.line) <= len(lines)):

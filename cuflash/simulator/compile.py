@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..requirements import SIMULATOR, install
 from .cache import cache_dir, digest, find, keep, store
 
 __all__ = [
@@ -180,8 +181,8 @@ def _nvrtc() -> tuple[str, Any]:
         return "cupy", cupy_nvrtc
     except ImportError:
         raise CompilerNotFound(
-            "the simulator compiles kernels with NVRTC: `pip install cuda-bindings nvidia-cuda-nvrtc` "
-            "(no GPU or driver is needed), or install CuPy"
+            f"the simulator compiles kernels with NVRTC: {install(*SIMULATOR)} (no GPU or driver is needed), "
+            "or install CuPy"
         ) from None
 
 
@@ -197,7 +198,7 @@ def _nvrtc_version() -> tuple[str, int, int]:
     try:
         major, minor = _checked(nvrtc.nvrtcVersion()) if kind == "bindings" else nvrtc.getVersion()
     except RuntimeError as error:
-        raise CompilerNotFound(f"NVRTC does not load ({error}): `pip install nvidia-cuda-nvrtc`") from error
+        raise CompilerNotFound(f"NVRTC does not load ({error}): {install(*SIMULATOR)}") from error
     return kind, int(major), int(minor)
 
 

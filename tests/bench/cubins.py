@@ -12,6 +12,7 @@ from typing import Any
 
 from cuflash import cache
 from cuflash.kernels.source import Variant, source
+from cuflash.requirements import SIMULATOR, install
 
 # What CuPy adds to a module's own options (cupy/cuda/compiler.py), and ptxas' account of registers and memory.
 _OPTIONS = ("-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
@@ -77,7 +78,7 @@ def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise ImportError("this needs NVRTC: pip install cuda-bindings nvidia-cuda-nvrtc") from error
+        raise ImportError(f"this needs NVRTC: {install(*SIMULATOR)}") from error
     return nvrtc
 
 

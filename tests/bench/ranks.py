@@ -1,8 +1,9 @@
 """A decode step over ranks with a GPU each, beside one GPU with all keys: ``mpiexec -n 2 python -m tests.bench ranks``.
 
 Pages of 16 keys lie in random order, and each belongs to one rank: all ranks read caches of the same pages. A step of
-32 layers is one CUDA graph per rank, exchanges included, which all ranks replay at once; the slowest rank counts. On
-host arrays it runs with the NumPy backend, over MPI, which checks the instrument.
+32 layers is one CUDA graph per rank, exchanges included, which all ranks replay at once; the slowest rank counts.
+Without a GPU it runs with the NumPy backend on host arrays, over MPI, one small shape by default: that checks the
+instrument, and says nothing about times.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from cuflash.bench.timing import Gpu, Sampler, medians, require_gpu
 from cuflash.cli.context_parallel import nccl_communicator
 
 _SHAPES = ("b1 L1048576", "b16 L131072", "b128 L8192", "b32 L4096", "b1 L32768", "b1 L4096")
+_HOST_SHAPES = ("b1 L640",)
 _HEADS, _PAGE, _LAYERS = (32, 8), 16, 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``python -m tests.bench ranks``."""
     add = parser.add_argument
-    add("--shapes", nargs="+", metavar="SHAPE", default=_SHAPES, help=f"batch and keys (default: {', '.join(_SHAPES)})")
+    shapes = f"batch and keys (default: {', '.join(_SHAPES)}; without a GPU {', '.join(_HOST_SHAPES)})"
+    add("--shapes", nargs="+", metavar="SHAPE", help=shapes)
     how = ("direct", "collective")
     add("--exchanges", nargs="+", choices=how, default=how, help="how results travel between GPUs (default: both)")
     add("--rounds", type=int, default=11, help="rounds, of which the median counts (default: 11)")
@@ -48,14 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     machine: Any
     try:
         require_gpu()
-    except RuntimeError:
+    except RuntimeError as error:
         comm, machine, exchanges = world, _Host(), ["collective"]
+        shapes = arguments.shapes or _HOST_SHAPES
+        if world.rank == 0:
+            print(f"{error}: the NumPy backend runs on host arrays, {', '.join(shapes)}", file=sys.stderr, flush=True)
     else:
         comm, exchanges = nccl_communicator(world), arguments.exchanges  # makes the rank's GPU the current one
-        machine = Gpu()
+        machine, shapes = Gpu(), arguments.shapes or _SHAPES
     facts = {"gpu": machine.facts.get("gpu"), "read_tb_s": machine.bandwidth}
     records = []
-    for name in arguments.shapes:
+    for name in shapes:
         records.append(_measure(_shape(name), machine, world, comm, exchanges, arguments.rounds) | facts)
         if world.rank == 0 and not arguments.json:
             report.write(records[-1:], as_json=False)
