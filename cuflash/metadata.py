@@ -47,8 +47,6 @@ class SchedulerMetadata(Plan):
         array: (words,) int32 in the memory of ``cache_seqlens``; its size depends on batch size and device alone.
         pack_gqa: As given. Query heads are always packed.
         appends: Whether the plan was made for a call with new keys; not binding.
-        calls: Calls on this plan that need not be checked again; see ``memo.py``.
-        kept: Small arrays that calls on this plan have made and captured graphs may use: (size, number) -> array.
 
     Example:
         >>> import cuflash, numpy as np
@@ -65,6 +63,8 @@ class SchedulerMetadata(Plan):
     array: NativeArray
     pack_gqa: bool | None = None
     appends: bool = False
+    # What calls have left here, for themselves: who need not be checked again (memo.py), and small arrays that captured
+    # graphs may use, by (size, number).
     calls: Calls = field(default_factory=Calls, init=False)
     kept: dict[tuple[int, int], NativeArray] = field(default_factory=dict, init=False)
 
@@ -78,18 +78,6 @@ class SchedulerMetadata(Plan):
     def num_blocks(self) -> int:
         """Thread blocks that the plan was made for, the largest grid."""
         return self.partition.num_blocks
-
-    def lengthen(self, max_seqlen_k: int) -> None:
-        """Take the bound of a refill; warn once if it exceeds that which the plan's tiles were chosen for."""
-        self.max_seqlen_k = max_seqlen_k
-        if max_seqlen_k > self._first_max_seqlen_k and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"max_seqlen_k={max_seqlen_k} exceeds {self._first_max_seqlen_k}, for which this plan chose its tiles: "
-                f"it stays right, but a plan made for the longest keys to come may be much faster",
-                RuntimeWarning,
-                stacklevel=5,
-            )
 
     def work(self) -> NDArray[Any]:
         """List what each block reads. On a GPU this copies the plan to the host.
@@ -207,6 +195,19 @@ class SchedulerMetadata(Plan):
         np.add.at(shares, work["block"], work["key_end"] - work["key_begin"])
         # Items without keys are work too; but a cluster has its blocks also where its item leaves them nothing.
         return shares if self.partition.cluster == 1 else shares[shares > 0]
+
+
+def lengthen(plan: SchedulerMetadata, max_seqlen_k: int) -> None:
+    """Take the bound of a refill; warn once if it exceeds that which the plan's tiles were chosen for."""
+    plan.max_seqlen_k = max_seqlen_k
+    if max_seqlen_k > plan._first_max_seqlen_k and not plan._has_warned:
+        plan._has_warned = True
+        warnings.warn(
+            f"max_seqlen_k={max_seqlen_k} exceeds {plan._first_max_seqlen_k}, for which this plan chose its tiles: "
+            f"it stays right, but a plan made for the longest keys to come may be much faster",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _evenness(shares: NDArray[np.int64], blocks: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from . import arguments, backends, kernels, memo
 from .array_types import Array
 from .arrays import NativeArray, empty, is_on_device, is_same, memory_of
-from .metadata import SchedulerMetadata
+from .metadata import SchedulerMetadata, lengthen
 from .operands import Lengths
 from .planner import plan_words
 from .problem import Problem, boolean, first_difference, integer, make_problem
@@ -117,7 +117,7 @@ def get_scheduler_metadata(
     """
     problem, lengths, max_seqlen_k = _check(locals())
     metadata, step = make_metadata(problem, lengths, max_seqlen_k, pack_gqa, out)
-    metadata.lengthen(max_seqlen_k)
+    lengthen(metadata, max_seqlen_k)
     return memo.first(metadata, None if out is None or step is None else partial(_again, step, lengths, max_seqlen_k))
 
 
@@ -197,7 +197,7 @@ class _Refill:
         """Return the plan, filled."""
         array = plan.array
         self._backend.repeat(self._step, array.data.device_id, [*arrays, array], [*addresses, array.data.ptr])
-        plan.lengthen(self._max_seqlen_k)
+        lengthen(plan, self._max_seqlen_k)
         return plan
 
 

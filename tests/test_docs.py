@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from types import FunctionType
@@ -97,6 +98,14 @@ def test_every_public_name_is_documented(site):
     assert len(names) > 60
     for name in names:
         assert f'id="{name}"' in page, f"{name}: .ci/docs/api.md, or its docstring"
+
+
+def test_every_field_of_a_public_class_is_described():
+    for module in (cuflash, cuflash.compat, cuflash.simulator):
+        for thing in filter(is_dataclass, (getattr(module, name) for name in module.__all__)):
+            described = re.findall(r"^ +(\w+): ", inspect.getdoc(thing) or "", re.MULTILINE)
+            given = {field.name for field in fields(thing) if field.init}
+            assert given <= {*described}, f"{thing.__name__}: {given - {*described}}"
 
 
 def test_no_docstring_is_taken_apart(site):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_files_are_small(pattern: str) -> None:
     for path in folder.rglob(pattern):
         if "simulator" not in path.parts:
             assert len(path.read_text().splitlines()) <= MOST_LINES[pattern], path.name
+
+
+def test_the_table_of_headers_has_all_of_them() -> None:
+    """Each once: those of ``ptx/`` are one line."""
+    page = (ROOT / "kernels_cu/README.md").read_text()
+    table = page[page.index("| header |") :].split("\n\n")[0]
+    named = re.findall(r"`(\w+\.cuh)`", "".join(line.split("|")[1] for line in table.splitlines()))
+    assert sorted(named) == sorted(path.name for path in (ROOT / "kernels_cu/include").glob("*.cuh"))
 
 
 def key(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -26,7 +26,13 @@ REGION_COUNT = np.dtype(
 class ArrayCount:
     """Global-memory traffic of one array.
 
-    Bytes are those that lanes asked for; sectors have 32 bytes; ideal is the fewest sectors that hold the bytes.
+    Attributes:
+        read_bytes: bytes that lanes asked for.
+        read_sectors: sectors of 32 bytes that were read.
+        read_ideal: the fewest sectors that hold the bytes.
+        write_bytes: bytes that lanes wrote.
+        write_sectors: sectors that were written.
+        write_ideal: the fewest sectors that hold the bytes.
     """
 
     read_bytes: int = 0
@@ -39,7 +45,16 @@ class ArrayCount:
 
 @dataclass
 class LineCount:
-    """Counts of one source line."""
+    """Counts of one source line.
+
+    Attributes:
+        executed: warp instructions.
+        shared_ideal: wavefronts of shared memory if no bank conflicted.
+        shared_real: wavefronts with the conflicts that there were.
+        sectors: sectors of global memory, of 32 bytes.
+        sectors_ideal: the fewest sectors that hold the bytes.
+        bytes: bytes of global memory that lanes asked for.
+    """
 
     executed: int = 0
     shared_ideal: int = 0

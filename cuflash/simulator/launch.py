@@ -73,7 +73,19 @@ class Checks:
 
 @dataclass
 class Launch:
-    """One launch of a kernel: how it was made, what it counted, what it found."""
+    """One launch of a kernel: how it was made, what it counted, what it found.
+
+    Attributes:
+        kernel: the kernel's name.
+        grid: blocks, (x, y, z).
+        block: threads of a block.
+        cluster: blocks of a cluster, (1, 1, 1) without clusters.
+        shared_mem: bytes of dynamic shared memory.
+        counters: what was counted.
+        findings: what a check found. The launch ends there, and raises it once it is in the list of :func:`record`.
+        output: what the kernel printed.
+        seconds: how long the simulation took.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
