@@ -119,6 +119,16 @@ def test_demo_options(capsys, dtype):
     assert f"6 query, 3 KV, dim 40, {dtype}" in out and f"within {dtype}'s rounding" in out
 
 
+def test_demo_says_why_short_shares_are_uneven(capsys):
+    def out(*arguments: str) -> str:
+        return unwrapped(call(capsys, "--backend", "numpy", "--layers", "1", "--headdim", "8", *arguments))
+
+    why = "below 1024 keys a block plans cut less"
+    assert why in out("--batch", "16", "--seqlen", "512")
+    assert why not in out("--batch", "16", "--seqlen", "8000")  # long shares
+    assert why not in out("--batch", "1", "--seqlen", "640", "--heads", "33/33")  # even ones
+
+
 def test_demo_is_the_default(capsys):
     assert "planned once, run by 1 layer\n" in call(capsys, "--batch", "1", "--seqlen", "9", "--layers", "1")
 

@@ -26,6 +26,18 @@ def test_the_conda_recipe_is_the_package():
     assert f"- {' = '.join(command)}\n" in recipe
 
 
+def test_the_long_description_has_nothing_of_the_pictures_that_it_leaves_out():
+    tomllib = pytest.importorskip("tomllib")
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = (ROOT / "README.md").read_text()
+    for change in hooks["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    assert "![" not in text
+    assert not re.findall(r"^\*[^*].*", text, re.MULTILINE), "a caption"
+    assert not re.findall(r"^(#+ .*)\n+#", text, re.MULTILINE), "a heading of nothing"
+    assert "**You want this if**" in text
+
+
 def test_the_release_checks_first():
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     assert ".ci/run" in text and "needs: build" in text and "id-token: write" in text and "password" not in text

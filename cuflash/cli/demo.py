@@ -131,7 +131,10 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     print()
     aligned(str(metadata))
     columns = width() - 15
-    _row("shares", bars(_shares(metadata), columns))
+    shares, short = _shares(metadata), metadata.partition.short_share
+    _row("shares", bars(shares, columns))
+    if metadata.efficiency < 0.9 and shares.sum() < short * metadata.num_blocks:
+        _row("", f"below {short} keys a block plans cut less: merging would cost more than it evens out")
     _row("unsplit", f"{100 * unsplit.efficiency:.1f} % efficient: the same if no item were cut (num_splits=1)")
     _row("", bars(_shares(unsplit), columns))
     print()
