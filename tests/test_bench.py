@@ -230,6 +230,11 @@ def test_schedules_are_even_and_better_than_the_peers(capsys: pytest.CaptureFixt
     assert medians["balance"] > max(medians["balance_fa3"], medians["balance_flashinfer"])
     assert rows["median from 1024 keys per block on"]["balance"] >= 0.96
     assert rows["minimum from 1024 keys per block on"]["balance"] >= 0.92
+    page = (Path(__file__).parents[1] / "BENCHMARKS.md").read_text()
+    for name, row in rows.items():
+        figures = [f"{100 * row[f'balance{policy}']:.1f} %" for policy in ("", "_fa3", "_flashinfer")]
+        assert f"| {name} | {' | '.join(figures)} |" in page
+    assert f"; {rows['median from 1024 keys per block on']['cases']} of them have" in page
 
 
 @pytest.mark.parametrize("policy", [policies.flash_attention_3, policies.flashinfer])

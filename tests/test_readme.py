@@ -190,6 +190,9 @@ def test_ranges_in_the_text_are_those_of_the_committed_figures():
 
     large = [line for line in h200 if float(line["read"]) > 50]
     assert f"a layer of a large batch takes {span(large, 'read')} times a plain read" in readme
+    assert f"On the H200 large batches take {span(large, 'read')} of the time" in text_of("kernels_cu/README.md")
+    planning = [float(line["planning"]) - float(line["cuflash"]) for line in lines]
+    assert f"**Planning in the call** adds {min(planning):.0f} to {max(planning):.0f} microseconds" in benchmarks
     for name, other in (("FlashAttention-3", "FA3"), ("FlashInfer", "FlashInfer"), ("cuDNN", "cuDNN")):
         assert re.search(rf"{span(h200, other)} times {name}'s", readme), (name, span(h200, other))
     for name, other in (("FlashInfer", "FlashInfer"), ("XQA", "XQA"), ("FlashAttention-3", "FA3")):
