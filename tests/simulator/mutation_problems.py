@@ -1350,13 +1350,28 @@ def _boxes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
             yield from _named(dataclasses.replace(latent, **options), (1, 5)[k % 2], mla_wgmma)
             yield from _named(dataclasses.replace(pair, **options), 8, mla_wgmma)
     several = dataclasses.replace(pair, seqlens=(400, 65, 129, 0, 1, 190))  # tiles that are scored ahead
-    for page_size in (1, 64):
+    for page_size in (8, 64):
         yield from _named(dataclasses.replace(several, page_size=page_size), 4, mla_wgmma)
     for first in (64, 128):  # maxima move in a second tile, and in a first one
         yield f"mla_wgmma growing {first} {several}", _attention(several, 4, family=mla_wgmma, change=_grow(first))
     for k, queries in enumerate(((9, 0, 5, 8), (70, 3, 0, 130), (16, 1, 1, 2), (40, 33, 1, 90))):
         yield f"extend_wgmma packed keys {queries}", _packed(queries, (1, 4)[k % 2])
     yield "extend_wgmma packed keys, splits", _packed((9, 0, 5, 9), 3, split_size=64)
+
+
+def _pieces() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of latent items that lie in few blocks, each of which keeps a piece of the columns."""
+    latent = Case(dtype="bfloat16", heads=(40, 1), mla="joint", sinks=True, page_size=64, seqlens=())
+    for parts, heads, headdim_v in (
+        (2, 40, 456),
+        (3, 20, 512),
+        (5, 33, 512),
+        (4, 64, 504),
+        (2, 128, 512),
+        (8, 17, 512),
+    ):
+        sizes: dict[str, Any] = {"heads": (heads, 1), "headdim": (headdim_v + 64, headdim_v), "seqlens": (parts * 100,)}
+        yield from _named(dataclasses.replace(latent, **sizes), parts * (1 + (heads == 128)), mla_wgmma)
 
 
 def _packed(queries: tuple[int, ...], num_sm: int, **options: Any) -> Callable[[], Arrays]:
@@ -1627,7 +1642,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
     out += _huge()
-    out += [*_many_rows(), *_turns(), *_many_codes(), *_boxes(), *_latent()]
+    out += [*_many_rows(), *_turns(), *_many_codes(), *_boxes(), *_pieces(), *_latent()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):
