@@ -158,6 +158,8 @@ def span_of(array: NativeArray) -> tuple[int, int]:
 
 def has_each_once(array: NativeArray) -> bool:
     """Whether no two elements of an array share memory."""
+    if not array.size:
+        return True
     end = array.itemsize
     for stride, size in reversed(_steps(array)):
         if stride < end:

@@ -193,6 +193,7 @@ def test_what_shares_memory() -> None:
     assert arrays.has_each_once(left) and arrays.has_each_once(memory.T) and arrays.has_each_once(memory[:1])
     assert arrays.has_each_once(left[::-1]) and not arrays.has_each_once(np.broadcast_to(memory, (2, 6, 10)))
     assert not arrays.has_each_once(np.lib.stride_tricks.as_strided(memory, (3, 4), (12, 4)))
+    assert arrays.has_each_once(np.zeros((0, 6))) and arrays.has_each_once(np.zeros((3, 0, 6)))
 
 
 def test_what_shares_memory_by_chance() -> None:
