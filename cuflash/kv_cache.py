@@ -87,6 +87,11 @@ class KVCache:
         return bool(k.size and same and address_of(k) == address_of(v))
 
     @property
+    def may_be_joint(self) -> bool:
+        """Whether values are the first columns of the keys' own rows, or have no elements that would say otherwise."""
+        return self.joint or (not self.k.size and self.v.shape[3] <= self.k.shape[3])
+
+    @property
     def shares_scales(self) -> bool:
         """Whether the values' scales are the keys' array."""
         return self.k_scales.array is not None and self.k_scales is self.v_scales

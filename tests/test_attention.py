@@ -377,6 +377,29 @@ def test_nothing_to_do(batch: int, backend: Backend) -> None:
     assert lse.shape == (batch, 4, q.shape[1])
 
 
+@pytest.mark.parametrize("spelling", ["apart", "joint"])
+@pytest.mark.parametrize("rows", [(0, 16), (2, 0), "no pages"])
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (576, 512)])
+def test_caches_without_elements(
+    dims: tuple[int, int], rows: tuple[int, int] | str, spelling: str, backend: Backend
+) -> None:
+    """Nothing is all that an append can write there; no address says whether values are the keys' own columns."""
+    (dim, dim_v), batch, native = dims, 0 if rows == (0, 16) else 2, backend.to_native
+    k_cache = native(np.zeros((*((0, 16) if rows == "no pages" else rows), 1, dim), np.float32))
+    v_cache = k_cache[..., :dim_v] if spelling == "joint" else native(np.zeros((*k_cache.shape[:3], dim_v), np.float32))
+    q = native(np.ones((batch, 1, 4, dim), np.float32))
+    given = {"cache_seqlens": native(np.zeros(batch, np.int32))}
+    if rows == "no pages":
+        given["page_table"] = native(np.zeros((batch, 0), np.int32))
+    new = {"k": native(np.zeros((batch, 0 if batch else 3, 1, dim), np.float32))}
+    if spelling == "apart":
+        new["v"] = native(np.zeros((*new["k"].shape[:3], dim_v), np.float32))
+    for appended in ({}, new) if spelling == "joint" or dim < 576 else ({},):
+        out, lse = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, **appended, **given, return_softmax_lse=True)
+        assert out.shape == (batch, 1, 4, dim_v) and not backend.to_numpy(out).any()
+        assert np.isneginf(backend.to_numpy(lse)).all()
+
+
 def test_many_sequences(backend: Backend) -> None:
     """More sequences than blocks; more than the 992 where FlashAttention-3 stops to split."""
     rng = np.random.default_rng(0)

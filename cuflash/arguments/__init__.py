@@ -69,7 +69,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     check_rows(problem, cache)
     k, v = new_keys(problem, cache, given)
     q = q if k is None else apart("q", q, cache)
-    if problem.is_joint and not cache.joint:
+    if problem.is_joint and not cache.may_be_joint:
         raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
     q_scales = query_scales(problem, given)
     k_scales, v_scales = cache_scales(problem, cache, k is not None, given)

@@ -117,7 +117,8 @@ def check_rows(problem: Problem, cache: KVCache) -> None:
 # ------------------------------------------------------------------------------------------------------------ new keys
 def new_keys(problem: Problem, cache: KVCache, given: Given) -> tuple[NativeArray | None, NativeArray | None]:
     """Import the keys and values to append; with joint rows the keys bring the values."""
-    k, v, joint = given["k"], given["v"], cache.joint
+    k, v = given["k"], given["v"]
+    joint = cache.joint or (v is None and cache.may_be_joint)
     if joint and v is not None:
         raise ValueError("v must be None where values are the first columns of k_cache's rows: k brings them, got one")
     if not joint and (k is None) != (v is None):

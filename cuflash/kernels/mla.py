@@ -152,7 +152,7 @@ def latent_launch(
 ) -> tuple[Launch, dict[str, Scratch]]:
     """Return the launch of a kernel of latent attention, and the scratch that it needs."""
     joint = _is_joint(problem)
-    if joint and not operands.cache.joint:
+    if joint and not operands.cache.may_be_joint:
         dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
         raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
     return attention_launch(kernel, problem, operands, metadata, arrays, joint, scales_tiles=True, has_boxes=has_boxes)
