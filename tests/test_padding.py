@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from padded_batch import INACTIVE, PaddedBatch
@@ -66,3 +68,52 @@ def test_a_plan_for_a_full_batch_serves_fewer_sequences(backend: Backend) -> Non
     answer = expected({"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths})
     np.testing.assert_allclose(backend.to_numpy(out), answer.out, atol=2e-5)
     assert np.isneginf(backend.to_numpy(lse)[[1, 3]]).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads_kv", "dims", "dtype", "given"),
+    [
+        (1, 2, (64, 64), "float16", ()),
+        (40, 2, (64, 64), "float16", ()),
+        (1, 2, (64, 64), "float16", ("k", "csr")),
+        (1, 2, (64, 32), "float8_e4m3fn", ("k_descale",)),
+        (20, 1, (64, 64), "int8", ("k", "k_descale", "HND")),
+        (1, 1, (576, 512), "float16", ("k",)),
+        (1, 1, (576, 512), "int8", ("k_descale",)),
+        (1, 1, (64, 512), "bfloat16", ("qv",)),
+    ],
+)
+def test_a_cache_without_pages(
+    queries: int, heads_kv: int, dims: tuple[int, int], dtype: str, given: tuple[str, ...], backend: Backend
+) -> None:
+    """Every page of every sequence is nowhere: zeros stand in place of all keys, and nothing is written."""
+    (dim, dim_v), batch, native = dims, 2, backend.to_native
+    kind = "float16" if dtype in ("float8_e4m3fn", "int8") else dtype
+    q = native(np.ones((batch, queries, 4, dim), kind))
+    codes = "uint8" if dtype == "float8_e4m3fn" else dtype
+    k_cache = native(np.zeros((0, heads_kv, PAGE, dim) if "HND" in given else (0, PAGE, heads_kv, dim), codes))
+    v_cache = native(np.zeros((*k_cache.shape[:-1], dim_v), codes))
+    arguments = {"layout": "HND"} if "HND" in given else {}
+    if dim > dim_v == 512:
+        v_cache = k_cache[..., :dim_v]
+    if dtype == "float8_e4m3fn":
+        arguments["kv_dtype"] = dtype
+    if "k" in given:
+        arguments["k"] = native(np.ones((batch, 1, heads_kv, dim), kind))
+        arguments["v"] = None if dim > dim_v else native(np.ones((batch, 1, heads_kv, dim_v), kind))
+    if "k_descale" in given:
+        arguments["k_descale"] = native(np.zeros(k_cache.shape[:-1], np.float32))
+    if "qv" in given:
+        arguments["qv"] = native(np.ones((batch, queries, 4, dim_v), kind))
+    table: Any = native(np.full((batch, 3), -1, np.int32))
+    if "csr" in given:
+        table = native(np.array([0, 3, 6], np.int32)), native(np.full(6, -5, np.int32))
+    lengths = np.array([2 * PAGE + 1, 0], np.int32)
+    for _ in range(2):  # the second call must not be the first one again, on memory that the first one had
+        out, lse = cuflash.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=native(lengths), page_table=table, return_softmax_lse=True, **arguments
+        )
+        assert not backend.to_numpy(out).any()
+        with np.errstate(divide="ignore"):
+            answer = np.log(lengths + ("k" in given))
+        np.testing.assert_allclose(backend.to_numpy(lse), np.broadcast_to(answer[:, None, None], lse.shape), rtol=1e-6)

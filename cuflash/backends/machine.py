@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, BoundStep, Launch, Scratch, Step, bind
 from ..kernels.merge import merge_launch
 from ..kernels.source import Variant
+from ..kv_cache import KVCache, Scales
 from ..metadata import SchedulerMetadata
 from ..operands import Lengths, Operands
 from ..partition import Partition
@@ -79,7 +81,7 @@ class KernelBackend:
         """Write ``operands.out`` and ``operands.softmax_lse``; see :func:`cuflash.flash_attn_with_kvcache`.
 
         Returns:
-            What does it again for arrays of the same layout; None if an array had to be copied first.
+            What does it again for arrays of the same layout; None if an array had to be replaced first.
         """
         with self.machine(gpu_of(operands.q)) as machine:
             readable = _readable(machine, operands)
@@ -172,15 +174,34 @@ def _prepare(machine: Machine, step: BoundStep) -> list[tuple[Any, ...]]:
 
 
 def _readable(machine: Machine, operands: Operands) -> Operands:
-    """Return operands whose queries and new keys the kernels can read; copies of those that they cannot."""
-    copies = {}
+    """Return operands that the kernels can read: copies of queries and new keys, and a page where they cannot."""
+    copies: dict[str, Any] = {}
     for name in ("q", "qv", "k", "v"):
         array = getattr(operands, name)
         if array is not None and not _is_readable(array):
             memory = machine.scratch(f"{name} copied", Scratch(array.shape, array.dtype, passed_on=True))
             copies[name] = memory.view(array.dtype).ravel()[: array.size].reshape(array.shape)
             copy_into(name, copies[name], array)
+    if operands.cache.is_paged and operands.cache.page_size and not operands.cache.k.shape[0]:
+        copies["cache"] = _with_a_page(machine, operands.cache)
     return replace(operands, **copies) if copies else operands
+
+
+def _with_a_page(machine: Machine, cache: KVCache) -> KVCache:
+    """Return one page of zeros for a cache without pages: kernels read page 0 in place of pages that are not there."""
+
+    def zeros(array: NativeArray) -> NativeArray:
+        shape = (1, *array.shape[1:])
+        memory = machine.scratch("no pages", Scratch(shape, array.dtype, zeroed=True))  # nobody writes to it
+        return memory.view(array.dtype).ravel()[: math.prod(shape)].reshape(shape)
+
+    def scales(of: Scales) -> Scales:
+        return replace(of, array=zeros(of.array)) if of.per_key else of
+
+    k, k_scales = zeros(cache.k), scales(cache.k_scales)
+    v = k[..., : cache.v.shape[3]] if cache.may_be_joint else zeros(cache.v)
+    v_scales = k_scales if cache.shares_scales else scales(cache.v_scales)
+    return replace(cache, k=k, v=v, k_scales=k_scales, v_scales=v_scales)
 
 
 def _is_readable(array: NativeArray) -> bool:
