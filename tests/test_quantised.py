@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import reference
 from cases import KV_DTYPES
-from problems import Backend, Case, all_pairs, check, make_inputs
+from inputs import as_uint8
+from problems import Backend, Case, all_pairs, check, make_inputs, transfer
 from reference_cache import LARGEST, find_scale, quantise
 
 import cuflash
@@ -247,6 +248,38 @@ def test_small_weights_add_up(backend: Backend) -> None:
     out, _ = _attend(q, k, v, backend)
     expected, _, _ = _exactly(q, k.astype(np.float64), v.astype(np.float64))
     np.testing.assert_allclose(out, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("queries", [4, 36])
+@pytest.mark.parametrize("dims", [(64, 64), (576, 512)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scales_of_rows_that_see_no_key(value: float, dims: tuple[int, int], queries: int, backend: Backend) -> None:
+    """They give 0, with a sink, too, whatever the scales of their sequence are: all its rows, or those before its keys.
+
+    In the last sequence the last two rows see keys: only there may latent rows hold what comes of a scale like that.
+    """
+    rng = np.random.default_rng(0)
+    (dim, dim_v), batch, heads_kv, joint = dims, 3, 1, dims[0] > dims[1]
+    codes = rng.integers(-100, 100, (batch, 16, heads_kv, dim)).astype(np.int8)
+    given: dict[str, Any] = {
+        "q": rng.standard_normal((batch, queries, 4, dim)).astype(ml_dtypes.float8_e4m3fn),
+        "k_cache": codes,
+        "v_cache": codes[..., :dim_v] if joint else codes[..., ::-1].copy(),
+        "cache_seqlens": np.array([9, 0, 2], np.int32),
+        "causal": True,
+    }
+    names = ["q_descale", "k_descale"] if joint else ["q_descale", "k_descale", "v_descale"]
+    for name, sinks in itertools.product(names, (None, rng.standard_normal(4).astype(np.float32))):
+        scales = {each: rng.uniform(0.01, 0.02, (batch, heads_kv)).astype(np.float32) for each in names}
+        answer = reference.attention(**given, **scales, sinks=sinks)
+        scales[name][1:] = value
+        arguments = as_uint8({**given, **scales, "sinks": sinks}, "int8")
+        out, lse = cuflash.flash_attn_with_kvcache(**transfer(arguments, backend), return_softmax_lse=True)
+        out, lse = backend.to_numpy(out).astype(np.float64), backend.to_numpy(lse)
+        assert not out[1].any() and (joint or not out[2, :-2].any()), name
+        assert (np.abs(out[0] - answer.out[0]) <= 0.01 * answer.magnitude[0]).all()
+        np.testing.assert_allclose(lse[:2], answer.lse[:2], atol=1e-3)
+        np.testing.assert_allclose(lse[2, :, :-2], answer.lse[2, :, :-2], atol=1e-3)
 
 
 @pytest.mark.parametrize("negative", ["q_descale", "k_descale", "v_descale", "softmax_scale"])

@@ -187,7 +187,6 @@ def _attend(
             )
         yield
 
-    packed_out *= v_scale
     result = packed_out.reshape(heads, seqlen_q, group, -1).swapaxes(0, 1).reshape(seqlen_q, heads * group, -1)
     result_lse = packed_lse.reshape(heads, seqlen_q, group).swapaxes(1, 2).reshape(heads * group, seqlen_q)
     if operands.merge_out is not None and operands.merge_lse is not None:
@@ -290,9 +289,8 @@ def _attend_rows(
         np.maximum(top, sinks, out=top)
     scores -= top[..., None]
     np.exp(scores, out=scores)
-    total = scores.sum(-1)
-    if sinks is not None:
-        total += np.exp(sinks - top)
+    weight = scores.sum(-1)
+    total = weight if sinks is None else weight + np.exp(sinks - top)
     lse = top + np.log(total)
     out = np.zeros((heads, rows, problem.headdim_v), np.float32)
     unseen: Any = None if hidden is None or operands.tree_mask is None else hidden.all(0)
@@ -301,6 +299,9 @@ def _attend_rows(
             block = np.where(unseen[begin : begin + len(block), None, None], np.float32(0), block)
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
     out /= np.maximum(total, _TINY)[..., None]
+    v_scale = operands.cache.v_scales.of_heads(keys.b, keys.heads)[:, None, None]
+    # A row that sees no key gives 0, whatever the scale of its sequence is.
+    np.multiply(out, v_scale, out=out, where=weight[..., None] != 0)
     return out, lse
 
 

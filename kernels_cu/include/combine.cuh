@@ -79,6 +79,7 @@ __device__ __forceinline__ float finish_row(const DecodeParams& p, const RowOutp
         return 0.0f;
     }
     lse = fmaf(log2_approx(state.sum), kLn2, top);
+    if (kIsQuantised && factor == 0.0f) return 0.0f;  // no key beside the sink: 0 whatever the scale of the values is
     return factor * at.unit * reciprocal_approx(state.sum);
 }
 
