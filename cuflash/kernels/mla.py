@@ -150,9 +150,16 @@ def latent_launch(
     arrays: dict[str, str],
     has_boxes: bool = False,
 ) -> tuple[Launch, dict[str, Scratch]]:
-    """Return the launch of a kernel of latent attention, and the scratch that it needs."""
+    """Return the launch of a kernel of latent attention, and the scratch that it needs.
+
+    Raises:
+        ValueError: For values of their own beside keys that only joint rows may be as long as.
+    """
     joint = _is_joint(problem)
     if joint and not operands.cache.may_be_joint:
-        dims = f"headdim {problem.headdim} with {problem.kv_dtype}"
-        raise NotImplementedError(f"{dims} is there for values that are the first columns of k_cache's rows only")
+        dims, kinds = (problem.headdim, problem.headdim_v), (problem.qkv_dtype, problem.kv_dtype)
+        raise ValueError(
+            f"v_cache must be the first columns of k_cache's rows for headdim and headdim_v of {dims} with queries of "
+            f"{kinds[0]} and a cache of {kinds[1]}, got values of their own: the NumPy backend alone serves them"
+        )
     return attention_launch(kernel, problem, operands, metadata, arrays, joint, scales_tiles=True, has_boxes=has_boxes)
