@@ -12,7 +12,7 @@ from problems import DTYPES, Backend, Case, check_lse, check_out, expected, make
 
 import cuflash
 from cuflash.device import Device
-from cuflash.kernels import attention
+from cuflash.kernels import attention, choose
 from cuflash.kernels.tiles import tiling
 from cuflash.problem import make_problem
 
@@ -218,6 +218,21 @@ def test_tiles_follow_from_heads_dims_and_device(dtype: str, arch: int) -> None:
             assert len(shapes) == 1
 
 
+@pytest.mark.parametrize("split_size", [None, 64])
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtypes", [*zip(DTYPES, DTYPES), ("float8_e4m3fn", "int8"), ("float32", "float8_e5m2")])
+def test_sixteen_rows_are_one_row_block(dtypes: tuple[str, str], arch: int, split_size: int | None) -> None:
+    for headdim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512), (64, 512), (576, 512)):
+        for group in range(1, 17):
+            for seqlen_q in range(1, 16 // group + 1):
+                for batch in (1, 300):
+                    problem = make_problem(
+                        batch, seqlen_q, 2 * group, 2, headdim[0], headdim_v=headdim[1], qkv_dtype=dtypes[0],
+                        kv_dtype=dtypes[1], split_size=split_size,
+                    )  # fmt: skip
+                    assert choose(problem, Device(132, arch), 4096).row_blocks == 1, (headdim, group, seqlen_q)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the memory for partial results that calls on the simulator ask for, in bytes."""
@@ -267,7 +282,7 @@ def test_items_that_would_take_too_much_scratch_stay_whole(
     shape = {"dtype": "bfloat16", "headdim": (64, 64)}
     sequences = [_sequence(1, 1, 3000, **shape), _sequence(2, 2, 200, **shape), _sequence(3, 1, 900, **shape)]
     wanted = _attend(sequences, SIM, split_size=64)
-    slot = 4 * 8 * (64 + 2)
+    slot = 4 * 16 * (64 + 2)
     monkeypatch.setattr(attention, "SPLIT_BYTES", most * slot * 12)
     assert _attend(sequences, SIM, split_size=64) == wanted
     if most < 10:

@@ -15,6 +15,7 @@ from ..dtypes import numpy_dtype
 from ..problem import Problem
 
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
+ONE_ROW_BLOCK = 16  # so many packed query rows are never cut
 RESERVED_SHARED = 1024  # the system's share of every resident block
 
 
@@ -89,8 +90,9 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
     is_float32 = problem.qkv_dtype == "float32"
     if is_float32:
         most_rows = min(most_rows, 16)
-    # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
-    wanted = problem.rows if problem.split_size is None else problem.group
+    # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position,
+    # but no fewer than are one row block in every plan.
+    wanted = problem.rows if problem.split_size is None else max(problem.group, ONE_ROW_BLOCK)
     rows = next(size for size in (8, 16, 32) if size >= min(wanted, most_rows))
     row_blocks = max(1, -(-problem.rows // rows))
     row_bytes = max(d, dv) * itemsize
