@@ -10,7 +10,7 @@ from . import arguments, backends, memo
 from .array_types import Array, ArrayT
 from .arrays import NativeArray, is_on_device
 from .metadata import SchedulerMetadata
-from .operands import Lengths
+from .operands import PAIRS, Lengths
 from .problem import Problem
 from .public import public
 from .repeated_call import RepeatedCall, came_as_they_are, in_kind, refuse_planning_in_capture
@@ -75,7 +75,7 @@ def flash_attn_with_kvcache(
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 # fmt: on
 @public
-@memo.repeatable(page_table=("page_indptr", "page_indices"), merge_with=("merge_out", "merge_lse"))
+@memo.repeatable(**PAIRS)
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from .arrays import NativeArray
 from .kv_cache import KVCache, Scales
 
+# Arguments that may be pairs of arrays, and what the two are called here.
+PAIRS = {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")}
+
 
 @dataclass(frozen=True)
 class Lengths:

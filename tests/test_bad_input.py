@@ -423,6 +423,47 @@ def test_bad_input(make, name, changes, error):
     assert contents(arguments) == before
 
 
+def with_pages_as_list(**changes: Any) -> Arguments:
+    """Arguments of a call with a list of pages in a wider type, one of them in place of the first of the last row."""
+    arguments = paged()
+    table = arguments["page_table"].astype(np.int64)
+    table[-1, 0] = 2**40
+    indptr = np.arange(0, table.size + 1, table.shape[1])
+    return arguments | {"page_table": (indptr, table.ravel())} | changes
+
+
+def codes(**changes: Any) -> Arguments:
+    """Arguments of a call with quantised caches."""
+    arguments = contiguous()
+    return arguments | {name: arguments[name].astype(np.int8) for name in ("k_cache", "v_cache")} | changes
+
+
+MERGED = np.ones((BATCH, SEQLEN_Q, HEADS, DIM_V), np.float32)
+MESSAGES: list[tuple[Arguments, str]] = [
+    (with_pages_as_list(), r"page_table must .*, got 1099511627776 in row 2 for page 0$"),
+    (
+        paged() | {"page_table": np.full((BATCH, CAPACITY // PAGE_SIZE), 2**40)},
+        r"page_table must .*, got 1099511627776 in",
+    ),
+    (contiguous() | {"merge_with": (MERGED,)}, r"merge_with must be a pair \(out, lse\), got 1 arrays$"),
+    (
+        contiguous() | {"out": MERGED, "merge_with": (MERGED[::-1], np.zeros((BATCH, HEADS, SEQLEN_Q), np.float32))},
+        r"out must share no memory with merge_with\[0\], got overlapping arrays$",
+    ),
+    (
+        codes(k_descale=np.ones((BATCH, KV_HEADS, CAPACITY), np.float32)),
+        r"k_descale must be one number, \(batch, heads_kv\) \(3, 2\), or one per key and head \(3, 96, 2\) \(NHD\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MESSAGES, ids=[message.split()[0] for _, message in MESSAGES])
+def test_messages_say_what_was_given(arguments, message):
+    """By the name of the argument and with the numbers that came, whatever becomes of them inside."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cuflash.flash_attn_with_kvcache(**arguments)
+
+
 def plan_of(arguments: Arguments) -> cuflash.SchedulerMetadata:
     """A plan that fits a good call."""
     new = arguments.get("k")

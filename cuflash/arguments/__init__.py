@@ -89,7 +89,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     )
     check_memory(operands, plan)
     if checks_values(is_on_device(q)):
-        check_call(problem, operands)
+        check_call(problem, operands, given["page_table"])
     return problem, operands
 
 

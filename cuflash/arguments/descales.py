@@ -51,17 +51,16 @@ def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache 
     array = import_array(name, value)
     if array.dtype != np.float32:
         raise TypeError(f"{name} must be a number or float32, got {array.dtype}")
-    shape: tuple[int, ...] = (problem.batch_size, problem.num_heads_kv)
     if not is_aligned(array):
         raise ValueError(f"{name} must be aligned to its elements, got strides {array.strides} bytes")
     if array.ndim < 3 and array.size == 1:
         return Scales(array=array.reshape(1, 1))
-    if array.ndim == 3 and cache is not None:
-        array = array.swapaxes(1, 2) if layout == "HND" else array
-        shape = tuple(cache.k.shape[:3])
-    if array.shape != shape:
-        more = "" if cache is None else f", or one per key and head {tuple(cache.k.shape[:3])} (NHD)"
-        raise ValueError(f"{name} must be one number, (batch, heads_kv) {shape[:2]}{more}, got shape {array.shape}")
+    if array.ndim == 3 and layout == "HND":
+        array = array.swapaxes(1, 2)
+    shapes = [(problem.batch_size, problem.num_heads_kv), *([] if cache is None else [tuple(cache.k.shape[:3])])]
+    if array.shape not in shapes:
+        more = "" if cache is None else f", or one per key and head {shapes[1]} (NHD)"
+        raise ValueError(f"{name} must be one number, (batch, heads_kv) {shapes[0]}{more}, got shape {array.shape}")
     return Scales(array=array)
 
 

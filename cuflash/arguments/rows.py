@@ -20,8 +20,9 @@ from ..arrays import (
     strides_of,
 )
 from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
+from ..kv_cache import KVCache
 from ..metadata import SchedulerMetadata
-from ..operands import Operands
+from ..operands import PAIRS, Operands
 from ..problem import Problem, window_bounds
 from .common import Given, expect_shape, lse_shape, output
 
@@ -110,8 +111,10 @@ def merged(out: NativeArray, given: Given) -> tuple[NativeArray | None, NativeAr
     pair = given["merge_with"]
     if pair is None:
         return None, None
-    if not isinstance(pair, tuple) or len(pair) != 2:
+    if not isinstance(pair, tuple):
         raise TypeError(f"merge_with must be a pair (out, lse), got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"merge_with must be a pair (out, lse), got {len(pair)} arrays")
     other, other_lse = import_array("merge_with[0]", pair[0]), import_array("merge_with[1]", pair[1])
     expect_shape("merge_with[0]", other, out.shape)
     if other.dtype != out.dtype:
@@ -124,14 +127,14 @@ def merged(out: NativeArray, given: Given) -> tuple[NativeArray | None, NativeAr
 
 def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
     """Check that all arrays lie in one memory, and that none that is written is another one."""
-    arrays = operands.arrays
+    arrays, cache = operands.arrays, operands.cache
     if plan is not None:
         arrays["scheduler_metadata"] = plan.array
     memory = memory_of(operands.q)
     for name, array in arrays.items():
         if array is not None and memory_of(array) != memory:
-            raise ValueError(f"{name} must be in {memory} like q, got one in {memory_of(array)}")
-    if operands.cache.joint:
+            raise ValueError(f"{_argument(name, cache)} must be in {memory} like q, got one in {memory_of(array)}")
+    if cache.joint:
         del arrays["v_cache"]  # a part of k_cache
     # An array may be overwritten by what is made of it, element by element: whoever writes has read it.
     in_place = {"out": ("q", "merge_out"), "softmax_lse": ("merge_lse",)}
@@ -142,13 +145,22 @@ def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
             if target is None or array is None or name == written or not overlaps(target, array):
                 continue
             if name not in in_place.get(written, ()) or not _is_the_same(target, array):
-                raise ValueError(f"{written} must share no memory with {name}, got overlapping arrays")
+                other = _argument(name, cache)
+                raise ValueError(f"{written} must share no memory with {other}, got overlapping arrays")
     for name in appended:
         target = arrays[name]
         if target is not None and not has_each_once(target):
             raise ValueError(
                 f"{name} must have memory of its own for each element to append to it, got strides {target.strides}"
             )
+
+
+def _argument(name: str, cache: KVCache) -> str:
+    """Return what the caller has given as an array that has this name among operands."""
+    if cache.is_packed and name == "page_indptr":
+        return "cu_seqlens_k"
+    given = {part: f"{pair}[{place}]" for pair, parts in PAIRS.items() for place, part in enumerate(parts)}
+    return given.get(name, name)
 
 
 def _appended(operands: Operands) -> list[str]:

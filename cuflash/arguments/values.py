@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import NativeArray, to_host
+from ..arrays import NativeArray, import_array, to_host
 from ..operands import Lengths, Operands
 from ..problem import Problem
 
@@ -52,8 +52,13 @@ def check_packed(starts: NativeArray, total: int) -> None:
     _refuse("cu_seqlens_k", f"end by k's {total} rows", values, values > total)
 
 
-def check_call(problem: Problem, operands: Operands) -> None:
+def check_call(problem: Problem, operands: Operands, page_table: Any) -> None:
     """Check lengths against the arrays of a call, and the pages that it follows.
+
+    Args:
+        problem: The problem.
+        operands: The data of the call.
+        page_table: As it was given.
 
     Raises:
         ValueError: Naming the argument, the rule and the first value that breaks it.
@@ -100,7 +105,7 @@ def check_call(problem: Problem, operands: Operands) -> None:
             f"cache_seqlens must fit the capacity {capacity[worst]}, got {seqlens[worst]}{more} at [{worst}]{pages}"
         )
     if cache.is_paged:
-        _check_pages(operands, row, held)
+        _check_pages(operands, row, held, page_table)
     if operands.rotary is not None:
         _check_rotary(operands, seqlens, queries, new)
 
@@ -121,7 +126,7 @@ def _check_rotary(operands: Operands, seqlens: Ints, queries: Ints, new: Ints) -
         )
 
 
-def _check_pages(operands: Operands, row: NDArray[Any], held: Ints) -> None:
+def _check_pages(operands: Operands, row: NDArray[Any], held: Ints, given: Any) -> None:
     """Check the page numbers that the call follows: those of the pages from the leftpad to the last key.
 
     A negative number is legal: nothing is there.
@@ -132,16 +137,17 @@ def _check_pages(operands: Operands, row: NDArray[Any], held: Ints) -> None:
     count = np.maximum(-(-held // page_size) - first, 0)  # pages that each sequence follows
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
     rows = np.repeat(row, count)
-    if cache.page_table is not None:
-        numbers = to_host(cache.page_table)[rows, within]
-    else:
-        numbers = to_host(cache.page_indices)[to_host(cache.page_indptr).astype(np.int64)[rows] + within]
-    wrong = numbers >= pages
+    place: tuple[Ints, ...] = (rows, within)
+    if cache.page_indptr is not None:
+        place = (to_host(cache.page_indptr).astype(np.int64)[rows] + within,)
+    wrong = to_host(cache.page_indices if cache.page_table is None else cache.page_table)[place] >= pages
     if wrong.any():
         bad = int(wrong.argmax())
+        # What was given: in the cache's own table stands the nearest number that int32 has.
+        numbers = import_array("page_table", given[1] if isinstance(given, tuple) else given)
         raise ValueError(
             f"page_table must hold page numbers below {pages} where keys are, or negative ones where nothing is, got "
-            f"{numbers[bad]} in row {rows[bad]} for page {within[bad]}"
+            f"{numbers[tuple(int(index[bad]) for index in place)]} in row {rows[bad]} for page {within[bad]}"
         )
 
 
