@@ -12,6 +12,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 QUANTISED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 QUERY_DTYPES = (*FLOAT_DTYPES, "float8_e4m3fn")
 
+# Not float8_e4m3, which is the name of another format: it has infinities, and no number beyond 240.
 _ALIASES = {
     "fp16": "float16",
     "half": "float16",
@@ -20,7 +21,6 @@ _ALIASES = {
     "float": "float32",
     "e4m3": "float8_e4m3fn",
     "fp8": "float8_e4m3fn",
-    "float8_e4m3": "float8_e4m3fn",
     "e5m2": "float8_e5m2",
 }
 
