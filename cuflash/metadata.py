@@ -133,7 +133,11 @@ class SchedulerMetadata(Plan):
 
     @property
     def balance(self) -> float:
-        """How even the shares are, as visible keys / (used blocks x longest share in keys); 1 without keys."""
+        """How even the shares are, as visible keys / (used blocks x longest share in keys); 1 without keys.
+
+        A block is used if it has items, which may all be without keys and are then not in :meth:`work`; a block of a
+        cluster if it reads keys.
+        """
         shares = self._shares(self.work())
         return _evenness(shares, len(shares))
 
@@ -190,7 +194,7 @@ class SchedulerMetadata(Plan):
         return "\n".join([title, *(f"  {name:<10}  {text}" for name, text in lines)])
 
     def _shares(self, work: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the keys that each block with work reads, (blocks,)."""
+        """Return the keys that each used block reads, (blocks,)."""
         shares = np.zeros(int(to_host(self.array[:1])[0]), np.int64)
         np.add.at(shares, work["block"], work["key_end"] - work["key_begin"])
         # Items without keys are work too; but a cluster has its blocks also where its item leaves them nothing.

@@ -187,6 +187,19 @@ def test_windows_count_what_they_show() -> None:
     assert meta.efficiency == 128 / meta.num_blocks
 
 
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("seqlens", [[64, 0, 0, 0], [0] * 6 + [3000], [200] + [0] * 7, [20000] + [0] * 300, [0] * 9])
+def test_balance_is_that_of_used_blocks(seqlens: list[int], arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of items without keys are used, too: they write zeros. Of a cluster all blocks have the item."""
+    monkeypatch.setenv("CUFLASH_ARCH", arch)
+    meta = plan(seqlens, 1)
+    keys = np.bincount(meta.work()["block"], meta.work()["key_end"] - meta.work()["key_begin"])
+    used = int(meta.array[0]) if meta.partition.cluster == 1 else int((keys > 0).sum())
+    assert meta.balance == (sum(seqlens) / (used * keys.max()) if sum(seqlens) else 1)
+    assert meta.efficiency == (sum(seqlens) / (meta.num_blocks * keys.max()) if sum(seqlens) else 1)
+    assert f"{used} used of {meta.num_blocks}" in str(meta)
+
+
 def test_sequences_without_keys_have_owners_but_no_work() -> None:
     meta = plan([0, 5000, 0, 0, 7000, 0])
     assert set(np.unique(meta.work()["sequence"])) == {1, 4}
