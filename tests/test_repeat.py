@@ -612,6 +612,21 @@ WRONG: dict[str, Arguments] = {
 }
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["", "planned"])
+def test_a_cache_without_pages(planned: bool, machine: SimulatedGpu) -> None:
+    """A later call, too, reads zeros in place of its keys, and no memory that the caller does not have."""
+    arguments = paged(1)
+    nowhere = {name: arguments[name][:0].copy() for name in ("k_cache", "v_cache")}
+    nowhere["page_table"] = np.full_like(arguments["page_table"], -1)
+    given = on_device(arguments | nowhere)
+    metadata = plan(given) if planned else None
+    lengths = arguments["cache_seqlens"][:, None, None]
+    for _ in range(3):
+        out, lse, *_ = call(given, metadata)
+        assert not out.any()
+        np.testing.assert_allclose(lse, np.broadcast_to(np.log(lengths), lse.shape), rtol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_a_first_call_refuses_a_later_one_refuses_alike(wrong: str, machine: SimulatedGpu) -> None:
     arguments = on_device(paged(1)) | {"window_size": (-1, -1)}
