@@ -18,7 +18,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..requirements import SIMULATOR, install
 from .cache import cache_dir, digest, find, keep, store
 
 __all__ = [
@@ -32,6 +31,8 @@ __all__ = [
     "sources",
     "store",
 ]
+
+_INSTALL = 'pip install "cuda-bindings>=13,<14" "nvidia-cuda-nvrtc>=13,<14"'  # as cuflash/requirements.py has it
 
 _SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "boxes.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
 # What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
@@ -181,8 +182,7 @@ def _nvrtc() -> tuple[str, Any]:
         return "cupy", cupy_nvrtc
     except ImportError:
         raise CompilerNotFound(
-            f"the simulator compiles kernels with NVRTC: {install(*SIMULATOR)} (no GPU or driver is needed), "
-            "or install CuPy"
+            f"the simulator compiles kernels with NVRTC: {_INSTALL} (no GPU or driver is needed), or install CuPy"
         ) from None
 
 
@@ -198,7 +198,7 @@ def _nvrtc_version() -> tuple[str, int, int]:
     try:
         major, minor = _checked(nvrtc.nvrtcVersion()) if kind == "bindings" else nvrtc.getVersion()
     except RuntimeError as error:
-        raise CompilerNotFound(f"NVRTC does not load ({error}): {install(*SIMULATOR)}") from error
+        raise CompilerNotFound(f"NVRTC does not load ({error}): {_INSTALL}") from error
     return kind, int(major), int(minor)
 
 
