@@ -121,8 +121,8 @@ def test_commands(command, capsys, monkeypatch, tmp_path):
 
         drawn, committed = imread(tmp_path / picture), imread(ROOT / picture)
         assert drawn.shape == committed.shape
-        differs = (abs(drawn - committed) > 0.1).any(-1)  # other fonts draw other letters: 0.27 is another plan
-        assert differs.mean() < 0.05, f"{command} draws another picture"
+        differs = (abs(drawn - committed) > 0.1).any(-1)  # 0.07 is another version of matplotlib, 0.27 another plan
+        assert differs.mean() < 0.15, f"{command} draws another picture"
 
 
 def anchors(page: Path) -> set[str]:
