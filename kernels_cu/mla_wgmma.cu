@@ -28,6 +28,7 @@ constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
 constexpr int kGroupColumns = kPaddedHeadDimV / 2;
 constexpr u32 kToldBytes = kRows * kTileKeys * Element::kBytes;  // of the weights that are told, a line for each row
 constexpr bool kScoresAhead = kSharesTiles;
+static_assert(MOST_PARTS <= Together::kMostParts, "an item has no more parts than all of its blocks merge");
 static_assert(ReduceScatter::kSharedBytes <= kRingBytes, "pieces lie where tiles were");
 static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
 static_assert(kPaddedHeadDim == kPaddedHeadDimV + 64 && kTileKeys == 64 && kRows == 64, "weights are a line");

@@ -26,7 +26,7 @@ _ROWS = _TILE_KEYS = 64
 _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
 _STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
-_MOST_PARTS = 256  # of an item: rows_together.cuh
+_MOST_PARTS = 256  # of an item
 _REGISTERS = (("LOADER_REGISTERS", 72), ("MATH_REGISTERS", 216))
 
 
@@ -87,6 +87,7 @@ def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
         ("ROW_PARTS", tiles.row_parts),
         ("SHARES_TILES", int(tiles.shares_tiles)),
         ("SCATTERED_PARTS", tiles.scattered_parts),
+        ("MOST_PARTS", _MOST_PARTS),
         *_REGISTERS,
     )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
