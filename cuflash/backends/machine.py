@@ -179,21 +179,25 @@ def _readable(machine: Machine, operands: Operands) -> Operands:
     for name in ("q", "qv", "k", "v"):
         array = getattr(operands, name)
         if array is not None and not _is_readable(array):
-            memory = machine.scratch(f"{name} copied", Scratch(array.shape, array.dtype, passed_on=True))
-            copies[name] = memory.view(array.dtype).ravel()[: array.size].reshape(array.shape)
+            copies[name] = _array(machine, f"{name} copied", Scratch(array.shape, array.dtype, passed_on=True))
             copy_into(name, copies[name], array)
     if operands.cache.is_paged and operands.cache.page_size and not operands.cache.k.shape[0]:
         copies["cache"] = _with_a_page(machine, operands.cache)
     return replace(operands, **copies) if copies else operands
 
 
+def _array(machine: Machine, name: str, scratch: Scratch) -> NativeArray:
+    """Return scratch as the array that it is to hold."""
+    memory = machine.scratch(name, scratch).view(scratch.dtype)
+    return memory.ravel()[: math.prod(scratch.shape)].reshape(scratch.shape)
+
+
 def _with_a_page(machine: Machine, cache: KVCache) -> KVCache:
     """Return one page of zeros for a cache without pages: kernels read page 0 in place of pages that are not there."""
 
     def zeros(array: NativeArray) -> NativeArray:
-        shape = (1, *array.shape[1:])
-        memory = machine.scratch("no pages", Scratch(shape, array.dtype, zeroed=True))  # nobody writes to it
-        return memory.view(array.dtype).ravel()[: math.prod(shape)].reshape(shape)
+        page = Scratch((1, *array.shape[1:]), array.dtype, zeroed=True)  # nobody writes to it
+        return _array(machine, "no pages", page)
 
     def scales(of: Scales) -> Scales:
         return replace(of, array=zeros(of.array)) if of.per_key else of

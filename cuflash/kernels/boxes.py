@@ -10,7 +10,7 @@ from ..kv_cache import KVCache
 
 LINE_BYTES = 128  # of a row of a box, which the 128-byte swizzle permutes
 MAP_BYTES = 128  # of a CUtensorMap
-_LEAST_ROWS = 8  # after which the pattern of the swizzle begins anew
+LEAST_ROWS = 8  # of a box, after which the pattern of the swizzle begins anew
 _MOST_STRIDE = 2**40
 
 
@@ -42,7 +42,7 @@ def boxed_cache(cache: KVCache, part_keys: int) -> tuple[dict[str, int], list[tu
     rows = min(boxes, part_keys)
     tensors = [(name, _boxed(array, rows)) for name, array in (("k_cache", cache.k), ("v_cache", cache.v))]
     boxed = [(name, tensor) for name, tensor in tensors if tensor is not None]
-    fits = rows >= _LEAST_ROWS and cache.dtype is None and len(boxed) == len(tensors)
+    fits = rows >= LEAST_ROWS and cache.dtype is None and len(boxed) == len(tensors)
     numbers = {
         "box_rows": rows if fits else 0,
         "box_step": rows if cache.is_paged else 1,

@@ -16,6 +16,7 @@ from ..partition import Partition
 from ..problem import Problem
 from . import mla
 from .attention import PLAIN, Form
+from .boxes import LEAST_ROWS
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
@@ -46,24 +47,24 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
     if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
         return None
-    row_blocks = max(1, -(-problem.rows // _ROWS))
+    row_blocks, resident = max(1, -(-problem.rows // _ROWS)), resident_blocks(problem, device, 1)
     # Where blocks read several items each, two side by side read those of the same sequence: what one has read from
     # memory the other one finds in the L2 cache. With split_size the batch may not matter.
     items = problem.batch_size * problem.num_heads_kv * row_blocks
-    is_long = items > resident_blocks(problem, device, 1)
+    is_long = items > resident
     # Where both have heads of one query, they read the same tiles, and one can copy for the other. That pays unless
     # items lie in many blocks: b16 L1024 with 128 heads 26.8 us without, 27.1 with (H200).
     # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows.
-    has_boxes = problem.page_size is None or problem.page_size % 8 == 0
+    has_boxes = problem.page_size is None or problem.page_size % LEAST_ROWS == 0
     is_common = problem.group % (2 * _ROWS) == 0 and has_boxes
-    is_shared = is_common and 3 * items >= resident_blocks(problem, device, 1) and problem.split_size is None
+    is_shared = is_common and 3 * items >= resident and problem.split_size is None
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
     # Where the blocks divide into so many an item, each merges a piece of what it has: b32 L4096 with 128 heads 75.5 us
     # without, 67 with, 64 heads 54.8 and 49.2, b16 L1024 with 128 heads 26.8 and 20.5. To 16 rows two warps do it all:
     # b16 L1024 14.3 and 14.6, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
     most_parts = 8 if problem.rows > 16 else 4
-    is_scattered = 8 * most_parts * items >= 7 * resident_blocks(problem, device, 1)
+    is_scattered = 8 * most_parts * items >= 7 * resident
     weights = _ROWS * _TILE_KEYS * 2
     shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + weights + _STATE_BYTES
     sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES

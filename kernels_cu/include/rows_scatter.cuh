@@ -88,8 +88,7 @@ private:
     __device__ __forceinline__ int num_pieces() const { return parts_ <= 2 ? 2 : parts_ <= 4 ? 4 : 8; }
     __device__ __forceinline__ int piece_chunks() const { return kChunks / num_pieces(); }
 
-    // Where a part lies: see hand_on.
-    __device__ __forceinline__ int slot_of(int part) const { return 2 * (first_block_ + part) + (part == 0); }
+    __device__ __forceinline__ int slot_of(int part) const { return slot_of_part(first_block_, part); }
     __device__ __forceinline__ float4* chunk_of(int part, int chunk) const {
         return partial_output(p_, slot_of(part)) + (first_column() / 8 + chunk) * kStride + thread_ % kStride;
     }

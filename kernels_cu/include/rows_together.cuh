@@ -39,8 +39,7 @@ public:
         unit_cells_ = kWarps / cell_warps_ * warp_cells_;
     }
 
-    // Where the result of a part lies: see hand_on.
-    __device__ __forceinline__ int slot_of(int part) const { return 2 * (first_block_ + part) + (part == 0); }
+    __device__ __forceinline__ int slot_of(int part) const { return slot_of_part(first_block_, part); }
 
     // All threads come here when the block has stored its part.
     __device__ __forceinline__ void merge(bool may_wait) {
