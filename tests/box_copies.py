@@ -27,10 +27,10 @@ extern "C" __global__ void kernel(const __grid_constant__ Params p) {
     cluster_arrive();
     cluster_wait();
     if (is_elected && blockIdx.x == 0) {
-        copy_box_to_blocks(box, p.map, p.column, p.row, p.head, p.page, full, BLOCKS, evict_first_policy());
+        copy_box_to_blocks(box, p.map, p.column, p.row, p.head, p.page, full, BLOCKS, eviction_policy());
     }
 #else
-    if (is_elected) copy_box(box, p.map, p.column, p.row, p.head, p.page, full, evict_first_policy());
+    if (is_elected) copy_box(box, p.map, p.column, p.row, p.head, p.page, full, eviction_policy());
 #endif
     arrive(full);
     WAIT

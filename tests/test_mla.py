@@ -383,6 +383,18 @@ def test_what_is_latent(arch: int) -> None:
         assert _family(d, dv, arch) != "mla"
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "evicts_first"),
+    [(128, 16, 1), (128, 32, 1), (128, 64, 0), (128, 128, 0), (116, 64, 0), (115, 64, 1), (32, 128, 1), (1, 64, 1)],
+)
+def test_who_leaves_the_l2_cache_first(batch: int, heads: int, evicts_first: int) -> None:
+    """No result depends on it, so nothing else would notice."""
+    problem = make_problem(batch, 1, heads, 1, 64, headdim_v=512, qkv_dtype="bfloat16")
+    partition = mla_wgmma.partition(problem, Device(132, 90), 4096)
+    assert partition is not None
+    assert f"-DEVICTS_FIRST={evicts_first}" in mla_wgmma.variant(problem, partition).options
+
+
 @BOTH
 def test_one_plan_for_calls_with_and_without_qv(sim: Backend) -> None:
     """The plan is not told."""

@@ -60,6 +60,7 @@ class Tiles:
         row_parts: Blocks that read the same share of the plan, each with so many of its rows.
         shares_tiles: Whether these are a cluster, and a tile is copied once for all of them.
         scattered_parts: Most parts of an item that its blocks merge piece by piece, 0 for none.
+        evicts_first: Whether rows of the cache that were read leave the L2 cache before all others.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -80,6 +81,7 @@ class Tiles:
     row_parts: int = 1
     shares_tiles: bool = False
     scattered_parts: int = 0
+    evicts_first: bool = True
     cluster: int = 1
 
     @property

@@ -2,6 +2,7 @@
 // each other. Warp w of both has the same 16 rows, and nobody else touches what stands here of them.
 #pragma once
 #include "ptx/barriers.cuh"
+#include "ptx/matrices.cuh"
 #include "ptx/wgmma.cuh"
 #include "rows_partners.cuh"
 
@@ -37,9 +38,10 @@ public:
     template <int kFirst, int kCount>
     __device__ __forceinline__ void tell(const Weights& weights, u32 to) const {
         pin(to);  // else all addresses are found ahead of the main loop, and wait in local memory
-        for_each<kCount, 2>([&](int i, int half) {
-            const int n = kFirst + i;
-            store_shared(to + KeyRows::offset(row(0, half), n) + lane_ % 4 * 4, weights[0][n / 2][n % 2 * 2 + half]);
+        const u32 row_to = to + KeyRows::offset(row_warp_ * kWarpRows + lane_ % 16, lane_ / 16);
+        for_each<kCount / 2>([&](int i) {
+            const int step = kFirst / 2 + i;  // of 16 keys, two chunks: what the swizzle permutes, so that they change one bit each
+            stmatrix_x4(row_to ^ step * 32, weights[0][step]);
         });
     }
 

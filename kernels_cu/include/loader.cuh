@@ -27,7 +27,7 @@ class Loader {
 
 public:
     __device__ __forceinline__ Loader(const DecodeParams& p, const Share& share, int warp, int lane)
-        : p_(p), share_(share), policy_(evict_first_policy()), warp_(warp), lane_(lane) {
+        : p_(p), share_(share), policy_(eviction_policy()), warp_(warp), lane_(lane) {
         using Keys = Copy<kKeyBytes>;
         using Values = Copy<kValueBytes>;
         keys_from_ = static_cast<const char*>(p.k_cache) + lane % Keys::kLanes * 16;

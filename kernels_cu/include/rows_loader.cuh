@@ -11,6 +11,11 @@
 #include "rows_tiles.cuh"
 #include "segment.cuh"
 
+#ifndef EVICTS_FIRST
+#define EVICTS_FIRST 1
+#endif
+constexpr bool kEvictsFirst = EVICTS_FIRST;  // rows that were read leave the L2 cache before all others
+
 class Loader {
     static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
     static constexpr int kKeyChunks = (kHeadDim + 15) / 16 * 2;  // as far as an MMA reads a key, in 16 bytes ..
@@ -51,7 +56,7 @@ class Loader {
 
 public:
     __device__ __forceinline__ Loader(const LoaderParams& params, const Share& share, int warp, int lane)
-        : p_(attention_of(params)), share_(share), walker_(share), boxes_(params, warp), policy_(evict_first_policy()),
+        : p_(attention_of(params)), share_(share), walker_(share), boxes_(params, warp), policy_(eviction_policy<kEvictsFirst>()),
           lane_(lane), part_(warp * kPartKeys) {
         const DecodeParams& p = p_;
         using Keys = Copy<CopiedKeys>;

@@ -2,12 +2,17 @@
 #pragma once
 #include "ptx/registers.cuh"
 
-// The KV cache is read once per launch: let it leave L2 first. Before sm_90 the policy would have to be moved to uniform
-// registers for every copy, so copies go without.
-__device__ __forceinline__ u64 evict_first_policy() {
+// The KV cache is read once per launch: let it leave L2 first, unless told otherwise. Before sm_90 the policy would have to be
+// moved to uniform registers for every copy, so copies go without.
+template <bool kFirst = true>
+__device__ __forceinline__ u64 eviction_policy() {
     u64 policy = 0;
 #if __CUDA_ARCH__ >= 900
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    if constexpr (kFirst) {
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    } else {
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+    }
 #endif
     return policy;
 }

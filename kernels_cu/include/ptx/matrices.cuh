@@ -34,6 +34,13 @@ __device__ __forceinline__ void ldmatrix_x2_trans(u32 (&r)[4], u32 row_address) 
                  : "memory");
 }
 
+// Stores four matrices: lane l names row l % 8 of matrix l / 8, and has the elements that ldmatrix would bring it (sm_90).
+__device__ __forceinline__ void stmatrix_x4(u32 row_address, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // Transposes an 8x8 matrix of 16-bit elements that lies in the registers of a warp, rows by lane / 4.
 __device__ __forceinline__ u32 movmatrix_trans(u32 a) {
     u32 d;
