@@ -8,7 +8,7 @@ import numpy as np
 
 from .arguments.common import output, renamed
 from .array_types import Array
-from .arrays import NativeArray, exporter, import_array, overlaps
+from .arrays import NativeArray, check_way_back, exporter, import_array, overlaps
 from .attention import check, flash_attn_with_kvcache
 from .metadata import SchedulerMetadata
 from .problem import window_bounds
@@ -134,9 +134,15 @@ def shared_prefix_attention(
         )
     if second.get("merge_with") is None:
         second["merge_with"] = _results(native, rows_out, lse)
-    if second.get("out") is None:
-        second["out"] = exporter(q)(second["merge_with"][0])
-    return flash_attn_with_kvcache(**second)
+    if second.get("out") is not None:
+        return flash_attn_with_kvcache(**second)
+    # What becomes of it in q's kind may be read-only.
+    second["out"] = rows_out = second["merge_with"][0]
+    check_way_back("q", q, rows_out)
+    results = flash_attn_with_kvcache(**second)
+    if not suffix.get("return_softmax_lse"):
+        return exporter(q)(results)
+    return exporter(q)(results[0]), results[1]
 
 
 def _results(q: NativeArray, rows_out: NativeArray, lse: NativeArray) -> tuple[NativeArray, NativeArray]:

@@ -415,12 +415,59 @@ def test_packed_keys_of_any_kind() -> None:
     )
 
 
+def test_what_tells_its_shape_by_dlpack_alone() -> None:
+    """One length or none on a bare plan; scratch beside the LSE, which no array need be able to make of itself."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, heads, 64), np.float32) for n, heads in ((1, 4), (20, 2), (20, 2)))
+    metadata = fa3.get_scheduler_metadata(2, 1, 20, 4, 2, 64, np.array([20, 20], np.int32), qkv_dtype="float32")
+    for number in (13, None):
+        wanted = cuflash.flash_attn_with_kvcache(q, k, v, cache_seqlens=number, return_softmax_lse=True)
+        found = fa3.flash_attn_with_kvcache(
+            *map(Bare, (q, k, v)), cache_seqlens=number, scheduler_metadata=metadata, return_softmax_lse=True
+        )
+        for one, other in zip(found, wanted, strict=False):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+    jax = pytest.importorskip("jax")
+    _, lse, *scratch = fa3.flash_attn_with_kvcache(jax.numpy.asarray(q), k, v, return_softmax_lse=True)
+    assert [type(x) for x in scratch] == [type(lse)] * 2
+    with pytest.raises(TypeError, match="^q must"):
+        fa3.flash_attn_with_kvcache([1.0], k, v, cache_seqlens=13, scheduler_metadata=metadata)
+    with pytest.raises(TypeError, match="^k_cache must"):
+        fa3.flash_attn_with_kvcache(q, None, v, scheduler_metadata=metadata)
+    with pytest.raises(TypeError, match="^q must"):
+        sgl.flash_attn_with_kvcache([1.0], None, v, qv=q, only_qv=True)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_values_that_are_keys(quantised: bool) -> None:
+    """With only_qv new values are new keys, and their scale is both's."""
+    rng = np.random.default_rng(0)
+    q, new = rng.standard_normal((2, 1, 4, 64), np.float32), rng.standard_normal((2, 1, 2, 64), np.float32)
+    cache, lengths = rng.standard_normal((2, 64, 2, 64), np.float32), np.array([40, 7], np.int32)
+    given: dict[str, Any] = {"cache_seqlens": lengths, "softmax_scale": 0.125}
+    if quantised:
+        cache = (20 * cache).astype(np.int8)
+        given |= {"v_descale": 0.05}
+    else:
+        given |= {"v": new}
+    same = {("k_descale" if name == "v_descale" else "k" if name == "v" else name): x for name, x in given.items()}
+    mine, theirs = cache.copy(), cache.copy()
+    wanted = cuflash.flash_attn_with_kvcache(q, mine, mine, **same)
+    found = sgl.flash_attn_with_kvcache(None, None, theirs, qv=q, only_qv=True, **given)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(theirs, mine)
+    if not quantised:
+        np.testing.assert_array_equal(theirs[0, 40], new[0, 0])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"k": [1.0]}, {"k": np.zeros((1, 20, 2, 64), np.float32)}, {"k": np.zeros((20, 2, 32), np.float32)}, {"v": 3},
         {"cu_seqlens_k": np.array(0)}, {"cu_seqlens_k": np.array([0.0, 13, 20])}, {"cu_seqlens_k": np.array([0, 20])},
-        {"cu_seqlens_k": np.array([0, 13, 21])}, {"seqused_k": np.array([1, 2, 3])}, {"seqused_k": np.array([3, 20])},
+        {"cu_seqlens_k": np.array([0, 13, 21])}, {"cu_seqlens_k": np.array([2, 13, 20])},
+        {"cu_seqlens_k": np.array([0, 13, 9])}, {"seqused_k": np.array([1, 2, 3])}, {"seqused_k": np.array([3, 20])},
+        {"seqused_k": np.array([14, 3])}, {"seqused_k": np.array([3, -1])},
         {"seqused_k": np.array(3)}, {"return_attn_probs": 1},
     ],
     ids=str,

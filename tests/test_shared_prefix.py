@@ -79,6 +79,19 @@ def test_is_one_call_over_all_keys(dtype: str, queries: Any, backend: Backend) -
     np.testing.assert_allclose(backend.to_numpy(out).astype(np.float64), answer.out, atol=tolerance)
 
 
+def test_arrays_that_cannot_be_written() -> None:
+    """The results are of q's kind; JAX's arrays are read-only."""
+    jax = pytest.importorskip("jax")
+    shared, plain = _problem("float32", 2)
+    given = {name: jax.numpy.asarray(x) if isinstance(x, np.ndarray) else x for name, x in shared.items()}
+    out, lse = cuflash.shared_prefix_attention(**given, return_softmax_lse=True)
+    assert isinstance(out, jax.Array) and isinstance(lse, jax.Array)
+    answer = expected(plain)
+    np.testing.assert_allclose(out, answer.out, atol=2e-5)
+    np.testing.assert_allclose(lse, answer.lse, atol=2e-5)
+    assert isinstance(cuflash.shared_prefix_attention(**shared | {"q": given["q"]}), jax.Array)
+
+
 def test_on_two_plans_into_the_callers_arrays(backend: Backend) -> None:
     shared, plain = _problem("float32", 2)
     native = _native(shared, backend)

@@ -40,16 +40,20 @@ def check_lengths(problem: Problem, lengths: Lengths) -> None:
                 _refuse(name, f"grow by at most max_seqlen_q={most}", starts, steps > most)
 
 
-def check_packed(starts: NativeArray, total: int) -> None:
-    """Check where packed keys begin.
+def check_packed(starts: NativeArray, total: int, used: NativeArray | None = None) -> None:
+    """Check where packed keys begin, and how many of each sequence are used.
 
     Raises:
-        ValueError: Naming the rule and the first value that breaks it.
+        ValueError: Naming the argument, the rule and the first value that breaks it.
     """
     values = to_host(starts).astype(np.int64)
     _refuse("cu_seqlens_k", "begin with 0", values, values[:1] != 0)
     _refuse("cu_seqlens_k", "never decrease", values, np.diff(values) < 0)
     _refuse("cu_seqlens_k", f"end by k's {total} rows", values, values > total)
+    if used is not None:
+        numbers = to_host(used).astype(np.int64)
+        _refuse("seqused_k", "be at least 0", numbers, numbers < 0)
+        _refuse("seqused_k", "be at most its sequence's keys", numbers, numbers > np.diff(values))
 
 
 def check_call(problem: Problem, operands: Operands, page_table: Any) -> None:

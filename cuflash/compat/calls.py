@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .. import attention
 from ..arguments.common import Given, lse_shape, renamed
 from ..arguments.lengths import filled
-from ..arrays import import_array
+from ..arguments.values import check_packed
+from ..arrays import checks_values, empty, exporter, import_array, is_on_device
 from ..layouts import new_tensor
 from ..metadata import SchedulerMetadata
 from ..problem import integer, make_problem
@@ -68,11 +71,10 @@ def attend(**options: Any) -> Any:
             # The library would plan in memory of CuPy's, which is gone when the call returns.
             _take_lengths(given)
             given["scheduler_metadata"] = _plan_of(given)
-        result = attention.flash_attn_with_kvcache(**given)
-    if not given["return_softmax_lse"]:
-        return result
-    out, lse = result
-    scratch = lse.reshape(-1)[:0]
+        if not given["return_softmax_lse"]:
+            return attention.flash_attn_with_kvcache(**given)
+        scratch = _nothing(q)
+        out, lse = attention.flash_attn_with_kvcache(**given)
     return out, lse, scratch, scratch
 
 
@@ -108,6 +110,9 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
         starts = starts_and_end[:-1]
         if seqused_k is not None and seqused_k.shape != starts.shape:
             raise ValueError(f"seqused_k must have shape {tuple(starts.shape)}, got {tuple(seqused_k.shape)}")
+        native = import_array("cu_seqlens_k", starts_and_end)
+        if checks_values(is_on_device(native)):
+            check_packed(native, k.shape[0], None if seqused_k is None else import_array("seqused_k", seqused_k))
         ends = starts_and_end[1:] if seqused_k is None else starts + seqused_k
         more = {"cache_leftpad": starts, "cache_batch_idx": starts * 0}
         with renamed(dict.fromkeys(more, "cu_seqlens_k")):
@@ -118,16 +123,28 @@ def _indexable(name: str, x: Any, ndim: int) -> Any:
     """Return an array of which views can be made, which DLPack does not ask for, and that has so many dimensions."""
     if x is None:
         return None
-    array = x if torch_tensors.is_tensor(x) else import_array(name, x)
-    if len(array.shape) != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(array.shape)}")
+    array, shape = x if torch_tensors.is_tensor(x) else import_array(name, x), shape_of(name, x)
+    if len(shape) != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {shape}")
     return array
+
+
+def shape_of(name: str, x: Any) -> tuple[int, ...]:
+    """Return the shape of an array of any kind, which may tell it by DLPack alone."""
+    return tuple((x if torch_tensors.is_tensor(x) else import_array(name, x)).shape)
+
+
+def _nothing(q: Any) -> Any:
+    """Return an empty float32 array of the kind of q."""
+    if torch_tensors.is_tensor(q):
+        return new_tensor((0,), "float32", q)
+    return exporter(q)(empty((0,), np.float32, import_array("q", q)))
 
 
 def _plan_of(given: Given) -> SchedulerMetadata:
     """Return a plan for a call that has none, in memory of the caller's framework."""
     k, starts_new = given["k"], given["cu_seqlens_k_new"]
-    new = 0 if k is None or starts_new is not None else k.shape[1]
+    new = 0 if k is None or starts_new is not None else shape_of("k", k)[1]
     lengths = {name: given[name] for name in ("cache_seqlens", "cu_seqlens_q", "cache_leftpad")}
     lengths |= {"cu_seqlens_k_new": None if k is None else starts_new, "max_seqlen_k_new": new}
     return make_plan(problem_of(given), lengths)[1]
@@ -137,13 +154,14 @@ def _take_lengths(given: Given) -> None:
     """Make an array of one length for all sequences, or of none: the library would keep it with the plan."""
     number, q = given["cache_seqlens"], given["q"]
     if number is None and given["page_table"] is None:
-        number = given["k_cache"].shape[1]
+        number = shape_of("k_cache", given["k_cache"])[1]
     elif number is None and not isinstance(given["page_table"], tuple):
-        number = given["page_table"].shape[1] * given["k_cache"].shape[1]
+        number = shape_of("page_table", given["page_table"])[1] * shape_of("k_cache", given["k_cache"])[1]
     if not isinstance(number, int):
         return
     number = integer("cache_seqlens", number, 0)
-    size = q.shape[0] if given["cu_seqlens_q"] is None else given["cu_seqlens_q"].shape[0] - 1
+    starts = given["cu_seqlens_q"]
+    size = shape_of("q", q)[0] if starts is None else shape_of("cu_seqlens_q", starts)[0] - 1
     is_tensor = torch_tensors.is_tensor(q)
     given["cache_seqlens"] = (
         torch_tensors.filled(size, number, q) if is_tensor else filled(size, number, import_array("q", q))

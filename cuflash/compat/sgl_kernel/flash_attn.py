@@ -114,7 +114,8 @@ def flash_attn_with_kvcache(
     _refuse(score_mod=score_mod, aux_tensors=aux_tensors)
     _check_version(ver)
     if boolean("only_qv", only_qv):
-        q, k_cache, k, qv, softmax_scale = _values_as_keys(q, v_cache, v, qv, softmax_scale)
+        q, qv, softmax_scale = _queries_of_values(q, qv, softmax_scale)
+        k_cache, k, v, k_descale = v_cache, v, None, v_descale
     return calls.attend(
         q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
@@ -169,7 +170,8 @@ def flash_attn_varlen_func(
     _refuse(score_mod=score_mod, aux_tensors=aux_tensors)
     _check_version(ver)
     if boolean("only_qv", only_qv):
-        q, k, _, qv, softmax_scale = _values_as_keys(q, v, None, qv, softmax_scale)
+        q, qv, softmax_scale = _queries_of_values(q, qv, softmax_scale)
+        k, k_descale = v, v_descale
     return calls.attend_varlen(
         q, k, v, cu_seqlens_k, seqused_q, seqused_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         page_table=page_table, softmax_scale=softmax_scale, causal=causal, qv=qv, q_descale=q_descale,
@@ -190,12 +192,11 @@ def _check_version(ver: int) -> None:
         raise ValueError(f"ver must be 3 or 4, got {ver!r}")
 
 
-def _values_as_keys(
-    q: Any, values: Any, new_values: Any, qv: Any, softmax_scale: float | None
-) -> tuple[Any, Any, Any, None, float]:
-    """Return q, keys, new keys, qv and scale of a call whose scores are of ``qv`` and the values alone."""
+def _queries_of_values(q: Any, qv: Any, softmax_scale: float | None) -> tuple[Any, None, float]:
+    """Return q, qv and scale of a call whose scores are of ``qv`` and the values alone: these are its keys."""
     if qv is None:
         raise ValueError("qv must be given with only_qv, got None")
     if softmax_scale is None:
-        softmax_scale = ((0 if q is None else q.shape[-1]) + qv.shape[-1]) ** -0.5
-    return qv, values, new_values, None, softmax_scale
+        headdim = 0 if q is None else calls.shape_of("q", q)[-1]
+        softmax_scale = (headdim + calls.shape_of("qv", qv)[-1]) ** -0.5
+    return qv, None, softmax_scale
