@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         cp_async_commit();
     };
     // Waits for the tile in `slot` and for all warps to have read the one in `free_slot`, which is filled again.
-    const auto begin_tile = [&](int key) {
+    const auto begin_tile = [&](u32 key) {
         loader.begin_tile_of_rows();
         if constexpr (kStages == 1) {
             __syncthreads();

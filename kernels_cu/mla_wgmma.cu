@@ -67,7 +67,8 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& bl
     const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
     Loader loader(p, block.share, warp, lane);
     loader.start();
-    for (Place place; loader.has_tile(); place.advance()) {
+    Place place;
+    for (; loader.has_tile(); place.advance()) {
         const u32 slot = ring + place.slot * kSlotBytes;
         loader.begin_tile_of_rows();
         const auto load = [&](int part, auto copy) {
@@ -90,9 +91,15 @@ __device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& bl
     }
     cp_async_commit();
     cp_async_wait<0>();
+    // A block of a cluster stays until the other one has arrived at its barriers for the last time.
+    if constexpr (kSharesTiles) {
+        for (int i = 0; i < kStages; ++i, place.advance()) {
+            for (u64& empty : block.empty[place.slot]) sleep_until_phase(empty, place.parity ^ 1);
+        }
+    }
 }
 
-// A block stays until the other one of its cluster copies nothing to it any more, nor arrives at its barriers.
+// A block stays until the other one of its cluster copies nothing to it any more.
 __device__ __forceinline__ void leave_cluster() {
     if constexpr (!kSharesTiles) return;
     __syncwarp();
@@ -123,7 +130,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
         // One warpgroup frees a part, of each block that it is copied for.
         constexpr int kFreeing = kSharesTiles ? 2 * kRowWarps : kRowWarps;
         if (threadIdx.x < kStages * kGroups) init_barrier((&block.empty[0][0])[threadIdx.x], kFreeing);
-        if constexpr (kSharesTiles) fence_barrier_init();
+        fence_barrier_init();
     }
     if constexpr (kSharesTiles) cluster_arrive();
     if (threadIdx.x == kThreads) prefetch_maps(params);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: BLAS threads would wait for each other, spinning
@@ -45,6 +45,38 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "sim":  # a small GPU, so that items share blocks; test_cluster.py has a large one
         monkeypatch.setenv("CUFLASH_NUM_SM", "8")
     yield backend_of(request.param)
+
+
+# Replaces texts in the source of a kernel (its headers included) that the simulator runs.
+ChangeSource = Callable[[str, dict[str, str]], None]
+
+
+@pytest.fixture
+def change_source(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChangeSource]:
+    """Change the source of a kernel for as long as a test lasts."""
+    from cuflash import memo
+    from cuflash.backends import sim as sim_backend
+    from cuflash.kernels.source import source
+
+    def forget() -> None:
+        sim_backend._function.cache_clear()
+        memo.unplanned.clear()
+
+    def change(changed_file: str, texts: dict[str, str]) -> None:
+        def changed(file: str) -> str:
+            found = source(file)
+            if file != changed_file:
+                return found
+            for text, other in texts.items():
+                assert text in found
+                found = found.replace(text, other)
+            return found
+
+        monkeypatch.setattr(sim_backend, "source", changed)
+        forget()
+
+    yield change
+    forget()
 
 
 # -------------------------------------------------------------------------------------------- what is left out, and why

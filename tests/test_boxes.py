@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ChangeSource
 from inputs import packed_inputs
 from problems import Backend, Case, check, make_inputs, run
 
@@ -104,6 +105,16 @@ def test_bits_are_those_of_rows_copied_one_by_one(what: str, monkeypatch: pytest
     assert (number > 0) == has_boxes
     monkeypatch.setattr(attention, "boxed_cache", lambda cache, part_keys: (NO_BOXES, []))
     assert attended(case, len(what) + 1) == (0, bits)
+
+
+@pytest.mark.parametrize("what", ["pages of 16", "latent, two blocks"])
+def test_any_lane_may_be_elected(what: str, change_source: ChangeSource) -> None:
+    """PTX does not say which one elect.sync chooses."""
+    case, change, _ = CHANGES[what]
+    first = 'asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is_elected));'
+    change_source("mla_wgmma.cu" if case.mla else "extend_wgmma.cu", {first: "is_elected = threadIdx.x % 32 == 5;"})
+    number, _ = attended(dataclasses.replace(case, seed=1, **change))
+    assert number > 0
 
 
 @pytest.mark.parametrize("queries", [(9, 0, 5, 8), (70, 3, 0, 130)], ids=["64 rows", "128 rows"])

@@ -8,18 +8,18 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from conftest import ChangeSource
 from problems import Backend, Case, all_pairs, check, make_inputs, run
 from test_attention import APPENDS, CACHES, MASKS, SPLITS
 
 import cuflash
-from cuflash import kernels, memo, simulator
-from cuflash.backends import sim as sim_backend
+from cuflash import kernels, simulator
 from cuflash.backends.sim import SimulatedMachine
 from cuflash.device import Device
 from cuflash.kernels import mla, mla_wgmma
-from cuflash.kernels.source import source
 from cuflash.problem import Problem, make_problem
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="no simulator")
@@ -213,22 +213,35 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def patience(request: pytest.FixtureRequest, change_source: ChangeSource) -> int:
     """How often a block looks whether the others have arrived: 0 times, and all but the last one leave their pieces."""
-    text = "kPatience = 200"
+    change_source("mla_wgmma.cu", {"kPatience = 200": f"kPatience = {request.param}"})
+    return request.param
 
-    def hurried(file: str) -> str:
-        assert text in source(file) or file != "mla_wgmma.cu"
-        return source(file).replace(text, f"kPatience = {request.param}")
 
-    def forget() -> None:
-        sim_backend._function.cache_clear()
-        memo.unplanned.clear()
+# Before a block leaves it looks away until it is the last one of all that has not asked in vain or left.
+_LATE = """
+            if (arrived != parts_ && blockIdx.x == 3) {
+                for (u32 c = load_relaxed(counter), i = 0; i < 1000000; ++i, c = load_relaxed(counter)) {
+                    if (c / kUnit >= units && c / kUnit - units + (c / kLeft & kPartsMask) == parts_ - 1) break;
+                }
+            }
+            const u32 unit = count("""
 
-    monkeypatch.setattr(sim_backend, "source", hurried)
-    forget()
-    yield request.param
-    forget()
+
+@pytest.mark.parametrize("arch", ["90a"])
+def test_who_leaves_as_the_last_of_all(
+    sim: Backend, change_source: ChangeSource, counters: list[Any], monkeypatch: Any
+) -> None:
+    """Whoever that is leaves the counter at zero: else no later launch would merge the item."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "20")
+    change_source("mla_wgmma.cu", {"kPatience = 200": "kPatience = 0", "const u32 unit = count(": _LATE})
+    case = Case(dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 20,), page_size=64)
+    inputs = make_inputs(case)
+    for seed in range(3):
+        with launched(seed, window=20):
+            check(case, inputs, sim)
+        assert counters and not any(array.any() for array in counters)
 
 
 @pytest.mark.parametrize("patience", [0, 10**9], indirect=True)
@@ -402,6 +415,30 @@ def test_one_plan_for_calls_with_and_without_qv(sim: Backend) -> None:
     for kind in ("qv", None, "qv row"):
         with launched():
             check(dataclasses.replace(case, mla=kind), make_inputs(dataclasses.replace(case, mla=kind)), sim)
+
+
+@pytest.mark.parametrize(("scales", "arch"), [("none", "80"), ("none", "90a"), ("of keys", "80"), ("of heads", "80")])
+def test_lengths_up_to_2_31(scales: str, arch: str, sim: Backend) -> None:
+    """A tile's key numbers may pass 2^31 behind the last key; a table names one page again and again."""
+    rng = np.random.default_rng(1)
+    length, window, page_size = 2**31 - 1, 20, 1024
+    q = rng.standard_normal((1, 1, 4, 576)).astype(ml_dtypes.bfloat16)
+    k = rng.standard_normal((1, page_size, 1, 576)).astype("bfloat16" if scales == "none" else ml_dtypes.float8_e4m3fn)
+    shape = {"of keys": (1, page_size, 1), "of heads": (1, 1)}.get(scales)
+    k_descale = None if shape is None else rng.uniform(0.5, 2, shape).astype(np.float32)
+    with launched():
+        out = cuflash.flash_attn_with_kvcache(
+            q, k, k[..., :512], cache_seqlens=np.array([length], np.int32), window_size=(window, 0),
+            page_table=np.zeros((1, 2**31 // page_size), np.int32), k_descale=k_descale, softmax_scale=0.05,
+        )  # fmt: skip
+    seen = np.arange(length - window - 1, length) % page_size
+    rows = k[0, seen, 0].astype(np.float64)
+    if k_descale is not None:
+        rows *= k_descale[0, seen] if scales == "of keys" else k_descale[0, 0]
+    scores = 0.05 * q[0, 0].astype(np.float64) @ rows.T
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ rows[:, :512]
+    np.testing.assert_allclose(out[0, 0].astype(np.float64), wanted, atol=0.02 * abs(wanted).max())
 
 
 def test_qv_where_no_plan_expects_it() -> None:

@@ -50,6 +50,27 @@ def test_nothing_is_read_of_a_sequence_without_pages(queries: int, backend: Back
     np.testing.assert_allclose(lse[answer.defined], answer.lse[answer.defined], atol=2e-5)
 
 
+def test_the_page_of_a_last_key_before_2_31_that_is_not_there(backend: Backend) -> None:
+    """The last tile reaches beyond 2^31, and only the second query sees its one key, in whose place page 0 is read."""
+    rng = np.random.default_rng(3)
+    page_size, length = 42966, 2**31 - 1  # the last page has one key
+    q = rng.standard_normal((1, 2, 4, 64), np.float32).astype(np.float16)
+    k, v = rng.standard_normal((2, 2, page_size, 1, 64), np.float32).astype(np.float16)
+    k[0], v[0] = np.nan, np.nan
+    table = np.ones((1, (length - 1) // page_size + 1), np.int32)
+    table[0, -1] = -1
+    given = [backend.to_native(x) for x in (q, k, v)]
+    out = cuflash.flash_attn_with_kvcache(
+        *given, cache_seqlens=backend.to_native(np.array([length], np.int32)), page_table=backend.to_native(table),
+        window_size=(5, 0), causal=True,
+    )  # fmt: skip
+    seen = np.arange(length - 7, length - 1) % page_size
+    scores = q[0, 0].astype(np.float64) @ k[1, seen, 0].astype(np.float64).T / 8
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ v[1, seen, 0].astype(np.float64)
+    np.testing.assert_allclose(backend.to_numpy(out)[0, 0].astype(np.float64), wanted, atol=4e-3)
+
+
 def test_a_plan_for_a_full_batch_serves_fewer_sequences(backend: Backend) -> None:
     """Refilled with lengths of 0 for rows that nobody has: those give 0 and -inf, the others are as ever."""
     rng = np.random.default_rng(2)

@@ -34,9 +34,9 @@ __device__ __forceinline__ void load_query_numbers(const DecodeParams& p, const 
     }
 }
 
-// The scales of a key and its value; negative infinity for a key of which nothing was copied.
-__device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Segment& s, int key) {
-    if (key >= s.keys.end || (kHasTree && hidden_from_all(p, s, key))) return make_float2(-infinity(), 0.0f);
+// The scales of a key, which may lie behind the last one, and its value; negative infinity for a key of which nothing was copied.
+__device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Segment& s, u32 key) {
+    if (key >= static_cast<u32>(s.keys.end) || (kHasTree && hidden_from_all(p, s, key))) return make_float2(-infinity(), 0.0f);
     float2 scales = {p.key_scale, p.value_scale};
     PageCursor place;
     if constexpr (kHasKeyScales || kHasValueScales) {

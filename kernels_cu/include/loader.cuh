@@ -74,7 +74,7 @@ public:
 
     // Makes zeros of the values of a tile whose weights of 0 do not help, since 0 x NaN is NaN (sees_nothing). Every lane
     // clears what it has copied itself, so that none waits for others: a vote in a branch would cost every tile.
-    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, int first_key) const {
+    __device__ __forceinline__ void clear_values(u32 slot, const Segment& segment, u32 first_key) const {
         using C = Copy<kValueBytes>;
         const u32 to = (kKeyBytes == kValueBytes ? keys_to_ : values_to_) + slot;
 #pragma unroll 1

@@ -42,11 +42,12 @@ public:
     // Whether rows from this slot of a sequence on may be copied as boxes, if all are wanted and lie on pages.
     __device__ __forceinline__ bool fit(u32 slot) const { return kExist && p_.box_rows && !(slot & (p_.box_step - 1)); }
 
-    // Copies kLines lines of kRows rows, the first one at a column of k_cache or v_cache, to where the first row's line goes.
-    // `place` is, in each lane, that of row lane % kRows.
+    // Copies kLines lines of kRows rows, the first one at a column of k_cache or v_cache, to where the first row's line goes, of
+    // which all lanes must be told: any of them may be elected. `place` is, in each lane, that of row lane % kRows.
     template <bool kOfKeys, int kRows, int kLines, typename Rows>
     __device__ __forceinline__ void copy(const PageCursor& place, int head, int column, u32 to, u64& full, u64 policy) const {
         constexpr int kLineElements = 64, kLineBytes = 128;
+        static_assert(kRows % 8 == 0, "boxes begin where the pattern of the swizzle does");
         const TensorMap& map = kOfKeys ? p_.key_boxes : p_.value_boxes;
         const bool is_elected = elect_lane();  // ptxas knows that it is one: else a copy is a loop over lanes
         if (is_elected) expect_bytes(full, kRows * kLines * kLineBytes);

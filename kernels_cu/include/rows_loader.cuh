@@ -105,7 +105,7 @@ public:
     __device__ __forceinline__ void load_keys(u32 slot, u64* full = nullptr) {
         value_place_ = place_, value_head_ = kv_head_;
         if (Boxes::kExist && comes_in_boxes_) {
-            boxes_.copy<true, kPartKeys, kPaddedHeadDim / 64, KeyRows>(place_, kv_head_, 0, keys_to_ + slot, *full, policy_);
+            boxes_.copy<true, kPartKeys, kPaddedHeadDim / 64, KeyRows>(place_, kv_head_, 0, part_to() + slot, *full, policy_);
         } else {
             // Where the row begins that this lane looked up (row lane % kPartKeys of the part), in 16-byte units.
             const u32 units = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
@@ -132,7 +132,7 @@ public:
     template <int kFirst, int kCount>
     __device__ __forceinline__ void load_columns(u32 slot, u64* full = nullptr) {
         if (Boxes::kExist && comes_in_boxes_) {
-            boxes_.copy<false, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, kFirst, keys_to_ + slot + column_offset<kFirst>(),
+            boxes_.copy<false, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, kFirst, part_to() + slot + column_offset<kFirst>(),
                                                                 *full, policy_);
             return;
         }
@@ -145,12 +145,13 @@ public:
     // .. and the rest of the keys, which comes last.
     __device__ __forceinline__ void load_rest(u32 slot, u64* full = nullptr) {
         constexpr int kCount = kPaddedHeadDim - kPaddedHeadDimV;
-        const u32 to = keys_to_ + slot + column_offset<kPaddedHeadDimV>();
+        const u32 rest = slot + column_offset<kPaddedHeadDimV>();
         if (Boxes::kExist && comes_in_boxes_) {
-            boxes_.copy<true, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, p_.key_column, to, *full, policy_);
+            boxes_.copy<true, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, p_.key_column, part_to() + rest, *full, policy_);
         } else {
             copy_part<kHeadDim, kCount / kChunkElements, KeyRows>(keys_from_ + p_.key_column * CacheElement::kBytes,
-                                                                  place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, to);
+                                                                  place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head,
+                                                                  keys_to_ + rest);
         }
         if (!is_tile_) return;
         key_ += kTileKeys;
@@ -159,11 +160,12 @@ public:
 
     // Starts the copy of the values that belong to the keys loaded last.
     __device__ __forceinline__ void load_values(u32 slot, u64* full = nullptr) {
-        const u32 to = kRowsAreAlike ? keys_to_ : values_to_;  // one register where they are
         if (Boxes::kExist && comes_in_boxes_) {
-            boxes_.copy<false, kPartKeys, kPaddedHeadDimV / 64, ValueRows>(value_place_, value_head_, 0, to + slot, *full, policy_);
+            boxes_.copy<false, kPartKeys, kPaddedHeadDimV / 64, ValueRows>(value_place_, value_head_, 0, part_to() + slot, *full,
+                                                                           policy_);
             return;
         }
+        const u32 to = kRowsAreAlike ? keys_to_ : values_to_;  // one register where they are
         const u32 units = value_place_.units(p_.cache.v) + value_head_ * p_.cache.v.head;
         copy_part<kHeadDimV, kConvertsTiles ? kHeadDimV / 16 : kValueChunks, CopiedValues>(values_from_, units, to + slot);
     }
@@ -203,6 +205,9 @@ private:
             if (key_ + kTileKeys > first_of_tree_) choose((copied_ >> lane_ & 1) && !is_hidden_from_all(key_ + part_ + lane_));
         }
     }
+
+    // Where the first row of this warp's part begins in a slot: what boxes are told, since any lane may be the one that asks.
+    __device__ __forceinline__ u32 part_to() const { return part_ * KeyRows::kRowStride; }
 
     // Where a column that begins a line lies in a row of a slot.
     template <int kColumn>

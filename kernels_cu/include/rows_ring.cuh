@@ -22,6 +22,7 @@ struct RingState {
         if (threadIdx.x < kStages) {
             init_barrier(full[threadIdx.x], kLoaderThreads);
             init_barrier(empty[threadIdx.x], kWarps / kKeyGroups);
+            fence_barrier_init();
         }
     }
 };

@@ -17,7 +17,8 @@ struct TogetherState {
 
 class Together {
     // An item's counter counts three things: blocks that have arrived, those that have left before all had, and units that have
-    // been asked for. Every block asks until there is none, unless it has left: so the last of all is known.
+    // been asked for. Every block asks until there is none, or leaves: so the last of all is known. It may be one that leaves:
+    // others can have merged all between its last look and its departure.
     static constexpr u32 kArrival = 1, kLeft = 1 << 10, kUnit = 1 << 20, kPartsMask = kLeft - 1;
     static constexpr int kAtOnce = 32;     // float4s of a lane whose loads are in flight together
     static constexpr int kFewest = 4;      // of them of one cell
@@ -50,9 +51,8 @@ public:
             u32 arrived = (atomic_add_acq_rel(counter, kArrival) & kPartsMask) + 1;
 #pragma unroll 1
             for (int i = 0; may_wait && i < kPatience && arrived < parts_; ++i) arrived = load_acquire(counter) & kPartsMask;
-            state_.unit[0] = units;
-            if (arrived == parts_) state_.unit[0] = take_unit(counter, units);
-            else atomic_add_relaxed(counter, kLeft);
+            const u32 unit = count(counter, arrived == parts_ ? kUnit : kLeft, units);
+            state_.unit[0] = arrived == parts_ ? unit : units;
         }
         worker_barrier();
 #pragma unroll 1
@@ -60,7 +60,7 @@ public:
             const u32 unit = state_.unit[turn];
             if (unit >= units) break;
             u32 next;
-            if (threadIdx.x == 0) next = take_unit(counter, units);
+            if (threadIdx.x == 0) next = count(counter, kUnit, units);
             merge_unit(unit);
             if (threadIdx.x == 0) state_.unit[turn ^ 1] = next;
             worker_barrier();
@@ -68,12 +68,13 @@ public:
     }
 
 private:
-    // Asks for a unit; there is none from `units` on. Whoever asks as the last of all leaves the counter as it was found.
-    __device__ __forceinline__ u32 take_unit(u32* counter, u32 units) const {
-        const u32 before = atomic_add_relaxed(counter, kUnit), unit = before / kUnit;
-        const bool is_last = unit >= units && unit - units + 1 + (before / kLeft & kPartsMask) == parts_;
-        if (is_last) atomic_add_relaxed(counter, 0u - (before + kUnit));  // back to zero
-        return unit;
+    // Asks for a unit and returns it, there is none from `units` on, or leaves. The last of all to ask in vain or to leave leaves
+    // the counter as it was found.
+    __device__ __forceinline__ u32 count(u32* counter, u32 what, u32 units) const {
+        const u32 before = atomic_add_relaxed(counter, what), after = before + what, asked = after / kUnit;
+        const bool is_last = asked >= units && asked - units + (after / kLeft & kPartsMask) == parts_;
+        if (is_last) atomic_add_relaxed(counter, 0u - after);  // back to zero
+        return before / kUnit;
     }
 
     __device__ __forceinline__ void merge_unit(u32 unit) {

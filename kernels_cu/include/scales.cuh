@@ -46,7 +46,7 @@ struct TileScales {
     }
 
     // Makes zeros of the scales of values that are cleared (loader.cuh): a weight of 0 does not help against a scale of NaN.
-    __device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, int first_key, int lane) {
+    __device__ __forceinline__ void clear_values(const DecodeParams& p, const Segment& segment, u32 first_key, int lane) {
         for_each<kHasValueScales ? kTileKeys / 8 : 0>([&](int i) {
             if (sees_nothing(p, segment, first_key + lane / 4 + i * 8)) value[i] = 0.0f;
         });

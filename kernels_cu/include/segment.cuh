@@ -84,8 +84,8 @@ __device__ __forceinline__ bool hidden_from_all(const DecodeParams& p, const Seg
 
 // Whether the key of a segment is one whose values may be anything though only some rows do not see it: one on a page of a
 // negative number, in whose place another page was read, or one that a tree mask hides from all rows.
-__device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, int key) {
-    key = min(key, s.keys.end - 1);  // as the loader repeats it
+__device__ __forceinline__ bool sees_nothing(const DecodeParams& p, const Segment& s, u32 key_of_tile) {
+    const int key = min(key_of_tile, s.keys.end - 1u);  // as the loader repeats it
     if (kHasTree && hidden_from_all(p, s, key)) return true;
     if (!p.cache.page_table) return false;
     PageCursor place;

@@ -7,6 +7,10 @@ __device__ __forceinline__ void init_barrier(u64& barrier, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
 }
 
+// Tells those that arrive there by bytes, and the blocks of a cluster, which barriers this thread has set up: with the next barrier
+// of the block or arrival at that of the cluster.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 // Arrives as soon as all copies that this thread has started have landed.
 __device__ __forceinline__ void arrive_with_copies(u64& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");

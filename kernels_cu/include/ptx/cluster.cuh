@@ -29,9 +29,6 @@ __device__ __forceinline__ void arrive_at_block(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Tells the blocks of the cluster, with the next arrival, which mbarriers this thread has set up.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
 // A barrier of the cluster in two halves. What was written before the first is seen after the second only if it was fenced: an
 // arrival that releases waits for memory (MEMBAR).
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
