@@ -122,8 +122,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) exchange(const __grid_c
         float maximum = kNone;
         for (int i = 0; i < p.ranks; ++i) maximum = fmaxf(maximum, __shfl_sync(kFullWarp, part, i));
         float sum = 0.0f;
-        if (maximum != kNone) {
-            for (int i = 0; i < p.ranks; ++i) sum += expf(__shfl_sync(kFullWarp, part, i) - maximum);
+        for (int i = 0; i < p.ranks; ++i) {
+            const float part_i = __shfl_sync(kFullWarp, part, i);
+            if (part_i != kNone) sum += expf(part_i - maximum);  // NaN, which the maximum does not show, arrives here
         }
         const float lse = sum == 0.0f ? kNone : maximum + logf(sum);
         const float weight = part == kNone ? 0.0f : expf(part - maximum) * (1.0f / sum);  // as in merge.cu

@@ -56,8 +56,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
     float maximum = kNone;
     for (int i = 0; i < p.states; ++i) maximum = fmaxf(maximum, lse_of(i));
     float sum = 0.0f;
-    if (maximum != kNone) {
-        for (int i = 0; i < p.states; ++i) sum += expf((lse_of(i) - maximum) * p.unit);
+    for (int i = 0; i < p.states; ++i) {
+        const float part = lse_of(i);
+        if (part != kNone) sum += expf((part - maximum) * p.unit);  // NaN, which the maximum does not show, arrives here
     }
     const float lse = sum == 0.0f ? kNone : maximum + logf(sum) / p.unit;
     const float share = 1.0f / sum;  // a large LSE has lost it in rounding

@@ -125,6 +125,16 @@ def test_all_empty(backend: Backend) -> None:
     assert np.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("parts", [(np.nan,), (np.nan, np.nan), (-np.inf, np.nan), (np.nan, 0.5), (np.inf, np.nan)], ids=str)
+def test_nan_does_not_vanish(parts: tuple[float, ...], backend: Backend) -> None:
+    """A row with a NaN LSE stays NaN, alone and beside others; its neighbour does not become it."""
+    outs = [np.full((1, 2, 1, 40), 3, np.float32) for _ in parts]
+    lses = [np.array([[[part, 0.5]]], np.float32) for part in parts]
+    out, lse = _merge(backend, outs, lses)
+    assert np.isnan(lse[..., 0]).all() and np.isnan(out[:, 0]).all()
+    np.testing.assert_allclose(out[:, 1], 3, rtol=1e-6)
+
+
 def test_stacked_is_the_same_as_a_list(backend: Backend) -> None:
     outs, lses = _parts(3, (2, 1, 4, 64), "float16", 0, empty=0.3)
     listed = _merge(backend, outs, lses)
