@@ -69,8 +69,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) merge(const __grid_cons
         for (int i = 0; i < p.states; ++i) {
             const float part = lse_of(i);
             if (part == kNone) continue;
+            const float weight = expf((part - maximum) * p.unit) * share;
+            if (weight == 0.0f) continue;  // however large the output is
             const Bits bits = outs[i * p.outs_strides.state + column * p.column_stride];
-            value += expf((part - maximum) * p.unit) * share * ELEMENT::to_float(bits);
+            value += weight * ELEMENT::to_float(bits);
         }
         static_cast<Bits*>(p.out)[row * p.headdim + column] = ELEMENT::from_float(value);
     }

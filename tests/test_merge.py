@@ -153,6 +153,16 @@ def test_far_apart(backend: Backend) -> None:
         np.testing.assert_allclose(lse, difference)
 
 
+@pytest.mark.parametrize("far", [np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_weight_of_zero_counts_for_nothing(far: float, backend: Backend) -> None:
+    """Whatever the output of a part is whose weight is too small for float32."""
+    outs = [np.full((1, 1, 1, 64), x, np.float32) for x in (1, far)]
+    merged, lse = _merge(backend, outs, [np.full((1, 1, 1), x, np.float32) for x in (0, -200)])
+    np.testing.assert_array_equal(merged, 1)
+    np.testing.assert_array_equal(lse, 0)
+
+
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e20, 3e38])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large(size: float, sign: int, backend: Backend) -> None:
