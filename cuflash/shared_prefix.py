@@ -65,15 +65,16 @@ def shared_prefix_attention(
         prefix_lse: Where to write the prefix's LSE, (heads_q, total_q) float32; default: new memory.
         **suffix: Arguments of ``flash_attn_with_kvcache`` for the suffixes: ``page_table``, ``cache_seqlens``,
             ``causal``, ``k`` and ``v``, ``sinks``, ``scheduler_metadata``, ``out`` and so on. Lengths and positions are
-            those of the suffixes. Numbers such as ``softmax_scale`` hold for both calls. ``out`` holds the prefix's
-            results in between.
+            those of the suffixes. Numbers such as ``softmax_scale`` hold for both calls, and so do ``q_descale``,
+            ``k_descale`` and ``v_descale``: one number, or of keys and values one per key and head. ``out`` holds the
+            prefix's results in between.
 
     Returns:
         What ``flash_attn_with_kvcache`` returns.
 
     Raises:
         ValueError: For windows, chunks, rotary embedding and context parallelism, which count positions from the
-            beginning of the prefix, for ``merge_with``, and for an ``out`` in the memory of q.
+            beginning of the prefix, for ``merge_with``, for scales per sequence, and for an ``out`` in the memory of q.
 
     Example:
         >>> # Three sequences share the 32 keys of pages 0 and 1; their own are in pages 2, 3 and 4.
@@ -103,6 +104,12 @@ def shared_prefix_attention(
     for name, is_given in refused.items():
         if is_given:
             raise ValueError(f"{name} must not be given to shared_prefix_attention, got {suffix[name]!r}")
+    for name in ("q_descale", "k_descale", "v_descale"):
+        if hasattr(suffix.get(name), "__dlpack__"):
+            array = import_array(name, suffix[name])
+            if array.ndim == 2 and array.size != 1:
+                rule = "be one number" if name == "q_descale" else "be one number, or one per key and head"
+                raise ValueError(f"{name} must {rule}, which prefixes and suffixes share, got shape {array.shape}")
     native = import_array("q", q)
     if native.ndim not in (3, 4):
         raise ValueError(f"q must have 3 or 4 dimensions, got shape {native.shape}")

@@ -125,6 +125,27 @@ def test_positions_from_the_beginning_are_refused(wrong: dict[str, Any], backend
         cuflash.shared_prefix_attention(**shared, **wrong)
 
 
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_scales_per_sequence_are_refused(name: str, groups: int, backend: Backend) -> None:
+    """A group has members of several, also where there happen to be as many groups as sequences."""
+    shared, _ = _problem("float32", 1)
+    scales = {name: backend.to_native(np.ones((groups, KV_HEADS), np.float32))}
+    with pytest.raises(ValueError, match=rf"{name} must be one number.*, got shape \({groups}, {KV_HEADS}\)"):
+        cuflash.shared_prefix_attention(**_native(shared, backend), **scales)
+
+
+def test_scales_that_both_calls_have(backend: Backend) -> None:
+    shared, _ = _problem("bfloat16", 1)
+    codes = {name: np.clip(32 * shared[name].astype(np.float32), -127, 127) for name in ("k_cache", "v_cache")}
+    native = _native(shared | {name: x.astype(np.int8) for name, x in codes.items()}, backend)
+    wanted = backend.to_numpy(cuflash.shared_prefix_attention(**native, k_descale=1 / 32, v_descale=1 / 32))
+    for scales in (np.full((1, 1), 1 / 32, np.float32), np.full((64, PAGE, KV_HEADS), 1 / 32, np.float32)):
+        of_both = dict.fromkeys(("k_descale", "v_descale"), backend.to_native(scales))
+        found = backend.to_numpy(cuflash.shared_prefix_attention(**native, **of_both))
+        np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), atol=2e-2)
+
+
 @pytest.mark.parametrize("gap", [0, 3])
 def test_an_output_in_the_queries_is_refused(gap: int, backend: Backend) -> None:
     """The prefix's results would stand where the suffixes read the queries. With a gap, rows of both are copies."""
