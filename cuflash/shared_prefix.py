@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,10 @@ def _results(q: NativeArray, rows_out: NativeArray, lse: NativeArray) -> tuple[N
     if q.ndim == 3:
         return rows_out, lse
     # lse becomes (batch, heads, seqlen_q)
-    return rows_out.reshape(*q.shape[:3], -1), lse.reshape(lse.shape[0], *q.shape[:2]).swapaxes(0, 1)
+    return rows_out.reshape(*q.shape[:3], rows_out.shape[-1]), lse.reshape(lse.shape[0], *q.shape[:2]).swapaxes(0, 1)
 
 
 def _rows(name: str, array: Any) -> NativeArray:
     """Return queries, or what has their shape, as (total_q, heads, dim)."""
     native = import_array(name, array)
-    return native if native.ndim == 3 else native.reshape(-1, *native.shape[2:])
+    return native if native.ndim == 3 else native.reshape(math.prod(native.shape[:2]), *native.shape[2:])

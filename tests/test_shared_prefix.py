@@ -125,6 +125,32 @@ def test_positions_from_the_beginning_are_refused(wrong: dict[str, Any], backend
         cuflash.shared_prefix_attention(**shared, **wrong)
 
 
+@pytest.mark.parametrize("into", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("batch, queries", [(0, 1), (0, 0), (3, 0)])
+def test_nothing_to_attend(batch: int, queries: int, into: bool, backend: Backend) -> None:
+    """An empty batch, or no queries."""
+    q = backend.to_native(np.zeros((batch, queries, HEADS, DIM), np.float32))
+    cache = backend.to_native(np.zeros((2, PAGE, KV_HEADS, DIM), np.float32))
+    ints = {
+        "prefix_page_table": (1, 1), "prefix_seqlens": (1,), "prefix_cu_seqlens_q": (2,),
+        "page_table": (batch, 1), "cache_seqlens": (batch,),
+    }  # fmt: skip
+    given = {name: backend.to_native(np.zeros(of, np.int32)) for name, of in ints.items()}
+    if into:
+        given["out"] = backend.to_native(np.zeros(q.shape, np.float32))
+    out, lse = cuflash.shared_prefix_attention(
+        q, cache, cache, prefix_max_seqlen_q=1, **given, return_softmax_lse=True
+    )
+    assert out.shape == q.shape and lse.shape == (batch, HEADS, queries)
+
+
+@pytest.mark.parametrize("heads, dim, what", [(0, DIM, "num_heads_q"), (HEADS, 0, "headdim")])
+def test_queries_without_elements_are_refused_by_name(heads: int, dim: int, what: str) -> None:
+    shared, _ = _problem("float32", 1)
+    with pytest.raises(ValueError, match=f"q: {what} must be"):
+        cuflash.shared_prefix_attention(**shared | {"q": np.zeros((6, 1, heads, dim), np.float32)})
+
+
 @pytest.mark.parametrize("groups", [2, 6])
 @pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
 def test_scales_per_sequence_are_refused(name: str, groups: int, backend: Backend) -> None:
