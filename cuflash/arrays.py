@@ -180,8 +180,10 @@ def overlaps(first: NativeArray, second: NativeArray) -> bool:
     """Whether two arrays may share memory: whether their spans meet, and they do not take turns."""
     if not first.size or not second.size:
         return False
-    distance = span_of(second)[0] - span_of(first)[0]
-    return _meet(_steps(first), _steps(second), distance, first.itemsize, second.itemsize)
+    (begin, end), (other_begin, other_end) = span_of(first), span_of(second)
+    if end <= other_begin or other_end <= begin:  # nearly always, and soon found out
+        return False
+    return _meet(_steps(first), _steps(second), other_begin - begin, first.itemsize, second.itemsize)
 
 
 def _steps(array: NativeArray) -> list[tuple[int, int]]:

@@ -208,7 +208,7 @@ def results() -> None:
         attend(everything, case, inputs)
         raise AssertionError("a closed group must refuse calls")
     if not ON_GPUS:  # where groups that failed would take the communicator with them
-        results_in_a_cache()
+        results_in_other_arrays()
 
 
 def split_size(group: cuflash.ContextParallel) -> None:
@@ -249,18 +249,36 @@ def other_arguments(group: cuflash.ContextParallel) -> None:
             raise AssertionError(options)
 
 
-def results_in_a_cache() -> None:
-    """A result may not lie where the keys are, though it is written when they have been read."""
-    cache = BACKEND.to_native(np.zeros((1, 32, 1, 64), np.float32))
-    given = {"q": BACKEND.to_native(np.zeros((1, 2, 1, 64), np.float32)), "cache_seqlens": 9}
-    for caches in ((cache, cache.copy()), (cache.copy(), cache)):
+def results_in_other_arrays() -> None:
+    """A result may lie where the queries or the other results are; nothing else of the caller's is written over."""
+    memory = np.zeros((1, 32, 1, 64), np.float32)
+    given = {name: np.zeros((1, length, 1, 64), np.float32) for name, length in [("q", 2), ("k_cache", 9)]}
+    given |= {"v_cache": given["k_cache"].copy(), "cache_seqlens": np.array([9], np.int32)}
+    out, lse = memory[:, 4:6], memory[0, 5, :, 62:].reshape(1, 1, 2)
+    lengths = memory[0, 4, 0, :1].view(np.int32)
+    wrong: list[tuple[str, str, dict[str, Any]]] = [
+        ("out", "k_cache", {"k_cache": memory, "out": out}),
+        ("out", "v_cache", {"v_cache": memory, "k_cache": memory.copy(), "out": out}),
+        ("out", "cache_seqlens", {"cache_seqlens": lengths, "out": out}),
+        ("out", "softmax_lse", {"out": out, "softmax_lse": lse}),
+        ("softmax_lse", "sinks", {"sinks": lse[0, 0, 1:], "softmax_lse": lse}),
+        ("softmax_lse", r"page_table[1]", {
+            "page_table": (np.array([0, 1], np.int32), lse[0, 0, 1:].view(np.int32)), "softmax_lse": lse,
+        }),
+    ]  # fmt: skip
+    for name, other, arrays in wrong:
         group = make_group(heads="all")
+        before = memory.copy()
         try:
-            group.attend(**given, **dict(zip(("k_cache", "v_cache"), caches)), out=cache[:, 4:6])
+            group.attend(**given | arrays)
         except ValueError as error:
-            assert "out must share no memory with" in str(error), error
+            assert f"{name} must share no memory with {other}" in str(error), error
         else:
-            raise AssertionError("out")
+            raise AssertionError(f"{name} in {other}")
+        assert same([memory], [before])
+    with make_group(heads="all") as group:
+        q, lse = given["q"].copy(), np.zeros((1, 1, 2), np.float32)
+        assert group.attend(**given | {"q": q}, out=q, merge_with=(q, lse), softmax_lse=lse) is q
 
 
 # ------------------------------------------------------------------------------------------------ faults

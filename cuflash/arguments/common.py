@@ -18,11 +18,13 @@ from ..arrays import (
     import_index,
     is_on_device,
     is_writeable,
+    overlaps,
     refuse_in_capture,
     strides_of,
 )
 from ..dlpack import float8_name
 from ..dtypes import QUANTISED_DTYPES, numpy_dtype
+from ..metadata import SchedulerMetadata
 
 UNIT = 16  # bytes that kernels read and write at once
 
@@ -87,6 +89,18 @@ def expect_shape(name: str, array: NativeArray | None, shape: tuple[int, ...]) -
     """Raise if an array is given and of another shape."""
     if array is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def expect_apart(name: str, array: NativeArray, given: Given) -> None:
+    """Raise if an array that is written shares memory with one of these arguments, pairs and plans included."""
+    for other, value in given.items():
+        pair = value if isinstance(value, tuple) else (value,)
+        for place, part in enumerate(pair):
+            label = other if pair is not value else f"{other}[{place}]"
+            if isinstance(part, SchedulerMetadata):
+                part = part.array
+            if hasattr(part, "__dlpack__") and overlaps(array, import_array(label, part)):
+                raise ValueError(f"{name} must share no memory with {label}, got overlapping arrays")
 
 
 def lse_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
