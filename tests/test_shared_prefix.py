@@ -185,6 +185,36 @@ def test_an_output_in_the_queries_is_refused(gap: int, backend: Backend) -> None
     np.testing.assert_array_equal(backend.to_numpy(q), before)
 
 
+@pytest.mark.parametrize("into", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("name", ["cache_seqlens", "sinks", "page_table", "softmax_lse", "k", "scheduler_metadata"])
+def test_an_lse_of_the_prefix_in_what_the_suffixes_have_is_refused(
+    name: str, into: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is written."""
+    monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
+    shared, _ = _problem("float32", 1)
+    given = shared | {"softmax_lse": np.zeros((6, HEADS, 1), np.float32), "sinks": np.zeros(HEADS, np.float32)}
+    if name == "k":
+        given |= {x: np.zeros((6, 1, KV_HEADS, DIM), np.float32) for x in ("k", "v")}
+    if name == "scheduler_metadata":
+        given[name] = cuflash.get_scheduler_metadata(
+            6, 1, 48, HEADS, KV_HEADS, DIM, given["cache_seqlens"], qkv_dtype="float32", page_size=PAGE, causal=True
+        )
+        memory = given[name].array.view(np.float32)
+        memory.flags.writeable = True
+    else:
+        memory = np.zeros(9999, np.float32)
+        moved = memory[: given[name].size].view(given[name].dtype).reshape(given[name].shape)
+        moved[...] = given[name]
+        given[name] = moved
+    if into:
+        given["out"] = np.zeros_like(shared["q"])
+    before = memory.copy()
+    with pytest.raises(ValueError, match=f"prefix_lse must share no memory with {name}"):
+        cuflash.shared_prefix_attention(**given, prefix_lse=memory[:48].reshape(HEADS, 6))
+    assert memory.tobytes() == before.tobytes()
+
+
 @pytest.mark.parametrize("queries", [2, (1, 2, 1, 4, 0, 3)], ids=str)
 @pytest.mark.parametrize(
     "wrong",
