@@ -138,9 +138,7 @@ def test_nothing_to_attend(batch: int, queries: int, into: bool, backend: Backen
     given = {name: backend.to_native(np.zeros(of, np.int32)) for name, of in ints.items()}
     if into:
         given["out"] = backend.to_native(np.zeros(q.shape, np.float32))
-    out, lse = cuflash.shared_prefix_attention(
-        q, cache, cache, prefix_max_seqlen_q=1, **given, return_softmax_lse=True
-    )
+    out, lse = cuflash.shared_prefix_attention(q, cache, cache, prefix_max_seqlen_q=1, **given, return_softmax_lse=True)
     assert out.shape == q.shape and lse.shape == (batch, HEADS, queries)
 
 

@@ -106,17 +106,17 @@ def merge(outs: Array, lses: Array, out: Array, lse: Array, unit: float = 1.0) -
         unit: What 1 in an LSE stands for: ln 2 if they are to base 2.
     """
     parts = np.stack([np.asarray(part, np.float32) for part in lses])
-    with np.errstate(divide="ignore", over="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # also of parts that count for nothing
         top = parts.max(0)
         finite_top = np.where(np.isneginf(top), np.float32(0), top)
         weights = np.exp((parts - finite_top) * unit)
         total = weights.sum(0)
         lse[...] = finite_top + np.log(total) / unit
-    weights /= np.where(total == 0, np.float32(1), total)
-    merged = np.zeros(out.shape, np.float32)
-    for part, weight in zip(outs, np.swapaxes(weights, -1, -2)[..., None]):  # (b, h, sq) -> (b, sq, h, 1)
-        merged += np.where(weight == 0, np.float32(0), weight * to_float32(part))
-    out[...] = merged
+        weights /= np.where(total == 0, np.float32(1), total)
+        merged = np.zeros(out.shape, np.float32)
+        for part, weight in zip(outs, np.swapaxes(weights, -1, -2)[..., None]):  # (b, h, sq) -> (b, sq, h, 1)
+            merged += np.where(weight == 0, np.float32(0), weight * to_float32(part))
+        out[...] = merged
 
 
 def _clear_rows_of_none(operands: Operands, cu_seqlens_q: Array) -> None:
