@@ -142,6 +142,16 @@ def test_nan_does_not_vanish(parts: tuple[float, ...], backend: Backend) -> None
     np.testing.assert_allclose(out[:, 1], 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 0), (5, 4, 0)], ids=str)
+def test_outputs_without_columns(shape: tuple[int, ...], backend: Backend) -> None:
+    """There still are LSEs."""
+    outs, lses = _parts(3, shape, "float32", 0, empty=0.3)
+    lse = backend.to_native(np.full_like(lses[0], np.nan))
+    out, _ = cuflash.merge_attn_states(*(backend.to_native(np.stack(x)) for x in (outs, lses)), lse=lse)
+    assert out.shape == shape
+    np.testing.assert_allclose(backend.to_numpy(lse), _expected(outs, lses)[1], rtol=1e-6, atol=1e-6)
+
+
 def test_stacked_is_the_same_as_a_list(backend: Backend) -> None:
     outs, lses = _parts(3, (2, 1, 4, 64), "float16", 0, empty=0.3)
     listed = _merge(backend, outs, lses)

@@ -115,7 +115,7 @@ class KernelBackend:
         base2: bool,
     ) -> None:
         """Write ``out`` and ``lse``; see :func:`cuflash.merge_attn_states`."""
-        if out.size:
+        if lse.size:  # outputs may have no columns
             arrays = {"outs": outs, "lses": lses, "mask": mask, "out": out, "lse": lse}
             with self.machine(gpu_of(outs)) as machine:
                 run(machine, Step((merge_launch(outs, lses, mask, base2),)), arrays)
