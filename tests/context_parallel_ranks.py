@@ -209,6 +209,7 @@ def results() -> None:
         raise AssertionError("a closed group must refuse calls")
     if not ON_GPUS:  # where groups that failed would take the communicator with them
         results_in_other_arrays()
+        wrong_shapes()
 
 
 def split_size(group: cuflash.ContextParallel) -> None:
@@ -247,6 +248,27 @@ def other_arguments(group: cuflash.ContextParallel) -> None:
         with contextlib.suppress(ValueError):
             make_group(**options)
             raise AssertionError(options)
+
+
+def wrong_shapes() -> None:
+    """Arrays of too few dimensions are refused by name before anything is exchanged."""
+    q, cache, nothing = (np.zeros(shape, np.float32) for shape in ((1, 2, 4, 64), (1, 9, 1, 64), ()))
+    for queries in ("replicated", "share"):
+        for name, array in [("q", q[0, 0]), ("q", q[0, 0, 0]), ("q", nothing), ("v_cache", nothing)]:
+            group = make_group(heads="all", queries=queries)
+            try:
+                group.attend(**{"q": q, "k_cache": cache, "v_cache": cache, "cache_seqlens": 9} | {name: array})
+            except ValueError as error:
+                assert f"{name} must have " in str(error), error
+            else:
+                raise AssertionError(name)
+    group = make_group(queries="share")
+    try:
+        group.attend(q, cache, cache, cache_seqlens=9, qv=nothing)
+    except ValueError as error:
+        assert "qv must have shape" in str(error), error
+    else:
+        raise AssertionError("qv")
 
 
 def results_in_other_arrays() -> None:

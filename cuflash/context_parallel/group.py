@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import arguments, backends
-from ..arguments.common import expect_apart, import_codes, output
+from ..arguments.common import expect_apart, expect_shape, import_codes, output
 from ..arrays import (
     NativeArray,
     check_way_back,
@@ -276,10 +276,15 @@ class ContextParallel:
                 f"q must be {places[self._transport.on_device]}, where the communicator's arrays are, "
                 f"got one {places[is_on_device(q)]}"
             )
+        v_cache = import_array("v_cache", given["v_cache"])
+        for name, array, dimensions in (("q", q, (3, 4)), ("v_cache", v_cache, (4,))):
+            if array.ndim not in dimensions:
+                rule = " or ".join(map(str, dimensions))
+                raise ValueError(f"{name} must have {rule} dimensions, got shape {array.shape}")
         if self._queries == "share":
-            q = self._gather_queries(q, given)
+            q = self._gather_queries(q, v_cache.shape[-1], given)
         parts = self.world_size if self._heads == "share" else 1
-        num_heads, headdim_v = q.shape[-2], import_array("v_cache", given["v_cache"]).shape[-1]
+        num_heads, headdim_v = q.shape[-2], v_cache.shape[-1]
         if num_heads % parts:
             raise ValueError(
                 f'q must have a multiple of {parts} heads, a share per rank, got {num_heads}: or heads="all"'
@@ -339,10 +344,12 @@ class ContextParallel:
             self._agree({"call": "attend", **describe_problem(problem), **describe_operands(operands), **counted_once})
         flash_attn_with_kvcache(**given)
 
-    def _gather_queries(self, q: NativeArray, given: dict[str, Any]) -> NativeArray:
+    def _gather_queries(self, q: NativeArray, headdim_v: int, given: dict[str, Any]) -> NativeArray:
         """Return the queries of all heads, and put the ``qv`` of all heads in its place."""
         qv = given["qv"]
         shares = [q] if qv is None else [q, import_array("qv", qv)]
+        for share in shares[1:]:
+            expect_shape("qv", share, (*q.shape[:-1], headdim_v))
         if checks_values(self._transport.on_device):
             self._agree({"call": "attend", "q and qv": [describe_kind(share) for share in shares]})
         # Side by side, so that there is one exchange.
