@@ -248,6 +248,15 @@ def other_arguments(group: cuflash.ContextParallel) -> None:
         with contextlib.suppress(ValueError):
             make_group(**options)
             raise AssertionError(options)
+    if not ON_GPUS:
+        most = (2**31 - 1) // SIZE  # of positions that ranks take turns in
+        make_group(interleave=most).close()
+        try:
+            make_group(interleave=most + 1)
+        except ValueError as error:
+            assert "interleave must be" in str(error) and "cp_" not in str(error), error
+        else:
+            raise AssertionError("interleave")
 
 
 def wrong_shapes() -> None:

@@ -37,7 +37,7 @@ from .fault import ContextParallelError
 from .mpi import MpiTransport
 from .nccl import NcclTransport
 
-_MAX_INTERLEAVE = 2**31 - 1
+_INT32_MAX = 2**31 - 1
 _PLACE = ("cp_world_size", "cp_rank", "cp_interleave")
 _signatures = {function: inspect.signature(function) for function in (get_scheduler_metadata, flash_attn_with_kvcache)}
 
@@ -120,7 +120,7 @@ class ContextParallel:
         timeout = real("timeout", timeout)
         if timeout <= 0:
             raise ValueError(f"timeout must be above 0, got {timeout}")
-        interleave = integer("interleave", interleave, 1, _MAX_INTERLEAVE)
+        interleave = integer("interleave", interleave, 1, _INT32_MAX)
         self._queries, self._heads, self._wire = queries, heads, None
         if wire_dtype is not None:
             name = dtype_name("wire_dtype", wire_dtype)
@@ -132,8 +132,9 @@ class ContextParallel:
         self._memory: dict[tuple[str, tuple[int, ...], str, str], NativeArray] = {}
         self._transport = _transport(comm, control, timeout)
         self.rank, self.world_size = self._transport.rank, self._transport.size
-        self.shard = Shard(self.world_size, self.rank, interleave)
         with self._together():
+            interleave = integer("interleave", interleave, 1, _INT32_MAX // self.world_size)
+            self.shard = Shard(self.world_size, self.rank, interleave)
             from .. import __version__
 
             self._agree({
