@@ -129,16 +129,16 @@ def _target(
         return array
     if memory_of(array) != memory_of(like):
         raise ValueError(f"{name} must be in {memory_of(like)} like outs, got one in {memory_of(array)}")
-    is_part = any(address_of(array) == address_of(part) and strides_of(array) == strides_of(part) for part in parts)
-    shared = [other for other in others if other is not None and overlaps(array, other)]
-    if shared or (overlaps(array, parts) and not is_part and not _lies_in_gap(array, parts)):
+    shared = any(other is not None and overlaps(array, other) for other in others)
+    if shared or (overlaps(array, parts) and any(_is_in_the_way(part, array) for part in parts)):
         raise ValueError(f"{name} must be one of the parts or share no memory with any array, got overlapping arrays")
     return array
 
 
-def _lies_in_gap(array: NativeArray, parts: NativeArray) -> bool:
-    """Whether an array overlaps none of the parts, though it lies between them."""
-    return not any(overlaps(array, part) for part in parts)
+def _is_in_the_way(part: NativeArray, array: NativeArray) -> bool:
+    """Whether a part would be written over before it has been read: it overlaps an array, and is not that itself."""
+    is_it = address_of(array) == address_of(part) and strides_of(array) == strides_of(part)
+    return not is_it and overlaps(array, part)
 
 
 def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:

@@ -276,3 +276,19 @@ def test_what_may_not_be_written(backend: Backend) -> None:
         cuflash.merge_attn_states(outs, lses, out=flat[64 : 64 + size].reshape(outs.shape[1:]))
     with pytest.raises(ValueError, match="lse must be one of the parts"):
         cuflash.merge_attn_states(outs, lses, lse=flat[: lses[0].size].reshape(lses.shape[1:]))
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_parts_that_slide_over_each_other_may_not_be_written(name: str, backend: Backend) -> None:
+    """A part that is written over another one would be read by rows that come later."""
+    heads = 32
+    outs, lses = _parts(2, (1, heads, 8), "float32", 6)
+    given = {"outs": backend.to_native(np.stack(outs)), "lses": backend.to_native(np.stack(lses))}
+    # Part 1 begins one head behind part 0.
+    shape, strides = {"out": ((1, heads + 1, 8), (32, 0, 32, 4)), "lse": ((heads + 1, 1), (4, 4, 0))}[name]
+    memory = backend.to_native(np.zeros(shape, np.float32))
+    strided = (np if isinstance(memory, np.ndarray) else pytest.importorskip("cupy")).lib.stride_tricks.as_strided
+    sliding = given[f"{name}s"] = strided(memory, given[f"{name}s"].shape, strides)
+    cuflash.merge_attn_states(**given)
+    with pytest.raises(ValueError, match=f"{name} must be one of the parts or share no memory"):
+        cuflash.merge_attn_states(**given, **{name: sliding[1]})
