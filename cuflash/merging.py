@@ -59,8 +59,9 @@ def merge_attn_states(
         (out, lse) of the shapes, kind and dtype of one part.
 
     Raises:
-        TypeError: If an argument is not an array or a sequence of arrays.
-        ValueError: If shapes or dtypes do not fit together.
+        TypeError: If an argument is not an array or a sequence of arrays, ``lses`` are not float32, or ``mask`` is not
+            bool.
+        ValueError: For a wrong value: shapes or dtypes that do not fit together, or memory that may not be written.
 
     Example:
         >>> import cuflash, numpy as np

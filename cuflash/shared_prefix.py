@@ -12,7 +12,7 @@ from .array_types import Array
 from .arrays import NativeArray, check_way_back, exporter, import_array, overlaps
 from .attention import check, flash_attn_with_kvcache
 from .metadata import SchedulerMetadata
-from .problem import window_bounds
+from .problem import integer, window_bounds
 
 # What both calls are given; everything else is the suffixes'.
 _COMMON = (
@@ -96,11 +96,12 @@ def shared_prefix_attention(
         >>> bool(np.allclose(out, whole, atol=1e-6))
         True
     """
+    chunk = suffix.get("attention_chunk")
     refused = {
         "rotary_cos": suffix.get("rotary_cos") is not None,
         "window_size": window_bounds(suffix.get("window_size")) != (-1, -1),
-        "attention_chunk": bool(suffix.get("attention_chunk")),
-        "cp_world_size": suffix.get("cp_world_size", 1) != 1,
+        "attention_chunk": chunk is not None and integer("attention_chunk", chunk, 0) > 0,
+        "cp_world_size": integer("cp_world_size", suffix.get("cp_world_size", 1), 1) > 1,
         "merge_with": suffix.get("merge_with") is not None,
     }
     for name, is_given in refused.items():

@@ -292,3 +292,11 @@ def test_parts_that_slide_over_each_other_may_not_be_written(name: str, backend:
     cuflash.merge_attn_states(**given)
     with pytest.raises(ValueError, match=f"{name} must be one of the parts or share no memory"):
         cuflash.merge_attn_states(**given, **{name: sliding[1]})
+
+
+def test_elements_of_another_kind(backend: Backend) -> None:
+    outs, lses = (backend.to_native(np.stack(x)) for x in _parts(2, (1, 2, 8), "float32", 7))
+    with pytest.raises(TypeError, match="lses must be float32, got float64"):
+        cuflash.merge_attn_states(outs, lses.astype(np.float64))
+    with pytest.raises(TypeError, match="mask must be bool, got int32"):
+        cuflash.merge_attn_states(outs, lses, mask=backend.to_native(np.ones(2, np.int32)))

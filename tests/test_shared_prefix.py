@@ -149,6 +149,13 @@ def test_queries_without_elements_are_refused_by_name(heads: int, dim: int, what
         cuflash.shared_prefix_attention(**shared | {"q": np.zeros((6, 1, heads, dim), np.float32)})
 
 
+@pytest.mark.parametrize("name", ["attention_chunk", "cp_world_size"])
+def test_what_is_no_number_is_named(name: str) -> None:
+    shared, _ = _problem("float32", 1)
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got ndarray"):
+        cuflash.shared_prefix_attention(**shared, **{name: np.array([1, 2])})
+
+
 @pytest.mark.parametrize("groups", [2, 6])
 @pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
 def test_scales_per_sequence_are_refused(name: str, groups: int, backend: Backend) -> None:

@@ -185,8 +185,8 @@ class ContextParallel:
         Args:
             *args: Those of ``flash_attn_with_kvcache``.
             **kwargs: Likewise. ``q`` has all heads, or the rank's share of them (``queries``); ``out`` and
-                ``softmax_lse`` have the rank's share of the heads, or all (``heads``); ``sinks`` and ``merge_with``
-                have all.
+                ``softmax_lse`` have the rank's share of the heads, or all (``heads``), and are contiguous; ``sinks``
+                and ``merge_with`` have all.
 
         Returns:
             The merged output of the rank's share of the heads, or of all; with ``return_softmax_lse`` also its LSE.
