@@ -31,6 +31,9 @@ class OutOfPages(MemoryError):
         super().__init__(f"the cache has {free} free pages, {needed} are needed: free sequences or wait")
         self.needed, self.free = needed, free
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.needed, self.free), vars(self)
+
 
 class PageTable:
     """Page table, lengths and free pages of sequences that come and go.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import reference
 
 import cuflash
+from cuflash.simulator import Finding, SimulationError
 
 Arguments = dict[str, Any]
 BATCH, SEQLEN_Q, HEADS, KV_HEADS, DIM, DIM_V, CAPACITY, PAGE_SIZE = 3, 2, 4, 2, 64, 32, 96, 16
@@ -544,3 +547,16 @@ def test_bad_environment(make, variable, value, monkeypatch):
     with pytest.raises(ValueError, match=message):
         GOOD[make](**arguments)
     assert contents(arguments) == before
+
+
+# ------------------------------------------------------------------------------------------------ errors themselves
+FINDING = Finding("bounds", "kernel", "a.cu", 3, (0, 0, 0), (1, 0, 0), "x + 4", "text", None, None, None, "ld", "text")
+ERRORS = [cuflash.OutOfPages(3, 1), SimulationError([FINDING]), cuflash.ContextParallelError("rank 2 is missing", True)]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_pass_between_processes(error: Exception) -> None:
+    """As a pool of processes hands them on: all that they say is in the copy."""
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(other) is type(error)
+        assert str(other) == str(error) and vars(other) == vars(error)

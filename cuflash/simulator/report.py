@@ -103,6 +103,9 @@ class SimulationError(RuntimeError):
         super().__init__("\n".join(f.text for f in findings))
         self.findings = list(findings)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.findings,), vars(self)
+
     @property
     def finding(self) -> Finding:
         """The first finding."""
