@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name, numpy_dtype
 from .pages import Pages, PageTable
-from .problem import boolean, integer
+from .problem import boolean, integer, make_problem
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
 
@@ -115,6 +115,12 @@ class PagedKVCache:
         self.kv_dtype = self.dtype if kv_dtype is None else dtype_name("kv_dtype", kv_dtype)
         if self.kv_dtype not in (self.dtype, *QUANTISED_DTYPES):
             raise ValueError(f"kv_dtype must be {self.dtype} like dtype or a quantised one, got {self.kv_dtype}")
+        problem = make_problem(
+            1, 1, self.num_heads_kv, self.num_heads_kv, self.headdim, qkv_dtype=self.dtype, kv_dtype=self.kv_dtype,
+            headdim_v=self.headdim_v,
+        )  # fmt: skip
+        if problem.is_joint and not self.latent:
+            raise ValueError(f"latent must be True for headdim={self.headdim}, got False")
         self.max_sequences = integer("max_sequences", max_sequences, 1)
         capacity = self.num_pages * self.page_size
         self.max_seqlen = capacity if max_seqlen is None else integer("max_seqlen", max_seqlen, 1)

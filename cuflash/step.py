@@ -13,7 +13,7 @@ from .array_types import Array, ArrayT
 from .memo import Rest
 from .paged import PagedKVCache
 from .pages import integers
-from .problem import cap, check_heads, integer
+from .problem import cap, check_heads, integer, make_problem
 from .public import is_written_down
 from .step_shape import NativeArray, StepArrays, StepShape
 
@@ -100,12 +100,13 @@ class DecodeStep:
         check_heads("num_heads_q", num_heads_q, "the cache's num_heads_kv", cache.num_heads_kv)
         mask = {"causal": causal, "window_size": window_size, "attention_chunk": attention_chunk}
         kv_dtype = cache.kv_dtype if cache.is_quantised else None
-        self._planned: dict[str, Any] = mask | {
-            "max_seqlen_k": cache.max_seqlen, "num_heads_q": num_heads_q, "num_heads_kv": cache.num_heads_kv,
-            "headdim": cache.headdim, "headdim_v": cache.headdim_v, "qkv_dtype": cache.dtype, "kv_dtype": kv_dtype,
-            "page_size": cache.page_size, "has_softcap": cap(softcap) > 0, "num_splits": num_splits,
-            "split_size": split_size, "sm_margin": sm_margin,
+        planned: dict[str, Any] = mask | {
+            "num_heads_q": num_heads_q, "num_heads_kv": cache.num_heads_kv, "headdim": cache.headdim,
+            "headdim_v": cache.headdim_v, "qkv_dtype": cache.dtype, "kv_dtype": kv_dtype, "page_size": cache.page_size,
+            "has_softcap": cap(softcap) > 0, "num_splits": num_splits, "split_size": split_size, "sm_margin": sm_margin,
         }  # fmt: skip
+        make_problem(1, 1, **planned)  # raises what every step would
+        self._planned = planned | {"max_seqlen_k": cache.max_seqlen}
         self._called: dict[str, Any] = mask | {
             "kv_dtype": kv_dtype, "softcap": softcap, "softmax_scale": softmax_scale, "rotary_cos": rotary_cos,
             "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved,
@@ -139,7 +140,8 @@ class DecodeStep:
     ) -> DecodeStep:
         """Begin a step: give its sequences the pages that they need, fill lengths and tables, and plan.
 
-        A step that is not committed can be begun anew.
+        A step that is not committed can be begun anew. If a step cannot be planned, there is none, and its sequences
+        keep their pages, as after ``PagedKVCache.extend``.
 
         Args:
             sequences: Handles of those that take part.
@@ -179,9 +181,10 @@ class DecodeStep:
         if arrays is None:
             arrays = self._all_arrays[shape] = StepArrays(shape, self.cache.xp)
         seqlens = self.cache.seqlens(handles)
+        self._arrays, self._open = arrays, None  # the step before is gone, and this one stands when it is planned
         arrays.fill(seqlens, self.cache.rows(handles), tokens)
-        self._arrays, self._open = arrays, (handles, seqlens, tokens)
         self.plan()
+        self._open = handles, seqlens, tokens
         return self
 
     def plan(self) -> None:
@@ -246,7 +249,12 @@ class DecodeStep:
         Returns:
             (tokens, heads_q, headdim_v), with ``return_softmax_lse`` also the LSE, (heads_q, tokens) of a ragged step,
             else (batch_size, heads_q, n).
+
+        Raises:
+            ValueError: Without a step: before ``begin``, or after ``commit``.
         """
+        if self._open is None:
+            raise ValueError("a call must lie between begin() and commit()")
         shape = self._begun.shape
         given = {
             "q": q, "k": k, "v": v, "sinks": sinks, "out": out, "softmax_lse": softmax_lse,

@@ -455,6 +455,74 @@ def test_what_a_step_refuses():
         step.commit()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": 1}, {"window_size": (-2, 0)}, {"window_size": 3}, {"attention_chunk": -1}, {"num_splits": -1},
+        {"split_size": 65}, {"split_size": 64, "num_splits": 2}, {"sm_margin": -1}, {"softcap": -1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_are_refused_before_a_step_begins(options):
+    cache = cuflash.PagedKVCache(1, 8, 16, 2, 64, "float32")
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))}"):
+        cuflash.DecodeStep(cache, 4, **options)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "another"])
+def test_a_step_that_cannot_be_planned_is_none(before, monkeypatch):
+    """Nor is the one before it: its index arrays are overwritten. The pages are the sequence's, for the next attempt."""
+    cache = cuflash.PagedKVCache(1, 8, 16, 2, 64, "float32")
+    step, a = cuflash.DecodeStep(cache, 4), cache.add()
+    q, k = np.ones((40, 4, 64), np.float32), np.ones((40, 2, 64), np.float32)
+    if before:
+        step.begin(a, 40)
+
+    def fail(**arguments: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuflash, "get_scheduler_metadata", fail)
+        with pytest.raises(MemoryError):
+            step.begin(a, 40)
+    for call in (step.commit, lambda: step(0, q, k, k)):
+        with pytest.raises(ValueError, match=r"must .* begin\(\)"):
+            call()
+    assert cache.seqlens(a) == 0 and not cache.k.any()
+    assert cache.num_free_pages == 5
+    step.begin(a, 40)(0, q, k, k)
+    step.commit()
+    assert cache.seqlens(a) == 40 and cache.num_free_pages == 5
+
+
+def test_a_step_that_is_refused_leaves_the_one_before_it():
+    cache = cuflash.PagedKVCache(1, 2, 16, 2, 64, "float32")
+    step, a = cuflash.DecodeStep(cache, 4), cache.add()
+    step.begin(a, 20)
+    with pytest.raises(cuflash.OutOfPages):
+        step.begin(cache.add(), 1)
+    q, k = np.ones((20, 4, 64), np.float32), np.ones((20, 2, 64), np.float32)
+    step(0, q, k, k)
+    step.commit()
+    assert cache.seqlens(a) == 20
+
+
+def test_a_call_after_the_step_has_ended():
+    """It would write to the page of another sequence."""
+    cache = cuflash.PagedKVCache(1, 1, 16, 2, 64, "float32")
+    step, a = cuflash.DecodeStep(cache, 4), cache.add()
+    q, k = np.ones((1, 4, 64), np.float32), np.ones((1, 2, 64), np.float32)
+    step.begin(a)(0, q, k, k)
+    step.commit()
+    cache.free(a)
+    step.begin(cache.add())(0, q, 2 * k, 2 * k)
+    step.commit()
+    with pytest.raises(ValueError, match=r"^a call must lie between begin\(\) and commit\(\)"):
+        step(0, q, k, k)
+    assert (cache.k[0, 0, 0] == 2).all()
+    assert step.batch_size == 1 and step.meta is not None  # what the last step was
+
+
 def test_none_of_a_step_means_none(backend: Backend):
     xp = __import__("cupy") if backend.name == "cuda" else np
     results = []
@@ -472,10 +540,15 @@ def test_what_a_cache_refuses():
         ({"dtype": "int8"}, "dtype must be one of float16"),
         ({"dtype": "float16", "kv_dtype": "float32"}, "kv_dtype must be float16"),
         ({"latent": True}, "headdim_v must be less than headdim=8"),
+        ({"headdim": 20}, "headdim must be a multiple of 8, got 20"),
+        ({"headdim": 1000}, r"headdim must be in \[8, 576\], got 1000"),
+        ({"headdim": 576, "headdim_v": 512}, "latent must be True for headdim=576, got False"),
+        ({"headdim_v": 12}, "headdim_v must be a multiple of 8, got 12"),
+        ({"headdim": 24, "kv_dtype": "int8"}, "headdim must be a multiple of 16 with a cache of int8, got 24"),
         ({"max_sequences": 0}, "max_sequences"),
     ):
-        with pytest.raises(ValueError, match=message):
-            make(1, 2, 4, 1, 8, **options)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            make(1, 2, 4, 1, **{"headdim": 8} | options)
     immutable = types.ModuleType("immutable")
     immutable.zeros, immutable.ones = (lambda *shape: ()), np.ones
     for xp, got in (("numpy", "'numpy'"), (None, "None"), (math, "math"), (immutable, "immutable")):
@@ -509,11 +582,11 @@ def test_dtypes_and_layouts():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_dtype": "float8_e5m2"}, {"kv_dtype": "int8", "latent": True, "headdim_v": 8}]
+    "options", [{}, {"kv_dtype": "float8_e5m2"}, {"kv_dtype": "int8", "latent": True, "headdim_v": 16}]
 )
 def test_copies_are_of_all_that_a_page_has(options):
     """Keys, values and scales, of all layers, bit by bit."""
-    cache = cuflash.PagedKVCache(3, 5, 4, 2, 16, "bfloat16", **options)
+    cache = cuflash.PagedKVCache(3, 5, 4, 2, 32, "bfloat16", **options)
     arrays = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x is not None]
     rng = np.random.default_rng(0)
     for array in arrays:
