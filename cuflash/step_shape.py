@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import import_array
+from .arrays import check_way_back, empty, exporter, import_array
 from .memo import Rest
 
 NativeArray = Any  # numpy.ndarray | cupy.ndarray
@@ -32,6 +32,8 @@ class StepShape(NamedTuple):
         """Return arguments of a step's call as ``flash_attn_with_kvcache`` takes them."""
         if self.ragged:
             return given
+        if not hasattr(given["q"], "reshape"):
+            _check_results(given)
         names = ("q", "out") if self.padded else ("q", "out", "k", "v")
         return given | {name: self.split(name, given[name]) for name in names if given[name] is not None}
 
@@ -43,6 +45,16 @@ class StepShape(NamedTuple):
         if len(x.shape) != 3 or x.shape[0] != batch * seqlen:
             raise ValueError(f"{name} must have shape ({batch} * {seqlen}, heads, dim), got {tuple(x.shape)}")
         return x.reshape(batch, seqlen, *x.shape[1:])
+
+    def join(self, given: dict[str, Any], attended: Any, lse: Any) -> tuple[Any, Any]:
+        """Return results of a call whose queries were imported to be split, as arrays of their kind."""
+        back = exporter(given["q"])
+        if given["out"] is None:
+            native = import_array("out", attended)
+            attended = back(native.reshape(-1, *native.shape[2:]))
+        if lse is not None and given["softmax_lse"] is None:
+            lse = back(import_array("softmax_lse", lse))
+        return attended, lse
 
 
 class StepArrays:
@@ -80,6 +92,15 @@ class StepArrays:
         starts[1 : number + 1] = np.cumsum(tokens)
         starts[number + 1 :] = tokens.sum()
         self._memory[...] = self._xp.asarray(memory)  # ordered on the current stream, behind the steps before
+
+
+def _check_results(given: dict[str, Any]) -> None:
+    """Check what :meth:`StepShape.join` will do: of imported queries the call itself knows no kind to return."""
+    q = import_array("q", given["q"])
+    made = {"out": given["out"] is None, "softmax_lse": given["return_softmax_lse"] and given["softmax_lse"] is None}
+    for name, dtype in (("out", q.dtype), ("softmax_lse", np.dtype(np.float32))):
+        if made[name]:
+            check_way_back("q", given["q"], empty((1,), dtype, q))
 
 
 def _cut(memory: NativeArray, batch: int) -> tuple[NativeArray, NativeArray, NativeArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from small import Arguments, appending, check, check_caches
 
 import cuflash
+from cuflash.compat import flash_attn_interface
 
 ARRAYS = ["q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "rotary_cos", "rotary_sin"]
 
@@ -40,6 +42,17 @@ class Broken(Bare):
 
     def __dlpack__(self, **_: Any) -> Any:  # type: ignore[override]
         raise RuntimeError("no")
+
+
+class Standard(Bare):
+    """An object with a namespace, as the array API standard has it: arrays there have no method to be reshaped."""
+
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        return SimpleNamespace(from_dlpack=lambda x: Standard(np.from_dlpack(x)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
 
 class NoWayBack(Bare):
@@ -220,3 +233,52 @@ def test_planning_with_bare_objects(module: str) -> None:
         for given in (lengths, named_like(Bare, module)(lengths))
     ]
     assert (plans[0].work() == plans[1].work()).all()
+
+
+# ------------------------------------------------------------------------------------------------ steps
+STEPS: dict[str, dict[str, int]] = {"dense": {}, "padded": {"batch_size": 3}, "ragged": {"max_seqlen_q": 4}}
+
+
+def begun(**options: int) -> tuple[cuflash.DecodeStep, Arguments]:
+    """A step of two sequences with a token each, and the arguments of a call."""
+    cache = cuflash.PagedKVCache(1, 4, 16, 2, 64, "float32")
+    step = cuflash.DecodeStep(cache, 4).begin([cache.add(), cache.add()], **options)
+    rng, rows = np.random.default_rng(0), options.get("batch_size", 2)
+    heads = {"q": 4, "k": 2, "v": 2}
+    return step, {name: rng.standard_normal((rows, number, 64), np.float32) for name, number in heads.items()}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_what_a_step_returns_is_of_the_kind_of_its_queries(options: dict[str, int]) -> None:
+    step, arguments = begun(**options)
+    wanted = step(0, **arguments, return_softmax_lse=True)
+    theirs = {name: Standard(x) for name, x in arguments.items()}
+    alone = step(0, **theirs)
+    found = step(0, **theirs, return_softmax_lse=True)
+    targets = [Standard(np.full_like(x, np.nan)) for x in wanted]
+    written = step(0, **theirs, out=targets[0], softmax_lse=targets[1], return_softmax_lse=True)
+    assert written[0] is targets[0] and written[1] is targets[1]
+    for result, array in zip((alone, *found, *targets), (wanted[0], *wanted, *wanted), strict=True):
+        assert type(result) is Standard
+        np.testing.assert_array_equal(result.array, array)
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_a_step_finds_at_once_what_cannot_be_returned(options: dict[str, int]) -> None:
+    step, arguments = begun(**options)
+    lse = step(0, **arguments, return_softmax_lse=True)[1]
+    step.cache.k[...] = 0
+    queries, out = NoWayBack(arguments["q"]), np.empty_like(arguments["q"])
+    for more in ({}, {"out": out, "return_softmax_lse": True}):
+        with pytest.raises(TypeError, match=r"^q must be of a kind.* got NoWayBack: no"):
+            step(0, **arguments | {"q": queries}, **more)
+    assert not step.cache.k.any()
+    assert step(0, **arguments | {"q": queries}, out=out) is out
+    step(0, **arguments | {"q": queries}, out=out, softmax_lse=lse, return_softmax_lse=True)
+
+
+def test_the_scratch_of_other_interfaces() -> None:
+    rng = np.random.default_rng(0)
+    q, kv = (Standard(rng.standard_normal((2, 3, heads, 64), np.float32)) for heads in (4, 2))
+    for result in flash_attn_interface.flash_attn_with_kvcache(q, kv, kv, return_softmax_lse=True):
+        assert type(result) is Standard

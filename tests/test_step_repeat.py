@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.standin import DeviceArray, Tensor, filled, gpu
+from bench.standin import DeviceArray, ForeignArray, Tensor, filled, gpu
 from test_paged import Server
 from test_repeat import SimulatedGpu, forbid_checks
 
@@ -117,6 +117,17 @@ def test_tensors(machine: SimulatedGpu, afresh: list[Any]) -> None:
         assert step(layer, **tensors) is tensors["out"]
         np.testing.assert_array_equal(tensors["out"].native.get(), wanted)
     assert len(afresh) <= 3
+
+
+def test_arrays_that_cannot_be_reshaped(machine: SimulatedGpu) -> None:
+    step, given = begun(), inputs()
+    wanted = [x.get() for x in step(0, **given, return_softmax_lse=True)]
+    theirs = {name: ForeignArray(array) for name, array in given.items()}
+    for layer in (0, 1, 0):
+        found = step(layer, **theirs, return_softmax_lse=True)
+        for x, array in zip(found, wanted, strict=True):
+            assert type(x) is ForeignArray
+            np.testing.assert_array_equal(x.native.get(), array)
 
 
 @pytest.mark.parametrize(
