@@ -288,6 +288,41 @@ def test_merge_state_names_what_is_wrong(kind: str, name: str, torch: Any) -> No
     assert (written == 7).all()
 
 
+WRONG_LSES: dict[str, Any] = {
+    "integers": np.zeros((5, 4), np.int32),
+    "another width": np.zeros((5, 4), np.float64),
+    "read-only": np.broadcast_to(np.float32(0), (5, 4)),
+    "overlapping": np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), (5, 4), (0, 4)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LSES)
+def test_merge_state_checks_where_the_lse_goes(wrong: str) -> None:
+    """Before anything is written."""
+    v, s, written = np.ones((5, 4, 64), np.float32), np.ones((5, 4), np.float32), np.full((5, 4, 64), 7, np.float32)
+    with pytest.raises((TypeError, ValueError), match="^s_merged must "):
+        sgl_kernel.merge_state(v, s, v, s, written, WRONG_LSES[wrong])
+    assert (written == 7).all()
+
+
+def test_merge_state_into_an_lse_of_any_strides() -> None:
+    v, s, lse = np.ones((5, 4, 64), np.float32), np.zeros((5, 4), np.float32), np.zeros((4, 10), np.float32).T[::2]
+    assert sgl_kernel.merge_state(v, s, v, s, None, lse)[1] is lse
+    np.testing.assert_allclose(lse, np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["integers", "gradient", "expanded"])
+def test_merge_state_checks_tensors_where_the_lse_goes(wrong: str, torch: Any) -> None:
+    v, s, written = torch.ones(5, 4, 64), torch.ones(5, 4), torch.full((5, 4, 64), 7.0)
+    lse = {
+        "integers": torch.zeros(5, 4, dtype=torch.int32), "gradient": torch.zeros(5, 4, requires_grad=True),
+        "expanded": torch.zeros(1, 4).expand(5, 4),
+    }[wrong]  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match="^s_merged "):
+        sgl_kernel.merge_state(v, s, v, s, written, lse)
+    assert (written == 7).all()
+
+
 def test_names_and_order_are_theirs() -> None:
     ours = list(inspect.signature(cuflash.flash_attn_with_kvcache).parameters)
     theirs = list(inspect.signature(fa3.flash_attn_with_kvcache).parameters)

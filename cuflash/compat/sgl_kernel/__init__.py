@@ -8,8 +8,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
+
 from ... import merging
 from ...arguments.common import renamed
+from ...arrays import NativeArray, empty, has_each_once, import_array, is_writeable, memory_of
 from ...layouts import new_tensor
 from .. import torch_tensors
 
@@ -37,16 +40,20 @@ def merge_state_v2(
         outs: Any = [v_a, v_b]
         lses: Any = [s_a.T, s_b.T]
         out, lse = v_merged, None
+        target: Any = None if s_merged is None else _target(s_merged, v_a)
         if torch_tensors.is_tensor(v_a):  # in torch's memory, so that a graph can be captured
             torch = sys.modules["torch"]
             outs, lses = torch.stack(outs), torch.stack(lses).float()
             lse = new_tensor(tuple(lses.shape[1:]), "float32", v_a)
             if out is None:
                 out = torch.empty_like(v_a, memory_format=torch.contiguous_format)
+            target = s_merged
+        elif target is not None:
+            lse = empty(target.T.shape, np.float32, target)
         merged, total = merging.merge_attn_states(outs, lses, out=out, lse=lse)
-        if s_merged is None:
+        if target is None:
             return merged, total.T
-        s_merged[...] = total.T
+        target[...] = total.T
         return merged, s_merged
 
 
@@ -62,6 +69,20 @@ def _check(v_a: Any, **others: Any) -> None:
         shape = tuple(v_a.shape) if name.startswith("v") else tuple(v_a.shape[:2])
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _target(s_merged: Any, v_a: Any) -> NativeArray:
+    """Return where the LSE is copied to, which may have any strides, checked before anything is written."""
+    target, memory = import_array("s_merged", s_merged), memory_of(import_array("v_a", v_a))
+    if target.dtype != np.float32:
+        raise TypeError(f"s_merged must be float32, got {target.dtype}")
+    if not is_writeable(target, s_merged):
+        raise ValueError("s_merged must be writeable, got a read-only array")
+    if not has_each_once(target):
+        raise ValueError(f"s_merged must have no elements that overlap, got strides {target.strides} bytes")
+    if memory_of(target) != memory:
+        raise ValueError(f"s_merged must be in {memory} like v_a, got one in {memory_of(target)}")
+    return target
 
 
 merge_state = merge_state_v2
