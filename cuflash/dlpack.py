@@ -17,6 +17,7 @@ import numpy as np
 # The structs of dlpack.h: https://dmlc.github.io/dlpack/latest/c_api.html
 HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_MAJOR = 1  # version of the structs; of others only what stands before the flags lies where it does here
 _READ_ONLY = 1  # bit of DLManagedTensorVersioned.flags
 
 _DTYPES: dict[tuple[int, int], np.dtype] = {
@@ -77,10 +78,22 @@ _capsule_set_name.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def _managed(capsule: Any) -> tuple[bytes, Any]:
-    """Return a capsule's name and the managed tensor in it."""
+    """Return a capsule's name and the managed tensor in it.
+
+    Raises:
+        BufferError: If its layout is that of another major version; it has been released, as DLPack asks for.
+    """
     name = _VERSIONED if _capsule_is_valid(capsule, _VERSIONED) else _UNVERSIONED
     struct = _DLManagedTensorVersioned if name is _VERSIONED else _DLManagedTensor
-    return name, struct.from_address(_capsule_pointer(capsule, name))
+    address = _capsule_pointer(capsule, name)
+    managed = struct.from_address(address)
+    if name is _VERSIONED and managed.major != _MAJOR:
+        version = f"{managed.major}.{managed.minor}"
+        _capsule_set_name(capsule, _USED[name])
+        if managed.deleter:
+            managed.deleter(address)
+        raise BufferError(f"it comes by DLPack {version}, not {_MAJOR}")
+    return name, managed
 
 
 class _Foreign:

@@ -211,6 +211,20 @@ class New(Old):
         return capsule
 
 
+class Future(Old):
+    """One whose framework is at the next major version; the array lives as long as the capsule."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.capsule = array.__dlpack__(max_version=(1, 0))
+        dlpack._managed(self.capsule)[1].major = 2
+
+    def __dlpack__(self, max_version: Any = None, **options: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
 class Elsewhere(Old):
     def __dlpack_device__(self) -> tuple[int, int]:
         return (10, 0)  # kDLROCM
@@ -232,6 +246,23 @@ def test_newer_dlpack(writeable: bool) -> None:
     np.testing.assert_array_equal(ours, array)
     assert ours.ctypes.data == array.ctypes.data
     assert ours.flags.writeable == writeable
+
+
+def test_another_major_version_of_dlpack() -> None:
+    """Its tensor lies elsewhere in the struct: it is refused, and released at once."""
+
+    class Memory(np.ndarray):  # an ndarray that can be weakly referenced and seen to die
+        pass
+
+    array = np.arange(100, dtype=np.float32).view(Memory)
+    alive, future = weakref.ref(array), Future(array)
+    del array
+    with pytest.raises(ValueError, match=r"^x cannot be shared: it comes by DLPack 2\.\d, not 1$"):
+        import_array("x", future)
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(ValueError, match="^x cannot be shared"):  # there is nothing in the capsule any more
+        import_array("x", future)
 
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], 3, None, "array", Elsewhere(np.zeros(3))], ids=lambda x: type(x).__name__)
