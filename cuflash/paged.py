@@ -157,7 +157,7 @@ class PagedKVCache:
 
     def pages(self, sequence: int) -> Pages:
         """Return the page numbers of a sequence in order, those for tokens to come too."""
-        row = int(self._pages.rows(sequence))
+        row = self._pages.row(sequence)
         return self._pages.table[row, : self._pages.counts[row]].copy()
 
     def rows(self, sequences: ArrayLike) -> NDArray[np.int64]:

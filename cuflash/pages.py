@@ -65,7 +65,10 @@ class PageTable:
         self.counts = np.zeros(max_sequences, np.int64)
         self.references = np.zeros(num_pages, np.int32)
         self.changed = np.ones(max_sequences, bool)
-        order = np.arange(num_pages) if seed is None else np.random.default_rng(seed).permutation(num_pages)
+        try:
+            order = np.arange(num_pages) if seed is None else np.random.default_rng(seed).permutation(num_pages)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"seed must be None or an integer of at least 0, got {seed!r}") from None
         self._free = order[::-1].astype(np.int32)  # a stack: the first num_free entries are free pages
         self.num_free = num_pages
         # A handle is its row plus a multiple of max_sequences that grows whenever the row is given away.
@@ -86,6 +89,18 @@ class PageTable:
         if unknown.any():
             raise ValueError(f"sequences must be in the cache, got {np.atleast_1d(handles[unknown])[0]}, which is not")
         return rows
+
+    def row(self, sequence: ArrayLike) -> int:
+        """Return the row of one sequence.
+
+        Raises:
+            TypeError: If it is not one handle.
+            ValueError: If there is no such sequence (any more).
+        """
+        handle = integers("sequence", sequence)
+        if handle.ndim:
+            raise TypeError(f"sequence must be one handle, got {handle.tolist()}")
+        return int(self.rows(handle))
 
     def handles(self) -> list[int]:
         """Return all sequences, in the order of their rows."""
@@ -113,7 +128,7 @@ class PageTable:
 
     def fork(self, sequence: ArrayLike) -> int:
         """Add a sequence with the tokens of another, on the same pages; return its handle."""
-        (row,) = self._distinct(sequence)
+        row = self.row(sequence)
         fork = self.add(0)
         new, used = fork % len(self._handles), -(-int(self.lengths[row]) // self.page_size)
         self.table[new, :used] = self.table[row, :used]
@@ -215,7 +230,10 @@ def _for_each(name: str, values: ArrayLike, rows: NDArray[Any]) -> NDArray[np.in
 
 def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     """Return integers of at least 0, or raise naming the argument."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:  # lists of different lengths, or what is on a GPU
+        raise TypeError(f"{name} must be integers on the host, got {type(values).__name__}: {error}") from error
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if (array < 0).any():

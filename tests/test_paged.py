@@ -471,7 +471,7 @@ def test_options_are_refused_before_a_step_begins(options):
 
 @pytest.mark.parametrize("before", [False, True], ids=["first", "another"])
 def test_a_step_that_cannot_be_planned_is_none(before, monkeypatch):
-    """Nor is the one before it: its index arrays are overwritten. The pages are the sequence's, for the next attempt."""
+    """Nor is the one before it: its index arrays are overwritten. The sequence has its pages all the same."""
     cache = cuflash.PagedKVCache(1, 8, 16, 2, 64, "float32")
     step, a = cuflash.DecodeStep(cache, 4), cache.add()
     q, k = np.ones((40, 4, 64), np.float32), np.ones((40, 2, 64), np.float32)
@@ -567,6 +567,15 @@ def test_what_a_cache_refuses():
         cache.extend(a, [1, 1])
     with pytest.raises(ValueError, match="num_tokens"):
         cache.add(-1)
+    for call in (cache.pages, cache.fork):
+        for sequence, got in (([a], r"\[0\]"), ([a, a], r"\[0, 0\]"), ([], r"\[\]")):
+            with pytest.raises(TypeError, match=f"^sequence must be one handle, got {got}$"):
+                call(sequence)
+    with pytest.raises(TypeError, match="^sequences must be integers on the host, got list: "):
+        cache.seqlens([[a], [a, a]])
+    for seed, error in ((-1, ValueError), ("seed", TypeError)):
+        with pytest.raises(error, match=f"^seed must be None or an integer of at least 0, got {seed!r}$"):
+            make(1, 2, 4, 1, 8, seed=seed)
 
 
 def test_dtypes_and_layouts():
