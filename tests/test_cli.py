@@ -183,6 +183,12 @@ def test_schedule_options(capsys):
     assert "0 used" not in call(capsys, "schedule", "--seqlens", "0,0")
 
 
+def test_schedule_of_a_window_without_a_left_bound(capsys):
+    """As the help shows it: what begins with a sign is no option."""
+    out = call(capsys, "schedule", "--seqlens", "900,300", "--seqlen-q", "3", "--window", "-1,0")
+    assert ", causal" in out and out == call(capsys, "schedule", "--seqlens", "900,300", "--seqlen-q", "3", "--causal")
+
+
 def test_schedule_plot(capsys, tmp_path):
     pytest.importorskip("matplotlib", reason='pip install -e ".[plot]"')
     file = tmp_path / "schedule.png"

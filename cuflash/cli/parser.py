@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .text import wrapped
 
@@ -19,7 +20,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose error is the message, one line of usage, and where the rest stands.
 
     The help begins with the same line: argparse's own repeats all options there, and is wider than a narrow terminal.
+    A word that begins like a negative number is a value, so that ``--window -1,0`` works.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # that of Python 3.14; before, -1,0 was an option
 
     def format_help(self) -> str:
         """Return the help."""
