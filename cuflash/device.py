@@ -20,6 +20,9 @@ _SHARED_MEMORY = {
 }
 
 
+MAX_NUM_SM = 2**16  # far beyond any GPU: a plan has room for the blocks of all
+
+
 @dataclass(frozen=True)
 class Device:
     """What a schedule and a kernel variant depend on.
@@ -58,10 +61,10 @@ def host_device() -> Device:
     ``CUFLASH_NUM_SM`` sets its multiprocessors (default 132) and ``CUFLASH_ARCH`` its architecture (default 90), so
     that a schedule can be studied, and a kernel simulated, for any GPU.
     """
-    return Device(_env_int("CUFLASH_NUM_SM", 132), _env_int("CUFLASH_ARCH", 90))
+    return Device(_env_int("CUFLASH_NUM_SM", 132, MAX_NUM_SM), _env_int("CUFLASH_ARCH", 90))
 
 
-def _env_int(name: str, default: int) -> int:
+def _env_int(name: str, default: int, most: int = 2**31 - 1) -> int:
     text = os.environ.get(name, "")
     try:
         number = int(text) if text else default
@@ -69,4 +72,6 @@ def _env_int(name: str, default: int) -> int:
         raise ValueError(f"{name} must be a positive integer, got {text!r}") from None
     if number < 1:
         raise ValueError(f"{name} must be a positive integer, got {number}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
     return number

@@ -20,6 +20,7 @@ from cuflash.bench import peers
 from cuflash.cli import bench as bench_command
 from cuflash.cli import driver, main, packages
 from cuflash.cli import info as info_command
+from cuflash.cli import schedule as schedule_command
 from cuflash.cli.text import bars, seconds, size, table, wrapped
 
 ROOT = Path(__file__).parents[1]
@@ -196,35 +197,48 @@ def test_schedule_plot(capsys, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+HUGE = "9" * 22
 BAD = [
     (["bogus"], "argument COMMAND: invalid choice: 'bogus'"),
     (["info", "more"], "unrecognized arguments: more"),
     (["schedule"], "the following arguments are required: --seqlens"),
     (["schedule", "--seqlens", "1,x"], "argument --seqlens: invalid list of integers"),
     (["schedule", "--seqlens", ""], "argument --seqlens: invalid list of integers"),
-    (["schedule", "--seqlens", "5,-1"], "cache_seqlens must be at least 0, got -1 at [1]"),
-    (["schedule", "--seqlens", "99999999999"], "max_seqlen_k"),
+    (["schedule", "--seqlens", "5,-1"], "argument --seqlens: must be in [0, 2147483647], got -1"),
+    (["schedule", "--seqlens", HUGE], f"argument --seqlens: must be in [0, 2147483647], got {HUGE}"),
     (["schedule", "--seqlens", "5", "--heads", "8/"], "argument --heads: invalid heads"),
     (["schedule", "--seqlens", "5", "--heads", "7/2"], "num_heads_q must be a multiple of num_heads_kv=2, got 7"),
     (["schedule", "--seqlens", "5", "--headdim", "60"], "headdim must be a multiple of 8, got 60"),
     (["schedule", "--seqlens", "5", "--dtype", "int4"], "qkv_dtype"),
-    (["schedule", "--seqlens", "5", "--sms", "0"], "argument --sms: invalid positive integer"),
+    (["schedule", "--seqlens", "5", "--sms", "0"], "argument --sms: must be in [1, 65536], got 0"),
+    (["schedule", "--seqlens", "5", "--sms", HUGE], f"argument --sms: must be in [1, 65536], got {HUGE}"),
     (["schedule", "--seqlens", "5", "--arch", "70"], "compute capability must be at least 8.0"),
     (["schedule", "--seqlens", "5", "--window", "1"], "window_size must be a pair"),
     (["schedule", "--seqlens", "5", "--split-size", "65"], "split_size must be a multiple of 64, got 65"),
     (["schedule", "--seqlens", "5", "--split-size", "64", "--num-splits", "2"], "split_size and num_splits"),
-    (["schedule", "--seqlens", "5", "--page-size", "0"], "page_size must be at least 1, got 0"),
+    (["schedule", "--seqlens", "5", "--page-size", "0"], "argument --page-size: must be in [1, 2147483647], got 0"),
+    (
+        ["schedule", "--seqlens", "5", "--window", f"-1,{HUGE}"],
+        f"argument --window: must be in [-1, 2147483647], got {HUGE}",
+    ),
+    (["schedule", "--seqlens", "5", "--seqlen-q", "-1"], "argument --seqlen-q: must be in [0, 2147483647], got -1"),
     (["schedule", "--seqlens", "5", "--plot", "/nowhere/at/all.png"], "argument --plot: "),
     (["schedule", "--seqlens", "5", "--plot", "x.docx"], "argument --plot: "),
-    (["demo", "--batch", "0"], "argument --batch: invalid positive integer"),
-    (["--layers", "two"], "argument --layers: invalid positive integer"),
+    (["demo", "--batch", "0"], "argument --batch: must be in [1, 33554432], got 0"),
+    (["demo", "--batch", HUGE], f"argument --batch: must be in [1, 33554432], got {HUGE}"),
+    (["demo", "--seqlen", "2000000000"], "argument --seqlen: must be in [1, 134217727], got 2000000000"),
+    (["demo", "--seed", "-1"], "argument --seed: must be in [0, 2147483647], got -1"),
+    (["--layers", "two"], "argument --layers: invalid integer value: 'two'"),
     (["--heads", "7/2"], "num_heads_q must be a multiple of num_heads_kv=2, got 7"),
     (["--dtype", "float64"], "--dtype must be one of"),
     (["--dtype", "int8"], "--dtype must be one of float16, bfloat16, float32, got 'int8'"),
     (["--dtype", "float8_e4m3fn"], "--dtype must be one of float16, bfloat16, float32, got 'float8_e4m3fn'"),
     (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
     (["cache", "clean"], "argument action: invalid choice: 'clean'"),
-    (["bench", "--seqlen", "0"], "argument --seqlen: invalid positive integer"),
+    (["bench", "--seqlen", "0"], "argument --seqlen: must be in [1, 2147483647], got 0"),
+    (["bench", "--seqlen", HUGE], f"argument --seqlen: must be in [1, 2147483647], got {HUGE}"),
+    (["bench", "--seqlens", f"5,{HUGE}"], f"argument --seqlens: must be in [0, 2147483647], got {HUGE}"),
+    (["bench", "--batch", HUGE], f"argument --batch: must be in [1, 33554432], got {HUGE}"),
     (["bench", "--seqlens", "4,5", "--batch", "3"], "--batch must be the 2 of --seqlens or left out, got 3"),
     (["bench", "--seqlens", "4,0"], "lengths must be at least --queries 1, got 0"),
     (["bench", "--seqlen", "5", "--trace", "x"], "not allowed with argument"),
@@ -250,6 +264,19 @@ def test_bad_environment(capsys, monkeypatch):
     monkeypatch.setenv("CUFLASH_BACKEND", "auto")
     monkeypatch.setenv("CUFLASH_NUM_SM", "many")
     assert "CUFLASH_NUM_SM must be a positive integer, got 'many'" in fail(capsys, *DEMO)
+    monkeypatch.setenv("CUFLASH_NUM_SM", HUGE)
+    assert f"CUFLASH_NUM_SM must be at most 65536, got {HUGE}" in fail(capsys, *DEMO)
+
+
+def test_too_little_memory(capsys, monkeypatch):
+    """What NumPy says, and no traceback."""
+
+    def refuse(*arguments, **options):
+        raise MemoryError("Unable to allocate 64.0 GiB")
+
+    monkeypatch.setattr(schedule_command, "get_scheduler_metadata", refuse)
+    assert main(["schedule", "--seqlens", "5"]) == 1
+    assert capsys.readouterr().err == "error: Unable to allocate 64.0 GiB\n"
 
 
 def test_no_gpu(capsys, monkeypatch):
@@ -293,7 +320,7 @@ def test_info_survives_what_is_broken(capsys, monkeypatch):
     monkeypatch.setattr(driver, "load", lambda: 1 / 0)
     out = call(capsys, "info")
     assert "!! driver" in out and "division by zero" in out
-    assert "!! CUFLASH_NUM_SM    CUFLASH_NUM_SM must be a positive integer, got '-4'" in out
+    assert "!! CUFLASH_NUM_SM CUFLASH_NUM_SM must be a positive integer of at most 65536, got '-4'" in unwrapped(out)
     assert "!! CUFLASH_BACKEND" in out and "nonsense" in out
 
 
@@ -360,6 +387,7 @@ def test_no_message_advises_extras():
     [
         ("CUFLASH_BACKEND", "gpu", "numpy", "one of auto, cuda, numpy, sim"),
         ("CUFLASH_NUM_SM", "many", "84", "a positive integer"),
+        ("CUFLASH_NUM_SM", "65537", "65536", "a positive integer of at most 65536"),
         ("CUFLASH_ARCH", "70", "120", "an integer from 80 on"),
         ("CUFLASH_VALIDATE", "yes", "1", "0 or 1"),
         ("CUFLASH_CACHE_DIR", __file__, str(Path(__file__).parent), "a folder that can be written to"),
@@ -521,6 +549,15 @@ def test_bench_of_a_trace(capsys, tmp_path):
     for record in records:
         assert 0 < record["efficiency"] <= record["balance"] <= 1
         assert record["efficiency"] * record["num_blocks"] == pytest.approx(record["balance"] * record["blocks"])
+
+
+@pytest.mark.parametrize("number", ["2147483648", HUGE, "9" * 5000])
+def test_bench_of_a_trace_of_other_numbers(number, capsys, tmp_path):
+    (tmp_path / "trace").write_text(f"5\n{number}\n7\n")
+    message = f"--trace must name a file of lengths below 2**31, got {number}"
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--trace", str(tmp_path / "trace")])
+    assert message in unwrapped(capsys.readouterr().err)
 
 
 def test_bench_prints_times(capsys, monkeypatch):

@@ -214,13 +214,16 @@ def read_trace(path: str) -> NDArray[np.int64]:
     """Read lengths from a text file: the last word of each line where it is a number; commas part words too.
 
     Raises:
-        ValueError: If the file cannot be read or has no length.
+        ValueError: If the file cannot be read, has no length or one that is too large.
     """
     try:
         lines = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--trace must name a text file: {error}") from None
-    lengths = np.array([int(words[-1]) for words in lines if words and words[-1].isdecimal()], np.int64)
-    if not len(lengths):
+    lengths = [words[-1] for words in lines if words and words[-1].isdecimal()]
+    if not lengths:
         raise ValueError(f"--trace must name a file whose lines end in a length, got {path}")
-    return np.maximum(lengths, 1)
+    longest = max(lengths, key=float)  # int refuses thousands of digits
+    if float(longest) >= 2**31:
+        raise ValueError(f"--trace must name a file of lengths below 2**31, got {longest}")
+    return np.maximum(np.array(lengths, np.int64), 1)

@@ -67,8 +67,8 @@ def _run(arguments: list[str]) -> int:
         parsed.fail(str(error))  # exits with code 2
     except BrokenPipeError:
         raise
-    except OSError as error:  # a file or a folder that may not be read or written
-        print(*wrapped("error: ", str(error)), sep="\n", file=sys.stderr)
+    except (OSError, MemoryError) as error:  # a file or a folder that may not be used, or too little memory
+        print(*wrapped("error: ", str(error) or "out of memory"), sep="\n", file=sys.stderr)
     except (ImportError, RuntimeError) as error:  # a compiler, library or driver is missing or broken
         print("\n".join(["", *wrapped("error: ", str(error)), f"{name} info says what is missing"]), file=sys.stderr)
     except KeyboardInterrupt:

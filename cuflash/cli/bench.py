@@ -19,9 +19,24 @@ from ..bench.report import Record
 from ..bench.timing import Gpu, require_gpu
 from ..device import host_device
 from ..dtypes import dtype_name
+from ..problem import MAX_BATCH
 from . import packages
 from .parser import program
-from .text import Progress, aligned, bars, environment, hanging, heads, integers, positive, size, table, width, wrapped
+from .text import (
+    Progress,
+    aligned,
+    bars,
+    environment,
+    hanging,
+    heads,
+    integer,
+    integers,
+    positive,
+    size,
+    table,
+    width,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -39,10 +54,11 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
         "that are installed, whose outputs are checked first. Without a GPU: how evenly the keys are shared out.",
     )
     add = parser.add_argument
-    add("--batch", type=positive, help="sequences (default 32); with --trace how many at a time (default 64)")
+    batch = integer(1, MAX_BATCH)
+    add("--batch", type=batch, help="sequences (default 32); with --trace how many at a time (default 64)")
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument("--seqlen", type=positive, default=4096, help="keys of each sequence (default 4096)")
-    lengths.add_argument("--seqlens", type=integers, metavar="N,N,..", help="instead, keys of every sequence")
+    lengths.add_argument("--seqlens", type=integers(0), metavar="N,N,..", help="instead, keys of every sequence")
     lengths.add_argument("--trace", metavar="FILE", help="instead, a text file: the last number of each line")
     add("--steps", type=positive, default=4, help="batches of the trace, from its beginning (default 4)")
     add("--heads", type=heads, default=(32, 8), metavar="Q/KV", help="heads (default 32/8)")

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from .. import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from ..dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name, numpy_dtype
+from ..problem import MAX_BATCH
 from .info import backend_in_use
-from .text import Progress, aligned, bars, environment, hanging, heads, positive, seconds, size, width
+from .text import Progress, aligned, bars, environment, hanging, heads, integer, positive, seconds, size, width
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _SIZES = {"cuda": (64, 2048, 4, 20), "numpy": (16, 512, 4, 5), "sim": (4, 300, 2, 0)}
 _DTYPES = {"cuda": "bfloat16", "numpy": "float32", "sim": "bfloat16"}
 _MAX_RANDOM_PAGES = 4096  # caches of more pages repeat them: random numbers take longest
+_MAX_MEDIAN = (2**31 - 1) // 16  # lengths reach 16 times their median
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 
@@ -37,15 +39,15 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument(
         "--backend", choices=("auto", "cuda", "numpy", "sim"), help="default CUFLASH_BACKEND, or auto: a GPU if found"
     )
-    parser.add_argument("--batch", type=positive, help="sequences")
-    parser.add_argument("--seqlen", type=positive, help="their median length; lengths are lognormal")
+    parser.add_argument("--batch", type=integer(1, MAX_BATCH), help="sequences")
+    parser.add_argument("--seqlen", type=integer(1, _MAX_MEDIAN), help="their median length; lengths are lognormal")
     parser.add_argument("--layers", type=positive, help="layers that share the plan")
     parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
     parser.add_argument("--headdim", type=int, help="elements of a key (default 128; sim: 64)")
     parser.add_argument("--dtype", help=f"one of {', '.join(FLOAT_DTYPES)}")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths and values (default 0)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of lengths and values (default 0)")
     parser.add_argument(
         "--context-parallel", action="store_true", help="spread every sequence over the ranks that mpiexec has started"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__, cache
-from ..device import host_device
+from ..device import MAX_NUM_SM, host_device
 from . import driver, packages
 from .cache import cupy_folder, files_below, summary
 from .parser import program
@@ -316,12 +316,14 @@ def _wrong(name: str, value: str) -> str:
         parents = [parent for parent in (path, *path.absolute().parents) if parent.exists()]
         can_be = parents[0].is_dir() and os.access(parents[0], os.W_OK)
         return "" if can_be else "a folder that can be written to"
-    least = 80 if name == "CUFLASH_ARCH" else 1
+    least, most, must = 1, MAX_NUM_SM, f"a positive integer of at most {MAX_NUM_SM}"
+    if name == "CUFLASH_ARCH":
+        least, most, must = 80, 2**31 - 1, "an integer from 80 on, 90 for sm_90"
     try:
         number = int(value)
     except ValueError:
         number = 0
-    return "" if number >= least else "a positive integer" if least == 1 else "an integer from 80 on, 90 for sm_90"
+    return "" if least <= number <= most else must
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import SchedulerMetadata, get_scheduler_metadata
+from ..device import MAX_NUM_SM
 from . import packages
-from .text import aligned, bars, environment, heads, integers, positive, table, width
+from .text import aligned, bars, environment, heads, integer, integers, positive, table, width
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -24,19 +25,22 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
         help="print the plan for given lengths",
         description="Print which thread block reads which keys, for any GPU; none is needed.",
     )
-    parser.add_argument("--seqlens", type=integers, required=True, metavar="N,N,..", help="keys of each sequence")
+    parser.add_argument("--seqlens", type=integers(0), required=True, metavar="N,N,..", help="keys of each sequence")
     parser.add_argument("--heads", type=heads, default=(32, 8), metavar="Q/KV", help="heads (default 32/8)")
     parser.add_argument("--headdim", type=int, default=128, help="elements of a key (default 128)")
     parser.add_argument("--headdim-v", type=int, help="elements of a value (default headdim)")
     parser.add_argument("--dtype", default="bfloat16", help="float16, bfloat16 (default) or float32")
-    parser.add_argument("--seqlen-q", type=int, default=1, help="queries per sequence (default 1)")
-    parser.add_argument("--page-size", type=int, help="keys per page (default: contiguous cache)")
+    parser.add_argument("--seqlen-q", type=integer(0), default=1, help="queries per sequence (default 1)")
+    parser.add_argument("--page-size", type=positive, help="keys per page (default: contiguous cache)")
     parser.add_argument("--causal", action="store_true", help="causal mask")
-    parser.add_argument("--window", type=integers, default=(-1, -1), metavar="L,R", help="window, -1 is unbounded")
-    parser.add_argument("--chunk", type=int, default=0, help="attention chunk (default: none)")
-    parser.add_argument("--num-splits", type=int, default=0, help="0 balances freely (default), n: at most n parts")
+    parser.add_argument("--window", type=integers(-1), default=(-1, -1), metavar="L,R", help="window, -1 is unbounded")
+    parser.add_argument("--chunk", type=integer(0), default=0, help="attention chunk (default: none)")
+    parser.add_argument(
+        "--num-splits", type=integer(0), default=0, help="0 balances freely (default), n: at most n parts"
+    )
     parser.add_argument("--split-size", type=int, help="cut at multiples of this many keys (a multiple of 64)")
-    parser.add_argument("--sms", type=positive, help="multiprocessors of the GPU (default CUFLASH_NUM_SM or 132)")
+    sms = integer(1, MAX_NUM_SM)
+    parser.add_argument("--sms", type=sms, help="multiprocessors of the GPU (default CUFLASH_NUM_SM or 132)")
     parser.add_argument("--arch", type=positive, help="its compute capability, 90 for 9.0 (default CUFLASH_ARCH or 90)")
     parser.add_argument("--all", action="store_true", help="print every row of the tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the plan too (.png, .svg, .pdf)")
@@ -51,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         metadata = get_scheduler_metadata(
             len(seqlens),
             arguments.seqlen_q,
-            max(int(seqlens.max()), 0),
+            int(seqlens.max()),
             num_heads_q,
             num_heads_kv,
             arguments.headdim,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,23 +137,31 @@ def heads(text: str) -> tuple[int, int]:
 heads.__name__ = "heads (like 32/8)"  # what argparse calls it in an error
 
 
-def integers(text: str) -> list[int]:
-    """Read ``4096,100,2048``."""
-    return [int(number) for number in text.split(",")]
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return what reads an integer from ``least`` to ``most``, the largest that kernels and index arrays know."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be in [{least}, {most}], got {number}")
+        return number
+
+    read.__name__ = "integer"
+    return read
 
 
-integers.__name__ = "list of integers (like 4096,100,2048)"
+positive = integer(1)
 
 
-def positive(text: str) -> int:
-    """Read an integer that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def integers(least: int) -> Callable[[str], list[int]]:
+    """Return what reads ``4096,100,2048``, each number at least ``least``."""
+    each = integer(least)
 
+    def read(text: str) -> list[int]:
+        return [each(number) for number in text.split(",")]
 
-positive.__name__ = "positive integer"
+    read.__name__ = "list of integers (like 4096,100,2048)"
+    return read
 
 
 class Progress:
