@@ -82,7 +82,7 @@ class Shape:
         """Plan the step for lengths that lie on the host or on a GPU."""
         return get_scheduler_metadata(
             len(self.lengths), self.queries, int(self.lengths.max()), self.heads_q, self.heads_kv, self.headdim,
-            cache_seqlens, qkv_dtype=self.dtype, headdim_v=self.dim_v, page_size=self.page_size, causal=self.causal,
+            cache_seqlens, qkv_dtype=self.dtype, headdim_v=self.headdim_v, page_size=self.page_size, causal=self.causal,
             kv_dtype=self.kv_dtype, out=out,
         )  # fmt: skip
 

@@ -138,7 +138,7 @@ def _shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
 
 def _batches(arguments: argparse.Namespace) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Yield batches of lengths and what to call them."""
-    if arguments.trace:
+    if arguments.trace is not None:
         lengths = read_trace(arguments.trace)
         count = arguments.batch or _TRACE_BATCH
         for begin in range(0, min(len(lengths), count * arguments.steps), count):

@@ -22,14 +22,16 @@ _TIMEOUT = 120.0
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo on this rank; the first one prints. The exit code is 1 if the results of any rank are wrong."""
+    if arguments.backend == "sim":
+        raise ValueError("--context-parallel must go with --backend numpy or cuda, got sim")
+    if arguments.kv_dtype is not None:
+        raise ValueError(f"--context-parallel must go without --kv-dtype, got {arguments.kv_dtype}")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RuntimeError(f"context parallelism needs MPI ({reason}): {packages.install(*packages.MPI)}") from error
     world = MPI.COMM_WORLD
-    if arguments.backend == "sim":
-        raise ValueError("--context-parallel must go with --backend numpy or cuda, got sim")
     with environment(CUFLASH_BACKEND=arguments.backend):
         backend, reason = backend_in_use()
     on_gpus = backend == "cuda" and all(world.allgather(_has_nccl()))
@@ -81,7 +83,8 @@ class _Demo:
         self.batch, median = arguments.batch or _BATCH, arguments.seqlen or _MEDIAN
         self.layers, self.page_size = arguments.layers or _LAYERS, arguments.page_size
         self.headdim = arguments.headdim or 128
-        self.dtype = dtype_name("--dtype", arguments.dtype or ("bfloat16" if on_gpus else "float32"), FLOAT_DTYPES)
+        dtype = "bfloat16" if on_gpus else "float32"
+        self.dtype = dtype_name("--dtype", dtype if arguments.dtype is None else arguments.dtype, FLOAT_DTYPES)
         self.rng = np.random.default_rng(arguments.seed)  # the same on all ranks
         lengths = self.rng.lognormal(np.log(median), 1.0, self.batch)
         self.seqlens = np.clip(lengths, 1, 16 * median).astype(np.int32)

@@ -43,7 +43,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument("--seqlen", type=integer(1, _MAX_MEDIAN), help="their median length; lengths are lognormal")
     parser.add_argument("--layers", type=positive, help="layers that share the plan")
     parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
-    parser.add_argument("--headdim", type=int, help="elements of a key (default 128; sim: 64)")
+    parser.add_argument("--headdim", type=positive, help="elements of a key (default 128; sim: 64)")
     parser.add_argument("--dtype", help=f"one of {', '.join(FLOAT_DTYPES)}")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
@@ -103,8 +103,9 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     num_layers, page_size = arguments.layers or num_layers, arguments.page_size
     num_heads = arguments.heads or ((8, 2) if backend == "sim" else (32, 8))
     headdim = arguments.headdim or (64 if backend == "sim" else 128)
-    dtype = dtype_name("--dtype", arguments.dtype or _DTYPES[backend], FLOAT_DTYPES)
-    kv_dtype = None if arguments.kv_dtype is None else dtype_name("--kv-dtype", arguments.kv_dtype)
+    dtype = dtype_name("--dtype", _DTYPES[backend] if arguments.dtype is None else arguments.dtype, FLOAT_DTYPES)
+    kv_dtype = arguments.kv_dtype
+    kv_dtype = None if kv_dtype is None else dtype_name("--kv-dtype", kv_dtype, QUANTISED_DTYPES)
     rng = np.random.default_rng(arguments.seed)
     seqlens = np.clip(rng.lognormal(np.log(median), 1.0, batch), 1, 16 * median).astype(np.int32)
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             num_splits=arguments.num_splits,
             split_size=arguments.split_size,
         )
-    if arguments.plot:
+    if arguments.plot is not None:
         _plot(metadata, arguments.plot)  # first, so that a wrong file name prints nothing but its error
     work = metadata.work()
     shown = None if arguments.all else _SHOWN
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     shares = np.bincount(work["block"], work["key_end"] - work["key_begin"])
     if shares.size:
         print(f"\n  keys per block, 0 to {shares.max():.0f}\n  {bars(shares, width() - 4)}")
-    if arguments.plot:
+    if arguments.plot is not None:
         print(f"\n  drawn: {arguments.plot}")
     return 0
 
@@ -124,6 +124,8 @@ def _span(first: int, last: int) -> str:
 
 
 def _plot(metadata: SchedulerMetadata, file: str) -> None:
+    if not file:  # matplotlib would write .png
+        raise ValueError("argument --plot: must name a file, got ''")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
