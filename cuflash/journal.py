@@ -172,11 +172,10 @@ def rebuilt(described: Any, xp: Any, rng: np.random.Generator) -> Any:
     elements = 1 + sum((size - 1) * step for size, step in zip(shape, steps)) if 0 not in shape else 0
     memory = np.empty(elements, dtype)
     memory[:] = rng.integers(0, 2, elements) if dtype.kind == "b" else _numbers(rng, elements, dtype)
-    view = np.lib.stride_tricks.as_strided(memory, shape, [step * dtype.itemsize for step in steps])
-    if xp is np:
-        return view
-    on_device = xp.asarray(memory)
-    return xp.lib.stride_tricks.as_strided(on_device, shape, [step * dtype.itemsize for step in steps])
+    strides = [step * dtype.itemsize for step in steps]
+    if xp is np:  # the constructor: as_strided takes float8_e5m2 for a type of NumPy's
+        return np.ndarray(shape, dtype, memory.view(np.uint8), strides=strides)
+    return xp.lib.stride_tricks.as_strided(xp.asarray(memory), shape, strides)
 
 
 def _numbers(rng: np.random.Generator, size: int, dtype: np.dtype[Any]) -> Any:

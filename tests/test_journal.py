@@ -17,6 +17,7 @@ from test_bad_input import appending_ragged, contiguous, paged, planning, ragged
 import cuflash
 from cuflash import journal
 from cuflash.cli import main
+from cuflash.dtypes import numpy_dtype
 
 
 @pytest.fixture
@@ -83,11 +84,13 @@ JOINT = np.ones((2, 9, 1, 576), np.float16)
         SMALL | {"v_cache": SMALL["k_cache"], "causal": np.bool_(True), "num_splits": np.int64(2)},
         SMALL | {"v_cache": SMALL["k_cache"].copy(), "cache_seqlens": np.array([5, 7], np.int8)},
         SMALL | {"v_cache": SMALL["k_cache"].copy(), "cache_batch_idx": np.array([1, 0], np.uint8)},
+        SMALL | {name: np.ones((2, 9, 2, 64), ml_dtypes.float8_e4m3fn) for name in ("k_cache", "v_cache")},
+        SMALL | {name: np.ones((2, 9, 2, 64), ml_dtypes.float8_e5m2) for name in ("k_cache", "v_cache")},
         {"q": JOINT[:, :1].repeat(4, 2), "k_cache": JOINT, "v_cache": JOINT[..., :512]},
         {"q": JOINT[:, :1, :, :64], "kv_dtype": np.int8}
         | {name: np.ones((2, 9, 1, 64), np.int8) for name in ("k_cache", "v_cache")},
     ],
-    ids=["numbers", "bools", "int8", "uint8", "joint", "dtype"],
+    ids=["numbers", "bools", "int8", "uint8", "e4m3fn", "e5m2", "joint", "dtype"],
 )  # fmt: skip
 def test_whatever_runs_runs_again(arguments: dict[str, Any], log: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
@@ -145,8 +148,10 @@ def test_a_replay_on_cuda_needs_a_gpu(log: Path, capsys: Any, monkeypatch: Any) 
     assert "backend cuda needs a GPU and CuPy: CuPy is not installed" in " ".join(captured.err.split())
 
 
-def test_strides_and_gaps_are_rebuilt() -> None:
-    array = np.zeros((3, 5, 4, 8), np.float16)[:, ::2].swapaxes(1, 2)
+@pytest.mark.parametrize("dtype", ["bool", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex128"])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_strides_and_gaps_are_rebuilt(batch: int, dtype: str) -> None:
+    array = np.zeros((batch, 5, 4, 8), numpy_dtype(dtype))[:, ::2].swapaxes(1, 2)
     again = journal.rebuilt(journal._described(array), np, np.random.default_rng(0))
     assert (again.shape, again.strides, again.dtype) == (array.shape, array.strides, array.dtype)
 
