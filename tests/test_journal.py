@@ -10,9 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import test_plan_mismatch
 from conftest import BACKENDS, on
 from problems import Backend
 from test_bad_input import appending_ragged, contiguous, paged, planning, ragged
+from test_plan_mismatch import OF_THE_PLAN, OTHERS
 
 import cuflash
 from cuflash import journal
@@ -71,6 +73,28 @@ def test_errors_are_written(log: Path, capsys: Any) -> None:
     assert line["error"] == "ValueError: softcap must be at least 0, got -1.0"
     assert main(["replay", str(log)]) == 1
     assert "softcap must be at least 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_mismatches_fail_as_they_did(field: str, log: Path, capsys: Any) -> None:
+    """Of a plan and its call, whatever the shapes of their lengths are."""
+    plan = test_plan_mismatch.plan(**OTHERS[field][1])
+    with pytest.raises(ValueError, match="scheduler_metadata was made for") as raised:
+        test_plan_mismatch.attend(plan, **{field: OF_THE_PLAN[field]} if field in OF_THE_PLAN else {})
+    assert main(["replay", str(log), "--line", "-1"]) == 1
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"line 2: ValueError: {raised.value} then: ")
+
+
+def test_a_ragged_call_on_the_plan_of_another(log: Path, capsys: Any) -> None:
+    """More queries than the plan says, in another number of sequences."""
+    arguments = ragged()
+    for options in ({"max_seqlen_q": 1}, {"batch_size": 2, "cache_seqlens": np.array([7, 9], np.int32)}):
+        starts = np.arange(len(options.get("cache_seqlens", arguments["cache_seqlens"])) + 1, dtype=np.int32)
+        plan = cuflash.get_scheduler_metadata(**planning() | {"cu_seqlens_q": starts} | options)
+        with pytest.raises(ValueError, match="scheduler_metadata was made for") as raised:
+            cuflash.flash_attn_with_kvcache(**arguments, scheduler_metadata=plan)
+        assert main(["replay", str(log), "--line", "-1"]) == 1
+        assert f"ValueError: {raised.value} then: " in " ".join(capsys.readouterr().out.split())
 
 
 SMALL = {"q": np.ones((2, 1, 4, 64), np.float32), "k_cache": np.ones((2, 9, 2, 64), np.float32)}

@@ -110,15 +110,30 @@ def _call(name: str, described: dict[str, Any], backend: str) -> Any:
         cuflash.get_scheduler_metadata(**given)
         return None
     if plan is not None:
-        problem = dict(plan["plan"])
-        ragged = problem.pop("cu_seqlens_q")
-        problem["window_size"] = tuple(problem["window_size"])
-        problem["cu_seqlens_q"] = given["cu_seqlens_q"] if ragged else None
-        lengths = given.get("cache_seqlens")
-        lengths = plan["max_seqlen_k"] if lengths is None else lengths
-        given["scheduler_metadata"] = cuflash.get_scheduler_metadata(
-            **problem, max_seqlen_k=plan["max_seqlen_k"], cache_seqlens=lengths
-        )
+        given["scheduler_metadata"] = _planned(plan, given, xp)
     result = cuflash.flash_attn_with_kvcache(**given)
     out = result[0] if isinstance(result, tuple) else result
     return np.asarray(out.get() if xp is not np else out, np.float32)
+
+
+def _planned(plan: dict[str, Any], given: dict[str, Any], xp: Any) -> cuflash.SchedulerMetadata:
+    """Make the plan of a call, for the call's lengths where they fit: a plan for another problem has made-up ones.
+
+    A line does not say what a plan was filled with; and it is the call that is to refuse the plan.
+    """
+    problem, longest = dict(plan["plan"]), plan["max_seqlen_k"]
+    ragged, batch = problem.pop("cu_seqlens_q"), problem["batch_size"]
+    problem |= {"window_size": tuple(problem["window_size"]), "max_seqlen_k": longest}
+    lengths = given.get("cache_seqlens")
+    try:
+        return cuflash.get_scheduler_metadata(
+            **problem,
+            cache_seqlens=longest if lengths is None else lengths,
+            cu_seqlens_q=given["cu_seqlens_q"] if ragged else None,
+        )
+    except (KeyError, TypeError, ValueError):
+        return cuflash.get_scheduler_metadata(
+            **problem,
+            cache_seqlens=xp.full(batch, longest, np.int32),
+            cu_seqlens_q=xp.zeros(batch + 1, np.int32) if ragged else None,
+        )
