@@ -1,5 +1,9 @@
 """``CUFLASH_LOG``: a line of JSON for each call, with which ``cuflash replay`` runs it again, for a bug report.
 
+Those of ``flash_attn_with_kvcache`` and ``get_scheduler_metadata`` write one, also where ``DecodeStep``,
+``ContextParallel``, ``shared_prefix_attention`` or ``cuflash.compat`` makes them; those of ``flash_attn_varlen_func``,
+``merge_attn_states`` and ``compile`` write none.
+
 A line says the arguments (of arrays the layout, of index arrays what they hold, too), the kernels that ran with their
 variants and launches, and how the call ended. What floating-point arrays hold is not kept: it is made up again.
 """

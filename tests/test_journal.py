@@ -66,6 +66,17 @@ def test_launches_are_written(backend: Backend, log: Path, capsys: Any) -> None:
     assert "off the NumPy backend by" in capsys.readouterr().out
 
 
+def test_other_calls_are_not_written(log: Path) -> None:
+    """As ``notebooks/semantics.md`` says."""
+    plan = cuflash.get_scheduler_metadata(**planning())
+    before = len(lines(log))
+    rows, starts = np.ones((6, 2, 64), np.float32), np.array([0, 2, 6], np.int32)
+    out, lse = cuflash.flash_attn_varlen_func(rows, rows, rows, starts, starts, 4, 4, return_softmax_lse=True)
+    cuflash.merge_attn_states([out, out], [lse, lse])
+    cuflash.compile(plan)
+    assert len(lines(log)) == before == 1
+
+
 def test_errors_are_written(log: Path, capsys: Any) -> None:
     with pytest.raises(ValueError, match="softcap"):
         cuflash.flash_attn_with_kvcache(**contiguous(), softcap=-1.0)
