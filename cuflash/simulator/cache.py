@@ -1,7 +1,7 @@
 """The folder that keeps what compilers made: a cache, so whatever is wrong with it costs time and nothing else.
 
-Each file ends in a digest of what stands before it. A file whose digest does not fit was cut short or damaged, and is
-made anew; no shared object is loaded and nothing unpickled before that was looked at.
+Each file ends in a digest of its name and of what stands before it. A file whose digest does not fit was cut short,
+damaged or renamed, and is made anew; no shared object is loaded and nothing unpickled before that was looked at.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def store(path: Path, data: bytes) -> None:
         raise
 
 
-def _seal(data: bytes) -> bytes:
-    return _SEAL + hashlib.sha256(data).hexdigest().encode()
+def _seal(name: str, data: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(name.encode() + b"\0" + data).hexdigest().encode()
 
 
 def find(name: str) -> tuple[Path, bytes] | None:
@@ -113,8 +113,8 @@ def find(name: str) -> tuple[Path, bytes] | None:
             data = (place / name).read_bytes()
         except OSError:
             continue
-        size = len(_seal(b""))
-        if _seal(data[:-size]) == data[-size:]:
+        size = len(_seal(name, b""))
+        if _seal(name, data[:-size]) == data[-size:]:
             return place / name, data[:-size]
     return None
 
@@ -129,13 +129,13 @@ def keep(name: str, data: bytes) -> Path | None:
     message = ""
     if place is not None:
         try:
-            store(place / name, data + _seal(data))
+            store(place / name, data + _seal(name, data))
             return place / name
         except OSError as error:
             message = error.strerror or str(error)
     try:
         path = _private_folder(place, message) / name
-        store(path, data + _seal(data))
+        store(path, data + _seal(name, data))
         return path
     except OSError:
         return None

@@ -77,6 +77,20 @@ def test_a_damaged_machine_is_not_loaded(folder: Path, how: str) -> None:
     assert cache.find("machine-x.so") is None
 
 
+def test_exchanged_files_are_made_anew(folder: Path) -> None:
+    """Whole, each of them, and under the other's name."""
+    works(3)
+    works(4)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for kind in ("ptx", "image"):
+        one, other = folder.glob(f"{kind}-*")
+        one.write_bytes(files[other.name])
+        other.write_bytes(files[one.name])
+    works(3)
+    works(4)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
 def test_a_halved_machine_does_not_kill_the_process(folder: Path) -> None:
     built = Path(load_machine()._name)
     folder.mkdir()
