@@ -177,7 +177,7 @@ def rebuilt(described: Any, xp: Any, rng: np.random.Generator) -> Any:
     memory = np.empty(elements, dtype)
     memory[:] = rng.integers(0, 2, elements) if dtype.kind == "b" else _numbers(rng, elements, dtype)
     strides = [step * dtype.itemsize for step in steps]
-    if xp is np:  # the constructor: as_strided takes float8_e5m2 for a type of NumPy's
+    if xp is np:  # by the constructor: as_strided knows no float8_e5m2
         return np.ndarray(shape, dtype, memory.view(np.uint8), strides=strides)
     return xp.lib.stride_tricks.as_strided(xp.asarray(memory), shape, strides)
 
