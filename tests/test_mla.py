@@ -295,14 +295,11 @@ def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
 
 
 @pytest.mark.parametrize("arch", ["90a"])
-@pytest.mark.parametrize("page_size", [1, 8, 64])
+@pytest.mark.parametrize("page_size", [8, 64])
 def test_tiles_scored_ahead(page_size: int, sim: Backend) -> None:
-    """Where two blocks share their tiles, the second of two is scored before the first is multiplied.
-
-    They do where tiles come in boxes.
-    """
+    """Where two blocks share their tiles, the second of two is scored before the first is multiplied."""
     case = Case(
-        dtype="bfloat16", heads=(128, 1), headdim=(576, 512), mla="joint", seqlens=(400, 65, 129, 0, 1, 190),
+        dtype="bfloat16", heads=(128, 1), headdim=(576, 512), mla="joint", seqlens=(260, 65, 129, 0, 1),
         page_size=page_size,
     )  # fmt: skip
     inputs = make_inputs(case)
@@ -311,7 +308,7 @@ def test_tiles_scored_ahead(page_size: int, sim: Backend) -> None:
             inputs["q"] *= inputs["q"].dtype.type(8)
         with launched(seed) as launches:
             check(case, inputs, sim)
-        assert attention(launches).cluster == (1 if page_size == 1 else 2, 1, 1)
+        assert attention(launches).cluster == (2, 1, 1)
 
 
 @BOTH
@@ -406,6 +403,13 @@ def test_who_leaves_the_l2_cache_first(batch: int, heads: int, evicts_first: int
     partition = mla_wgmma.partition(problem, Device(132, 90), 4096)
     assert partition is not None
     assert f"-DEVICTS_FIRST={evicts_first}" in mla_wgmma.variant(problem, partition).options
+
+
+@pytest.mark.parametrize(("page_size", "is_shared"), [(None, True), (1, False), (4, False), (8, True), (64, True)])
+def test_tiles_are_shared_where_they_come_in_boxes(page_size: int | None, is_shared: bool) -> None:
+    problem = make_problem(128, 1, 128, 1, 64, headdim_v=512, qkv_dtype="bfloat16", page_size=page_size)
+    tiles = mla_wgmma.tiling(problem, Device(132, 90))
+    assert tiles is not None and tiles.shares_tiles == is_shared
 
 
 @BOTH
