@@ -360,6 +360,12 @@ def as_lse(call: Call, x: np.ndarray) -> np.ndarray:
     return x.T if call.q.ndim == 3 else x.reshape(*call.q.shape[:2], -1).swapaxes(1, 2)
 
 
+def averages(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the averages of values, (keys, dim), by the softmax of float64 scores, (.., keys)."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ values
+
+
 def log_sum_exp(exponents: list[float]) -> float:
     """Return log(sum(exp(exponents))), -inf for none."""
     top = max(exponents, default=-math.inf)
