@@ -263,12 +263,7 @@ class DecodeStep:
         rest = self._rest(layer)
         result = rest.afresh(given, shape.view) if is_written_down() else rest(given, shape.view)
         attended, lse = result if return_softmax_lse else (result, None)
-        if not (shape.ragged or hasattr(q, "reshape")):
-            attended, lse = shape.join(given, attended, lse)
-        elif not shape.ragged and out is None:
-            attended = attended.reshape(-1, *attended.shape[2:])
-        if out is not None:
-            attended = out
+        attended, lse = shape.results(given, attended, lse)
         return (attended, lse) if return_softmax_lse else attended
 
     def _rest(self, layer: int) -> Rest:

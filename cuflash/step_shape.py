@@ -46,15 +46,20 @@ class StepShape(NamedTuple):
             raise ValueError(f"{name} must have shape ({batch} * {seqlen}, heads, dim), got {tuple(x.shape)}")
         return x.reshape(batch, seqlen, *x.shape[1:])
 
-    def join(self, given: dict[str, Any], attended: Any, lse: Any) -> tuple[Any, Any]:
-        """Return results of a call whose queries were imported to be split, as arrays of their kind."""
-        back = exporter(given["q"])
-        if given["out"] is None:
+    def results(self, given: dict[str, Any], attended: Any, lse: Any) -> tuple[Any, Any]:
+        """Return what a call on a :meth:`view` of these arguments gave, as the step's caller gets it."""
+        q, out = given["q"], given["out"]
+        if self.ragged or hasattr(q, "reshape"):
+            if out is None and not self.ragged:
+                out = attended.reshape(-1, *attended.shape[2:])
+            return (attended if out is None else out), lse
+        back = exporter(q)  # q was imported to be split, so the call did not know its kind
+        if out is None:
             native = import_array("out", attended)
-            attended = back(native.reshape(-1, *native.shape[2:]))
+            out = back(native.reshape(-1, *native.shape[2:]))
         if lse is not None and given["softmax_lse"] is None:
             lse = back(import_array("softmax_lse", lse))
-        return attended, lse
+        return out, lse
 
 
 class StepArrays:
@@ -95,7 +100,7 @@ class StepArrays:
 
 
 def _check_results(given: dict[str, Any]) -> None:
-    """Check what :meth:`StepShape.join` will do: of imported queries the call itself knows no kind to return."""
+    """Check what :meth:`StepShape.results` will do: of imported queries the call itself knows no kind to return."""
     q = import_array("q", given["q"])
     made = {"out": given["out"] is None, "softmax_lse": given["return_softmax_lse"] and given["softmax_lse"] is None}
     for name, dtype in (("out", q.dtype), ("softmax_lse", np.dtype(np.float32))):

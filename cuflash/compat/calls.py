@@ -123,15 +123,20 @@ def _indexable(name: str, x: Any, ndim: int) -> Any:
     """Return an array of which views can be made, which DLPack does not ask for, and that has so many dimensions."""
     if x is None:
         return None
-    array, shape = x if torch_tensors.is_tensor(x) else import_array(name, x), shape_of(name, x)
-    if len(shape) != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {shape}")
+    array = _with_shape(name, x)
+    if len(array.shape) != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(array.shape)}")
     return array
 
 
+def _with_shape(name: str, x: Any) -> Any:
+    """Return an array of any kind, which may tell its shape by DLPack alone, as one that has a shape."""
+    return x if torch_tensors.is_tensor(x) else import_array(name, x)
+
+
 def shape_of(name: str, x: Any) -> tuple[int, ...]:
-    """Return the shape of an array of any kind, which may tell it by DLPack alone."""
-    return tuple((x if torch_tensors.is_tensor(x) else import_array(name, x)).shape)
+    """Return the shape of an array of any kind."""
+    return tuple(_with_shape(name, x).shape)
 
 
 def _nothing(q: Any) -> Any:
