@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,31 @@ def server(request: pytest.FixtureRequest, torch: Any) -> Server:
 
 class TestServer(ServerTests):
     pass
+
+
+class TestOnTorchsStream(ServerTests):
+    """The same calls import tensors where torch's stream is CuPy's alone: elsewhere a capture of it would fail."""
+
+    @pytest.fixture(autouse=True)
+    def imports_are_on_it(self, torch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        depths, imports = [0], []
+        enter, export = torch_tensors.stream_of, torch.Tensor.__dlpack__
+
+        @contextmanager
+        def stream_of(x: Any) -> Iterator[None]:
+            depths.append(depths[-1] + 1)
+            with enter(x):
+                yield
+            depths.pop()
+
+        def dlpack(tensor: Any, **options: Any) -> Any:
+            imports.append(depths[-1])
+            return export(tensor, **options)
+
+        monkeypatch.setattr(torch_tensors, "stream_of", stream_of)
+        monkeypatch.setattr(torch.Tensor, "__dlpack__", dlpack)
+        yield
+        assert imports and 0 not in imports
 
 
 @pytest.mark.parametrize("page_size", [1, 64])

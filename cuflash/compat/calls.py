@@ -110,9 +110,10 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
         starts = starts_and_end[:-1]
         if seqused_k is not None and seqused_k.shape != starts.shape:
             raise ValueError(f"seqused_k must have shape {tuple(starts.shape)}, got {tuple(seqused_k.shape)}")
-        native = import_array("cu_seqlens_k", starts_and_end)
-        if checks_values(is_on_device(native)):
-            check_packed(native, k.shape[0], None if seqused_k is None else import_array("seqused_k", seqused_k))
+        with torch_tensors.stream_of(starts_and_end):
+            native = import_array("cu_seqlens_k", starts_and_end)
+            if checks_values(is_on_device(native)):
+                check_packed(native, k.shape[0], None if seqused_k is None else import_array("seqused_k", seqused_k))
         ends = starts_and_end[1:] if seqused_k is None else starts + seqused_k
         more = {"cache_leftpad": starts, "cache_batch_idx": starts * 0}
         with renamed(dict.fromkeys(more, "cu_seqlens_k")):
