@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -158,6 +159,16 @@ def features_of(c: Case) -> set[str]:
         "cp": c.cp != (1, 0, 1),
     }
     return {name for name, used in uses.items() if used}
+
+
+def kernel_of(c: Case) -> Hashable:
+    """Return what the attention kernel of a case is compiled for: cases of which it is the same mostly share one."""
+    rows = c.heads[0] // c.heads[1] * (1 if c.split_size else max(c.queries))
+    sizes = c.mla is not None, c.headdim, sum(rows > most for most in (8, 16, 32, 64))
+    masks = c.chunk > 0, c.tree is not None, c.cp[0] > 1
+    scales = [form == "keys" for form in c.scales]
+    rotates = c.dtype == "float8_e4m3fn" and c.rotary is not None
+    return c.dtype, c.kv_dtype, *sizes, *masks, *scales, rotates, c.softcap > 0, c.split_size is None, bool(c.merge)
 
 
 # ------------------------------------------------------------------------------------------------ random cases

@@ -6,8 +6,7 @@ A :class:`Case` says what a problem is like (cases.py); :func:`make_inputs` make
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,36 +230,52 @@ def _ordered(codes: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ all pairs
+_CHOICES, _FEWER_PAIRS = 2000, 6  # random combinations to choose from, how many pairs less than the most are few
+
+
 def all_pairs(
-    features: dict[str, Sequence[Any]], is_valid: Callable[[dict[str, Any]], bool], seed: int = 0
+    features: dict[str, Sequence[Any]],
+    is_valid: Callable[[dict[str, Any]], bool],
+    kernel_of: Callable[[dict[str, Any]], Hashable] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield combinations in which every two values of different features meet at least once, where any valid one can.
 
-    Greedy: of some random combinations around a pair that is missing yet, take the one with the most missing pairs.
+    Greedy: of many random combinations around a pair that is missing yet, take the one with the most missing pairs. A
+    kernel takes longer to compile than to run: one with a few pairs less is taken whose kernel is there already.
+
+    Args:
+        features: The values of each feature, by name.
+        is_valid: Whether a combination can be.
+        kernel_of: What tells the kernels of combinations apart.
     """
-    rng = np.random.default_rng(seed)
-    names = list(features)
-
-    def pairs_of(choice: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
-        return {(a, choice[a], b, choice[b]) for a, b in itertools.combinations(range(len(names)), 2)}
-
-    missing = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for x in range(len(features[names[a]]))
-        for y in range(len(features[names[b]]))
-    }
-    while missing:
-        a, x, b, y = target = min(missing)
-        best: tuple[int, ...] | None = None
-        best_pairs: set[tuple[int, int, int, int]] = set()
-        for _ in range(200):
-            choice = [int(rng.integers(len(features[name]))) for name in names]
-            choice[a], choice[b] = x, y
-            if is_valid({name: features[name][i] for name, i in zip(names, choice, strict=True)}):
-                pairs = pairs_of(tuple(choice)) & missing
-                if len(pairs) > len(best_pairs):
-                    best, best_pairs = tuple(choice), pairs
-        missing -= best_pairs | {target}  # a pair that no valid combination has is given up
+    rng = np.random.default_rng(0)
+    names, sizes = list(features), [len(values) for values in features.values()]
+    first = np.cumsum([0, *sizes[:-1]])  # values have numbers, those of one feature behind those of another
+    feature = np.repeat(np.arange(len(sizes)), sizes)
+    missing = feature[:, None] < feature
+    a, b = np.triu_indices(len(sizes), 1)
+    kernels: set[Hashable] = set()
+    while missing.any():
+        x, y = rng.choice(np.argwhere(missing))  # not the first: the first combinations would have but the first values
+        chosen = first + rng.integers(0, sizes, (_CHOICES, len(sizes)))
+        chosen[:, feature[x]], chosen[:, feature[y]] = x, y
+        pairs = missing[chosen[:, a], chosen[:, b]].sum(1)
+        best: tuple[int, dict[str, Any]] | None = None
+        for number in np.argsort(-pairs, kind="stable"):
+            if best is not None and pairs[number] < pairs[best[0]] - _FEWER_PAIRS:
+                break
+            choice = {name: features[name][i] for name, i in zip(names, chosen[number] - first, strict=True)}
+            if not is_valid(choice):
+                continue
+            is_there = kernel_of is None or kernel_of(choice) in kernels
+            if best is None or is_there:
+                best = number, choice
+            if is_there:
+                break
+        missing[x, y] = False  # a pair that no valid combination has is given up
         if best is not None:
-            yield {name: features[name][i] for name, i in zip(names, best, strict=True)}
+            number, choice = best
+            missing[chosen[number][:, None], chosen[number]] = False
+            if kernel_of is not None:
+                kernels.add(kernel_of(choice))
+            yield choice

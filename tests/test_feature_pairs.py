@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import FEATURES, KV_DTYPES, Case, features_of
+from cases import FEATURES, KV_DTYPES, Case, features_of, kernel_of
 from problems import Backend, all_pairs, check, make_inputs
 from test_attention import APPENDS, MASKS, QUERIES, SPLITS
 
@@ -116,7 +116,8 @@ def cases(axes: dict[str, list[Any]]) -> list[Case]:
         return features_of(case_of(first | {name: value}, 0)) - features_of(case_of(first, 0)) <= FEATURES
 
     there = {name: [value for value in values if is_there(name, value)] for name, values in axes.items()}
-    made = [case_of(choice, seed) for seed, choice in enumerate(all_pairs(there, is_valid))]
+    choices = all_pairs(there, is_valid, lambda choice: kernel_of(case_of(choice, 0)))
+    made = [case_of(choice, seed) for seed, choice in enumerate(choices)]
     return [case for case in made if features_of(case) <= FEATURES]
 
 
