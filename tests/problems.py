@@ -135,8 +135,8 @@ def expected(inputs: dict[str, Any]) -> reference.Answer:
     return reference.attention(**inputs)
 
 
-def check(case: Case, inputs: dict[str, Any], backend: Backend) -> None:
-    """Run a problem and compare out, lse and caches with the reference."""
+def check(case: Case, inputs: dict[str, Any], backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    """Run a problem and compare out, lse and caches with the reference; return out and lse."""
     results = run_all(case, inputs, backend)
     answer = expected(inputs)
     check_out(case, results["out"], answer)
@@ -152,6 +152,7 @@ def check(case: Case, inputs: dict[str, Any], backend: Backend) -> None:
     for name in inputs.keys() - written:
         for before, after in zip(_arrays(inputs[name]), _arrays(results[name]), strict=True):
             assert before.tobytes() == after.tobytes(), f"{name} has been changed"
+    return results["out"], results["lse"]
 
 
 def _arrays(x: Any) -> list[np.ndarray]:
