@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +46,23 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "sim":  # a small GPU, so that items share blocks; test_cluster.py has a large one
         monkeypatch.setenv("CUFLASH_NUM_SM", "8")
     yield backend_of(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Build the simulator's machine once: processes that begin side by side would each build their own."""
+    if not HAS_SIMULATOR or "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    from cuflash.simulator import compile
+
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    # Whoever needs a compiler that is not there says so.
+    with (tmp_path_factory.getbasetemp().parent / "machine.lock").open("w") as lock, contextlib.suppress(RuntimeError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compile.load_machine()
 
 
 # Replaces texts in the source of a kernel (its headers included) that the simulator runs.
