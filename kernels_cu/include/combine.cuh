@@ -159,6 +159,10 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             for_each<kRowsAtOnce>([&](int r) { o[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
 #pragma unroll 1
             for (int begin = 0; begin < parts.count; begin += kWide) {
+                // Lane i % kWide weighs part begin + i. States come first: weights are found while the parts are on their way.
+                const int number_of_lane = begin + lane % kWide;
+                const bool is_part = number_of_lane < parts.count;
+                const float2 loaded = load_cg_if(is_part, partial_states(p, parts.slot(number_of_lane)) + row);
                 const int number = exists ? parts.count - begin : 0;
                 float4 part[kRowsAtOnce][kWide];
                 for_each<kRowsAtOnce>([&](int r) {
@@ -171,13 +175,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                         part[r][i] = load_cg_if(i < number && is_row, from + i * Parts::kStride * kSlotVectors);
                     }
                 });
-                // Lane i % kWide weighs part begin + i.
-                const int number_of_lane = begin + lane % kWide;
-                RowState state = {kLowest, 0.0f};
-                if (number_of_lane < parts.count) {
-                    const float2 loaded = load_cg(partial_states(p, parts.slot(number_of_lane)) + row);
-                    state = {loaded.x, loaded.y};
-                }
+                const RowState state = {is_part ? loaded.x : kLowest, loaded.y};
                 if constexpr (kHasSplitSize) {
                     const Fold mine = fold_lanes<kWide>(p.score_scale, state, merged.maximum);
                     for_each<kWide>([&](int i) {

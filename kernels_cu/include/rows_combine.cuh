@@ -251,8 +251,9 @@ __device__ __forceinline__ bool has_nothing_behind(const Share& share, const Seg
 // 2 b + 1, and continue only the first one, slot 2 b.
 __device__ __forceinline__ int slot_of_result(const Segment& segment) { return 2 * share_number() + segment.starts; }
 
-// The same of a part of an item that begins in share `first`.
-__device__ __forceinline__ int slot_of_part(int first, int part) { return 2 * (first + part) + (part == 0); }
+// The same of a part of an item that begins in share `first`, counted from that share's first slot on, and from the first of all.
+__device__ __forceinline__ constexpr int place_of_part(int part) { return Parts::kStride * part + (part == 0); }
+__device__ __forceinline__ int slot_of_part(int first, int part) { return Parts::kStride * first + place_of_part(part); }
 
 // Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,

@@ -25,7 +25,6 @@ class ReduceScatter {
     static constexpr u32 kArrived = 1, kGone = 1 << 4, kLeft = 1 << 8, kCountMask = 15;
     static constexpr int kChunks = kColumnTiles;
     static constexpr int kStride = kRowWarps * 32;        // float4s of a part from a chunk to the next one
-    static constexpr int kInFlight = 16;                  // of a lane's loads
     static constexpr int kWarpBytes = kChunks / 2 * 512;  // of shared memory: the largest piece of a warp
 
 public:
@@ -89,10 +88,15 @@ private:
     __device__ __forceinline__ int piece_chunks() const { return kChunks / num_pieces(); }
 
     __device__ __forceinline__ int slot_of(int part) const { return slot_of_part(first_block_, part); }
-    __device__ __forceinline__ float4* chunk_of(int part, int chunk) const {
-        return partial_output(p_, slot_of(part)) + (first_column() / 8 + chunk) * kStride + thread_ % kStride;
+    __device__ __forceinline__ int place_of_chunk(int chunk) const {
+        return (first_column() / 8 + chunk) * kStride + thread_ % kStride;
     }
-    __device__ __forceinline__ bool has_columns(int chunk) const { return first_column() + chunk * 8 < kHeadDimV; }
+    __device__ __forceinline__ float4* chunk_of(int part, int chunk) const {
+        return partial_output(p_, slot_of(part)) + place_of_chunk(chunk);
+    }
+    __device__ __forceinline__ bool has_columns(int chunk) const {
+        return kColumnTiles * kColumnWarps * 8 == kHeadDimV || first_column() + chunk * 8 < kHeadDimV;
+    }
     __device__ __forceinline__ float2* state_of(int part, int half) const {
         return partial_states(p_, slot_of(part)) + row(half);
     }
@@ -147,12 +151,34 @@ private:
         return before;
     }
 
-    // Merges a piece of the columns of all parts, in the order of keys, and stores the answer.
+    // Merges a piece of the columns of all parts, in the order of keys, and stores the answer. It is done once, and takes as long as
+    // what waits for one another: so weights are found while the first chunks are on their way.
     template <int kPieces>
-    __device__ __forceinline__ void merge_piece(int piece) const {
-        constexpr int kCount = kChunks / kPieces, kAtOnce = kInFlight / kPieces;
-        float2 loaded[2][kPieces];  // all of them are asked for before one is needed
-        for_each<2, kPieces>([&](int half, int i) { loaded[half][i] = load_cg_if(i < parts_, state_of(i, half)); });
+    __device__ __forceinline__ void merge_piece(int piece) {
+        // Else what the pieces have in common is found ahead of the loop over them, and waits in local memory.
+        pin(thread_), pin(first_block_), pin(piece);
+        constexpr int kCount = kChunks / kPieces, kAtOnce = (kPieces == 8 ? 8 : 16) / kPieces;  // with as many loads under way
+        constexpr int kSlotStates = kRowParts * kRows;
+        const int first_slot = slot_of_part(first_block_, 0) - place_of_part(0);
+        const float2* const states = partial_states(p_, first_slot) + row(0);
+        const float4* const chunks = partial_output(p_, first_slot) + place_of_chunk(piece * kCount);
+        float2 loaded[2][kPieces];
+        for_each<2, kPieces>([&](int half, int i) {
+            loaded[half][i] = load_cg_if(i < parts_, states + place_of_part(i) * kSlotStates + half * 8);
+        });
+        float4 part[kAtOnce][kPieces];
+        const auto load = [&](int first) {
+            for_each<kPieces>([&](int i) {
+                const float4* const from = chunks + place_of_part(i) * kSlotVectors + first * kStride;
+                const u32 kept = kept_ + first * 512;
+                const bool is_kept = i == mine_ && piece == mine_, is_stored = i < parts_ && !is_kept;
+                for_each<kAtOnce>([&](int c) {
+                    const bool is_there = has_columns(piece * kCount + first + c);
+                    part[c][i] = load_either(is_stored && is_there, from + c * kStride, is_kept && is_there, kept + c * 512);
+                });
+            });
+        };
+        load(0);
         float weight[2][kPieces];
         for_each<2>([&](int half) {
             RowState merged = {kLowest, 0.0f};
@@ -172,17 +198,7 @@ private:
         });
         constexpr int kRowBytes = (kCount + 1) * 16;  // so that rows side by side differ in banks
 #pragma unroll 1
-        for (int first = 0; first < kCount; first += kAtOnce) {
-            float4 part[kAtOnce][kPieces];
-            for_each<kPieces>([&](int i) {
-                const float4* const from = chunk_of(i, piece * kCount + first);
-                const u32 kept = kept_ + first * 512;
-                const bool is_kept = i == mine_ && piece == mine_, is_stored = i < parts_ && !is_kept;
-                for_each<kAtOnce>([&](int c) {
-                    const bool is_there = has_columns(piece * kCount + first + c);
-                    part[c][i] = load_either(is_stored && is_there, from + c * kStride, is_kept && is_there, kept + c * 512);
-                });
-            });
+        for (int first = 0;;) {
             for_each<kAtOnce>([&](int c) {
                 float sum[4] = {};
                 for_each<kPieces>([&](int i) {
@@ -194,6 +210,9 @@ private:
                     store_shared(to, OutElement::pack(sum[half * 2], sum[half * 2 + 1]));
                 });
             });
+            first += kAtOnce;
+            if (first >= kCount) break;
+            load(first);
         }
         __syncwarp();
         // Whole runs of rows; one lane finds where a row begins for all.

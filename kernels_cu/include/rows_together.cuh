@@ -20,8 +20,8 @@ class Together {
     // been asked for. Every block asks until there is none, or leaves: so the last of all is known. It may be one that leaves:
     // others can have merged all between its last look and its departure.
     static constexpr u32 kArrival = 1, kLeft = 1 << 10, kUnit = 1 << 20, kPartsMask = kLeft - 1;
-    static constexpr int kAtOnce = 32;     // float4s of a lane whose loads are in flight together
-    static constexpr int kFewest = 4;      // of them of one cell
+    static constexpr int kLogAtOnce = 5, kAtOnce = 1 << kLogAtOnce;  // float4s of a lane whose loads are in flight together
+    static constexpr int kFewest = 4;                               // of them of one cell
     static constexpr int kPieces = (kVectors + 31) / 32;  // of a row; a piece of one row is a cell
 
 public:
@@ -81,87 +81,85 @@ private:
         const int first_part = warp_ % cell_warps_ * warp_parts_, count = min(warp_parts_, parts_ - first_part);
         const int first_cell = unit * unit_cells_ + warp_ / cell_warps_ * warp_cells_;
         const int width = 1 << log_width_;
-        // Of the `number`-th load: its cell, its part, and whether there is such a part of such a cell.
+        // Of the `number`-th load: its cell, its part, and whether there is such a cell.
         const auto cell_of = [&](int number) { return first_cell + (number >> log_width_); };
         const auto part_of = [&](int number) { return number & (width - 1); };
-        const auto exists = [&](int number) {
-            return part_of(number) < count && (number >> log_width_) < warp_cells_ && cell_of(number) < cells_;
-        };
-        // Instructions that nobody needs take their time, too, since all of this is executed but once or twice.
-        const bool are_few = warp_cells_ << log_width_ <= kAtOnce / 2;
+        const auto has_cell = [&](int number) { return (number >> log_width_) < warp_cells_ && cell_of(number) < cells_; };
+        // Lane i weighs load i; lanes of one cell are neighbours. Their states come first: weights are found while the parts are
+        // on their way.
+        const bool is_part = has_cell(lane_) && part_of(lane_) < count;
+        const int row = min(cell_of(lane_), cells_ - 1) / kPieces;
+        const float2 loaded = load_cg_if(is_part, partial_states(p_, slot_of(first_part + part_of(lane_))) + row);
+        // This is done once or twice, from a cold instruction cache, and takes as long as its instructions: neighbouring parts of a
+        // cell have an address in common.
         float4 part[kAtOnce];
-        const auto load = [&](int i) {
-            const int cell = cell_of(i), vector = cell % kPieces * 32 + lane_;
-            const float4* const from = partial_output(p_, slot_of(first_part + part_of(i))) + cell / kPieces * kVectors + vector;
-            part[i] = load_cg_if(exists(i) && vector < kVectors, from);
-        };
-        for_each<kAtOnce / 2>([&](int i) { load(i); });
-        for_each<kAtOnce / 2>([&](int i) { part[kAtOnce / 2 + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
-        if (!are_few) for_each<kAtOnce / 2>([&](int i) { load(kAtOnce / 2 + i); });
-        // Lane i weighs load i; lanes of one cell are neighbours.
-        RowState state = {kLowest, 0.0f};
-        if (exists(lane_)) {
-            const float2 loaded =
-                load_cg(partial_states(p_, slot_of(first_part + part_of(lane_))) + cell_of(lane_) / kPieces);
-            state = {loaded.x, loaded.y};
-        }
+        for_each<kAtOnce / kFewest>([&](int group) {
+            const int number = group * kFewest, cell = cell_of(number), first = first_part + part_of(number);
+            const int vector = cell % kPieces * 32 + lane_;
+            const int there = has_cell(number) && vector < kVectors ? count - part_of(number) : 0;
+            const float4* const from =
+                partial_output(p_, (first_block_ + first) * Parts::kStride) + cell / kPieces * kVectors + vector;
+            for_each<kFewest>([&](int i) {
+                const int slots = i * Parts::kStride + (i == 0 && first == 0 ? place_of_part(0) : 0);
+                part[number + i] = load_cg_if(i < there, from + slots * kSlotVectors);
+            });
+        });
+        const RowOutput at(p_, segment_, row);
+        const RowState state = {is_part ? loaded.x : kLowest, loaded.y};
         RowState merged = state;
-#pragma unroll 1
-        for (int lanes = 1; lanes < width; lanes *= 2) {
-            merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(kFullWarp, merged.maximum, lanes));
-        }
+        for_each<kLogAtOnce>([&](int bit) {
+            const float other = __shfl_xor_sync(kFullWarp, merged.maximum, 1 << bit);
+            if (bit < log_width_) merged.maximum = fmaxf(merged.maximum, other);
+        });
         float weight = weight_of(state.maximum, merged.maximum, p_.score_scale);
         merged.sum *= weight;
-#pragma unroll 1
-        for (int lanes = 1; lanes < width; lanes *= 2) merged.sum += __shfl_xor_sync(kFullWarp, merged.sum, lanes);
-        if (cell_warps_ == 1 && exists(lane_)) {
-            const int cell = cell_of(lane_);
-            weight *= finish(cell, merged, part_of(lane_) == 0);
-        }
-        float4 sum;
-        const auto add = [&](int i) {
-            if (part_of(i) == 0) sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            add_weighted(sum, __shfl_sync(kFullWarp, weight, i), part[i]);
-            if (i % kFewest == kFewest - 1 && part_of(i) == width - 1 && cell_warps_ == 1 && exists(i - (width - 1))) {
-                store(cell_of(i), sum);
-            }
+        for_each<kLogAtOnce>([&](int bit) {
+            const float other = __shfl_xor_sync(kFullWarp, merged.sum, 1 << bit);
+            if (bit < log_width_) merged.sum += other;
+        });
+        // Tells the LSE of the row if the cell is its first, and returns the factor of the cell's output.
+        const auto finish = [&](int cell, bool may_tell) {
+            float lse;
+            const float factor = finish_row(p_, at, merged, lse);
+            if (may_tell && cell % kPieces == 0 && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
+            return factor;
         };
-        for_each<kAtOnce / 2>([&](int i) { add(i); });
-        if (!are_few) for_each<kAtOnce / 2>([&](int i) { add(kAtOnce / 2 + i); });
+        const auto store = [&](int cell, long long begin, float4 output) {
+            const int vector = cell % kPieces * 32 + lane_;
+            if (vector < kVectors) store4<OutElement>(p_.out, begin + vector * 4, output);
+        };
+        if (cell_warps_ == 1) weight *= finish(cell_of(lane_), is_part && part_of(lane_) == 0);
+        float4 sum;
+        for_each<kAtOnce / kFewest>([&](int group) {
+            const int number = group * kFewest;
+            if (part_of(number) == 0) sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            for_each<kFewest>([&](int i) { add_weighted(sum, __shfl_sync(kFullWarp, weight, number + i), part[number + i]); });
+            if (cell_warps_ == 1 && part_of(number + kFewest) == 0) {
+                const long long begin = __shfl_sync(kFullWarp, at.out, number);
+                if (has_cell(number)) store(cell_of(number), begin, sum);
+            }
+        });
         if (cell_warps_ == 1) return;
+        // Warps that share a cell have so many parts each that all lanes have that cell.
         state_.output[warp_][lane_] = sum;
         if (lane_ == 0) state_.state[warp_] = make_float2(merged.maximum, merged.sum);
         worker_barrier();
         if (warp_ % cell_warps_ == 0 && first_cell < cells_) {
-            const auto loaded = [&](int i) { return state_.state[warp_ + i]; };
-            merged.maximum = kLowest, merged.sum = 0.0f;
+            const auto exists = [&](int i) { return i < cell_warps_; };
+            float2 states[kWarps];
+            for_each<kWarps>([&](int i) { states[i] = exists(i) ? state_.state[warp_ + i] : make_float2(kLowest, 0.0f); });
+            merged = {kLowest, 0.0f};
+            for_each<kWarps>([&](int i) { merged.maximum = fmaxf(merged.maximum, states[i].x); });
             sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-            for (int i = 0; i < cell_warps_; ++i) merged.maximum = fmaxf(merged.maximum, loaded(i).x);
-#pragma unroll 1
-            for (int i = 0; i < cell_warps_; ++i) {
-                const float weight = weight_of(loaded(i).x, merged.maximum, p_.score_scale);
-                merged.sum += weight * loaded(i).y;
+            for_each<kWarps>([&](int i) {
+                if (!exists(i)) return;
+                const float weight = weight_of(states[i].x, merged.maximum, p_.score_scale);
+                merged.sum += weight * states[i].y;
                 add_weighted(sum, weight, state_.output[warp_ + i][lane_]);
-            }
-            scale(sum, finish(first_cell, merged, lane_ == 0));
-            store(first_cell, sum);
+            });
+            scale(sum, finish(first_cell, lane_ == 0));
+            store(first_cell, at.out, sum);
         }
-    }
-
-    // The factor of a cell's output; tells the LSE of its row if it is the row's first.
-    __device__ __forceinline__ float finish(int cell, RowState merged, bool may_tell) const {
-        const RowOutput at(p_, segment_, cell / kPieces);
-        float lse;
-        const float factor = finish_row(p_, at, merged, lse);
-        if (may_tell && cell % kPieces == 0 && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
-        return factor;
-    }
-
-    __device__ __forceinline__ void store(int cell, float4 output) const {
-        const int vector = cell % kPieces * 32 + lane_;
-        if (vector >= kVectors) return;
-        store4<OutElement>(p_.out, RowOutput(p_, segment_, cell / kPieces).out + vector * 4, output);
     }
 
     const DecodeParams& p_;
