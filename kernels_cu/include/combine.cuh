@@ -137,12 +137,12 @@ struct Parts {
     __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * kStride; }
 };
 
-// Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and 16 / kRowsAtOnce
+// Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and kLoads / kRowsAtOnce
 // parts of each at a time, all of their loads in flight. `thread` is the thread's number.
-template <int kRowsAtOnce = 1>
+template <int kRowsAtOnce = 1, int kLoads = 16>
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts, int row_begin,
                                             int row_end, int thread) {
-    constexpr int kWide = 16 / kRowsAtOnce;
+    constexpr int kWide = kLoads / kRowsAtOnce;
     const int warp = thread / 32, lane = thread % 32;
     // What lane r * kWide + i has of row r and part i.
     const auto of_lane = [](float value, int r, int i) { return __shfl_sync(kFullWarp, value, r * kWide + i); };
@@ -209,7 +209,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             });
         }
         __syncwarp();
-        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kWide == 0 && first + lane / kWide == row && lane < 16;
+        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kWide == 0 && first + lane / kWide == row && lane < kLoads;
         if (is_rows && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }

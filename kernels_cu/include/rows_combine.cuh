@@ -14,6 +14,9 @@
 // registers: they would keep some of their main loop in local memory.
 constexpr bool kExchanges = USES_WGMMA && kColumnTiles <= 16;
 
+// Whether a lane has registers for 32 parts at once: eight KV heads of one sequence lie in 16 or 17 of an H200's blocks each.
+constexpr bool kMergesWide = USES_WGMMA && !kHasSplitSize;
+
 // Whether the rows of an answer pass through shared memory, where a kernel has room for them: else 256 columns of a warp are 64
 // stores of 4 bytes a lane, and fill half of each sector.
 #ifdef STAGES_ANSWERS
@@ -204,11 +207,11 @@ __device__ __forceinline__ void start_part(const DecodeParams& p, const Share& s
 // seen. A block may wait if it has nothing else to do. It does so only if all blocks of the item run: else those which have not
 // begun might be waiting for its place.
 __device__ __forceinline__ bool joins_merge(const DecodeParams& p, const Cut& cut, bool may_wait, MergeState& merge) {
+    const u32 parts = cut.last_block - cut.first_block + 1;
+    u32* const words = counters_of(p, cut.first_block);
+    const bool waits = threadIdx.x == 0 && may_wait && load_relaxed(words + kStarted) == parts;
     worker_barrier();
     if (threadIdx.x == 0) {
-        const u32 parts = cut.last_block - cut.first_block + 1;
-        u32* const words = counters_of(p, cut.first_block);
-        const bool waits = may_wait && load_relaxed(words + kStarted) == parts;
         const u32 before = atomic_add_acq_rel(words + kArrived, waits ? 0x10001 : 1);
         merge = {0, before >> 16};
         if ((before & 0xffff) == parts - 1) {
@@ -218,27 +221,30 @@ __device__ __forceinline__ bool joins_merge(const DecodeParams& p, const Cut& cu
             do merge.mergers = load_acquire(words + kMergers);
             while (merge.mergers == 0);
         }
-        const bool is_last = merge.mergers == 1 ||
-                             (merge.mergers > 1 && atomic_add_acq_rel(words + kGone, 1) == merge.mergers - 1);
-        if (is_last) {
-#pragma unroll
-            for (int word = 0; word < kItemWords; ++word) words[word] = 0;
-        }
     }
     worker_barrier();
     return merge.mergers > 0;
 }
 
-// Merges this block's share of the rows of an item.
+// Merges this block's share of the rows of an item, of which `words` are the counters if others have joined.
 __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment& segment, const Parts& parts,
-                                           const MergeState& merge) {
+                                           const MergeState& merge, u32* words = nullptr) {
+    // The last one to go on leaves the counters as they were found. Who that is need not be known until the rows are merged.
+    u32 gone = 0;
+    if (words && threadIdx.x == 0 && merge.mergers > 1) gone = atomic_add_relaxed(words + kGone, 1);
     const int begin = merge.number * segment.valid_rows / merge.mergers;
     const int end = (merge.number + 1) * segment.valid_rows / merge.mergers;
     const int thread = thread_number();  // asked for here, or what follows from it takes registers in the main loop
     if (parts.count <= 4) {
         merge_parts<4>(p, segment, parts, begin, end, thread);
+    } else if (kMergesWide && parts.count > 16) {
+        merge_parts<1, 32>(p, segment, parts, begin, end, thread);
     } else {
         merge_parts(p, segment, parts, begin, end, thread);
+    }
+    if (words && threadIdx.x == 0 && gone == merge.mergers - 1) {
+#pragma unroll
+        for (int word = 0; word < kItemWords; ++word) store_relaxed(words + word, 0);
     }
 }
 
@@ -263,15 +269,17 @@ __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& shar
     const int slot = slot_of_result(segment);
     results.store(slot);
     Parts parts = {slot, slot, 1};
+    u32* words = nullptr;
     if (is_whole) {  // other results are to be merged in
         if (threadIdx.x == 0) merge = {1, 0};
         worker_barrier();
     } else {
         const Cut cut = cut_item(share, segment);
         parts = {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1};
+        words = counters_of(p, cut.first_block);
         if (!joins_merge(p, cut, has_nothing_behind(share, segment), merge)) return;
     }
-    merge_rows(p, segment, parts, merge);
+    merge_rows(p, segment, parts, merge, words);
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they
@@ -300,5 +308,6 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
     const int begin = segment.visible.begin, splits = split_count(p, segment.visible);
     const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
     const int done = min(max(cut_key, begin) / p.split_size - begin / p.split_size, splits);  // that its slot has folded
-    merge_rows(p, segment, {2 * cut.first_block + 1, slots + done - 1, 1 + splits - done}, merge);
+    const Parts parts = {2 * cut.first_block + 1, slots + done - 1, 1 + splits - done};
+    merge_rows(p, segment, parts, merge, counters_of(p, cut.first_block));
 }
