@@ -65,6 +65,27 @@ def built_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
         compile.load_machine()
 
 
+@pytest.fixture(autouse=True)
+def zeros_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What launches find as zeros, they leave as zeros: the simulator makes new ones every time, a GPU does not."""
+    if not HAS_SIMULATOR:
+        yield
+        return
+    from cuflash.backends.sim import SimulatedMachine
+
+    zeros, scratch = [], SimulatedMachine.scratch
+
+    def watched(self: Any, name: str, memory: Any) -> Any:
+        array = scratch(self, name, memory)
+        if memory.zeroed:
+            zeros.append((name, array))
+        return array
+
+    monkeypatch.setattr(SimulatedMachine, "scratch", watched)
+    yield
+    assert not {name for name, array in zeros if array.any()}
+
+
 # Replaces texts in the source of a kernel (its headers included) that the simulator runs.
 ChangeSource = Callable[[str, dict[str, str]], None]
 

@@ -292,6 +292,23 @@ def test_blocks_merge_together(heads: tuple[int, int], queries: int, length: int
     assert instructions[1] != instructions[0]  # some have waited
 
 
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("parts", [18, 34])
+def test_more_parts_than_sixteen(parts: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels by wgmma take 32 parts at once: right, and the same bits whether one block merges or several."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", str(parts // 2))  # two blocks each
+    case = Case(dtype="bfloat16", heads=(36, 1), headdim=(64, 64), seqlens=(parts * 128,), sinks=True, page_size=64)
+    inputs, bits = make_inputs(case), set()
+    for window in (1, parts):
+        with simulator.record(window=window) as launches:
+            out, lse = run(case, inputs, sim)[:2]
+        check_out(case, out, expected(inputs))
+        check_lse(case, lse, expected(inputs))
+        assert attention(launches).grid == (parts, 1, 1)
+        bits.add(out.tobytes() + lse.tobytes())
+    assert len(bits) == 1
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("planned", "called"),
