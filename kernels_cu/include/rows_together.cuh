@@ -117,18 +117,7 @@ private:
             const float other = __shfl_xor_sync(kFullWarp, merged.sum, 1 << bit);
             if (bit < log_width_) merged.sum += other;
         });
-        // Tells the LSE of the row if the cell is its first, and returns the factor of the cell's output.
-        const auto finish = [&](int cell, bool may_tell) {
-            float lse;
-            const float factor = finish_row(p_, at, merged, lse);
-            if (may_tell && cell % kPieces == 0 && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
-            return factor;
-        };
-        const auto store = [&](int cell, long long begin, float4 output) {
-            const int vector = cell % kPieces * 32 + lane_;
-            if (vector < kVectors) store4<OutElement>(p_.out, begin + vector * 4, output);
-        };
-        if (cell_warps_ == 1) weight *= finish(cell_of(lane_), is_part && part_of(lane_) == 0);
+        if (cell_warps_ == 1) weight *= finish(cell_of(lane_), at, merged, is_part && part_of(lane_) == 0);
         float4 sum;
         for_each<kAtOnce / kFewest>([&](int group) {
             const int number = group * kFewest;
@@ -139,27 +128,44 @@ private:
                 if (has_cell(number)) store(cell_of(number), begin, sum);
             }
         });
-        if (cell_warps_ == 1) return;
         // Warps that share a cell have so many parts each that all lanes have that cell.
+        if (cell_warps_ > 1) merge_warps(first_cell, at, merged, sum);
+    }
+
+    // Brings together what the warps of a cell have found.
+    __device__ __forceinline__ void merge_warps(int cell, const RowOutput& at, RowState merged, float4 sum) {
         state_.output[warp_][lane_] = sum;
         if (lane_ == 0) state_.state[warp_] = make_float2(merged.maximum, merged.sum);
         worker_barrier();
-        if (warp_ % cell_warps_ == 0 && first_cell < cells_) {
-            const auto exists = [&](int i) { return i < cell_warps_; };
-            float2 states[kWarps];
-            for_each<kWarps>([&](int i) { states[i] = exists(i) ? state_.state[warp_ + i] : make_float2(kLowest, 0.0f); });
-            merged = {kLowest, 0.0f};
-            for_each<kWarps>([&](int i) { merged.maximum = fmaxf(merged.maximum, states[i].x); });
-            sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            for_each<kWarps>([&](int i) {
-                if (!exists(i)) return;
-                const float weight = weight_of(states[i].x, merged.maximum, p_.score_scale);
-                merged.sum += weight * states[i].y;
-                add_weighted(sum, weight, state_.output[warp_ + i][lane_]);
-            });
-            scale(sum, finish(first_cell, lane_ == 0));
-            store(first_cell, at.out, sum);
-        }
+        if (warp_ % cell_warps_ != 0 || cell >= cells_) return;
+        const auto exists = [&](int i) { return i < cell_warps_; };
+        float2 states[kWarps];
+        for_each<kWarps>([&](int i) { states[i] = exists(i) ? state_.state[warp_ + i] : make_float2(kLowest, 0.0f); });
+        merged = {kLowest, 0.0f};
+        for_each<kWarps>([&](int i) { merged.maximum = fmaxf(merged.maximum, states[i].x); });
+        sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for_each<kWarps>([&](int i) {
+            if (!exists(i)) return;
+            const float weight = weight_of(states[i].x, merged.maximum, p_.score_scale);
+            merged.sum += weight * states[i].y;
+            add_weighted(sum, weight, state_.output[warp_ + i][lane_]);
+        });
+        scale(sum, finish(cell, at, merged, lane_ == 0));
+        store(cell, at.out, sum);
+    }
+
+    // The factor of a cell's output; tells the LSE of its row if it is the row's first.
+    __device__ __forceinline__ float finish(int cell, const RowOutput& at, RowState merged, bool may_tell) const {
+        float lse;
+        const float factor = finish_row(p_, at, merged, lse);
+        if (may_tell && cell % kPieces == 0 && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
+        return factor;
+    }
+
+    // Stores a cell of the row that begins at this element.
+    __device__ __forceinline__ void store(int cell, long long begin, float4 output) const {
+        const int vector = cell % kPieces * 32 + lane_;
+        if (vector < kVectors) store4<OutElement>(p_.out, begin + vector * 4, output);
     }
 
     const DecodeParams& p_;

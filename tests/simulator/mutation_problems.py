@@ -232,7 +232,7 @@ EQUIVALENT = (
     Equivalent(
         "rows of whole pieces of 32 vectors: no lane has a vector behind them",
         file=r"rows_together\.cuh",
-        source=r"vector < kVectors, from",
+        source=r"has_cell\(number\) && vector < kVectors",
         kind="lt -> le",
         instruction=r", 128$",
     ),
