@@ -223,6 +223,20 @@ def test_who_leaves_as_the_last_of_all(sim: Backend, change_source: ChangeSource
             check(case, inputs, sim)
 
 
+@pytest.mark.parametrize("arch", ["90a"])
+def test_maxima_far_below_zero(sim: Backend, monkeypatch: Any) -> None:
+    """Of twelve parts, which sixteen lanes weigh: where there is no part there is no maximum of 0 either."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "12")
+    case = Case(
+        dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 12,), page_size=64, scale=1.0
+    )
+    inputs = make_inputs(case)
+    for name, sign in (("q", -1), ("k_cache", 1)):
+        inputs[name][...] = sign * abs(inputs[name].astype(np.float32))  # in place: the values are a view of the keys
+    with launched():
+        check(case, inputs, sim)
+
+
 @pytest.mark.parametrize("patience", [0, 10**9], indirect=True)
 @pytest.mark.parametrize(
     ("parts", "heads", "headdim_v"),

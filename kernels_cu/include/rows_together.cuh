@@ -88,7 +88,7 @@ private:
         // Lane i weighs load i; lanes of one cell are neighbours. Their states come first: weights are found while the parts are
         // on their way.
         const bool is_part = has_cell(lane_) && part_of(lane_) < count;
-        const int row = min(cell_of(lane_), cells_ - 1) / kPieces;
+        const int row = cell_of(lane_) / kPieces;
         const float2 loaded = load_cg_if(is_part, partial_states(p_, slot_of(first_part + part_of(lane_))) + row);
         // This is done once or twice, from a cold instruction cache, and takes as long as its instructions: neighbouring parts of a
         // cell have an address in common.
