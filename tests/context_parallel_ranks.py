@@ -115,12 +115,15 @@ _communicators: list[Any] = []
 
 
 def make_group(**options: Any) -> cuflash.ContextParallel:
-    if not ON_GPUS:
-        return cuflash.ContextParallel(WORLD, **{"timeout": PATIENT} | options)
-    unique_id = WORLD.bcast(nccl.core.get_unique_id() if RANK == 0 else None)
-    comm = nccl.core.Communicator.init(nranks=SIZE, rank=RANK, unique_id=unique_id)
-    _communicators.append(comm)
-    return cuflash.ContextParallel(comm, **{"control": WORLD, "exchange": HOW, "timeout": PATIENT} | options)
+    comm, others = WORLD, {}
+    if ON_GPUS:
+        unique_id = WORLD.bcast(nccl.core.get_unique_id() if RANK == 0 else None)
+        comm = nccl.core.Communicator.init(nranks=SIZE, rank=RANK, unique_id=unique_id)
+        _communicators.append(comm)
+        others = {"control": WORLD, "exchange": HOW}
+    group = cuflash.ContextParallel(comm, **others | {"timeout": PATIENT} | options)
+    WORLD.Barrier()  # else a rank that fails at once would be heard by one that is still making the group
+    return group
 
 
 def make_plan(group: cuflash.ContextParallel, case: Case, inputs: dict[str, Any]) -> Any:
