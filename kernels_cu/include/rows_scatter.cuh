@@ -151,15 +151,15 @@ private:
         return before;
     }
 
-    // Merges a piece of the columns of all parts, in the order of keys, and stores the answer. It is done once, and takes as long as
-    // what waits for one another: so weights are found while the first chunks are on their way.
+    // Merges a piece of the columns of all parts, in the order of keys, and stores the answer. It is done once, and takes as long
+    // as what waits for one another: so weights are found while the first chunks are on their way.
     template <int kPieces>
     __device__ __forceinline__ void merge_piece(int piece) {
         // Else what the pieces have in common is found ahead of the loop over them, and waits in local memory.
         pin(thread_), pin(first_block_), pin(piece);
         constexpr int kCount = kChunks / kPieces, kAtOnce = (kPieces == 8 ? 8 : 16) / kPieces;  // with as many loads under way
         constexpr int kSlotStates = kRowParts * kRows;
-        const int first_slot = slot_of_part(first_block_, 0) - place_of_part(0);
+        const int first_slot = Parts::kStride * first_block_;
         const float2* const states = partial_states(p_, first_slot) + row(0);
         const float4* const chunks = partial_output(p_, first_slot) + place_of_chunk(piece * kCount);
         float2 loaded[2][kPieces];

@@ -106,17 +106,17 @@ private:
         });
         const RowOutput at(p_, segment_, row);
         const RowState state = {is_part ? loaded.x : kLowest, loaded.y};
-        RowState merged = state;
-        for_each<kLogAtOnce>([&](int bit) {
-            const float other = __shfl_xor_sync(kFullWarp, merged.maximum, 1 << bit);
-            if (bit < log_width_) merged.maximum = fmaxf(merged.maximum, other);
-        });
+        const auto over_lanes = [&](float value, auto joined) {  // over those of a cell
+            for_each<kLogAtOnce>([&](int bit) {
+                const float other = __shfl_xor_sync(kFullWarp, value, 1 << bit);
+                if (bit < log_width_) value = joined(value, other);
+            });
+            return value;
+        };
+        RowState merged;
+        merged.maximum = over_lanes(state.maximum, [](float a, float b) { return fmaxf(a, b); });
         float weight = weight_of(state.maximum, merged.maximum, p_.score_scale);
-        merged.sum *= weight;
-        for_each<kLogAtOnce>([&](int bit) {
-            const float other = __shfl_xor_sync(kFullWarp, merged.sum, 1 << bit);
-            if (bit < log_width_) merged.sum += other;
-        });
+        merged.sum = over_lanes(state.sum * weight, [](float a, float b) { return a + b; });
         if (cell_warps_ == 1) weight *= finish(cell_of(lane_), at, merged, is_part && part_of(lane_) == 0);
         float4 sum;
         for_each<kAtOnce / kFewest>([&](int group) {
