@@ -28,7 +28,6 @@ constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
 constexpr int kGroupColumns = kPaddedHeadDimV / 2;
 constexpr u32 kToldBytes = kRows * kTileKeys * Element::kBytes;  // of the weights that are told, a line for each row
 constexpr bool kScoresAhead = kSharesTiles;
-static_assert(MOST_PARTS <= Together::kMostParts, "an item has no more parts than all of its blocks merge");
 static_assert(ReduceScatter::kSharedBytes <= kRingBytes, "pieces lie where tiles were");
 static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
 static_assert(kPaddedHeadDim == kPaddedHeadDimV + 64 && kTileKeys == 64 && kRows == 64, "weights are a line");
@@ -168,6 +167,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     for (Segment segment; walker.next(p, block.share, segment);) {
         if (threadIdx.x == 0) {
             block.segment = segment;
+            start_part(p, block.share, segment);
             ReduceScatter::load_end(p, block.share, segment, block.scatter);
         }
         load_latent_queries(p, segment, shared_address(queries));
@@ -287,12 +287,17 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
         } else if (block.segment.starts && block.segment.ends) {
             results.answer();
         } else if (ReduceScatter::fits(block.share, block.segment, block.scatter)) {
-            ReduceScatter(p, block.share, block.segment, block.scatter, ring).merge(math.output(), states);
+            ReduceScatter(p, block.share, block.segment, ring).merge(math.output(), states, block.merge);
         } else {
-            results.store(slot_of_result(block.segment));
             const Cut cut = cut_item(block.share, block.segment);
-            TogetherState& together = *reinterpret_cast<TogetherState*>(queries);
-            Together(p, block.segment, cut, together).merge(has_nothing_behind(block.share, block.segment));
+            u32* const words = counters_of(p, cut.first_block);
+            const u32 started = started_parts(words);
+            results.store(slot_of_result(block.segment));
+            const bool waits = has_nothing_behind(block.share, block.segment) && started == parts_of(cut);
+            if (joins_merge(words, parts_of(cut), waits, block.merge)) {
+                TogetherState& together = *reinterpret_cast<TogetherState*>(queries);
+                Together(p, block.segment, cut, together).merge(block.merge);
+            }
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }

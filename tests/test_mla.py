@@ -194,41 +194,37 @@ def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim
     assert len(bits) == 1
 
 
-@pytest.fixture
-def patience(request: pytest.FixtureRequest, change_source: ChangeSource) -> int:
-    """How often a block looks whether the others have arrived: 0 times, and all but the last one leave their pieces."""
-    change_source("mla_wgmma.cu", {"kPatience = 200": f"kPatience = {request.param}"})
-    return request.param
+def _let_wait(who: str, parts: int, change_source: ChangeSource, **more: str) -> None:
+    """Say which blocks wait for an item's others, which then will have begun; those with an odd number are "some"."""
+    asked = "load_relaxed(words + kStarted)"
+    until_all = f"[&] {{ while ({asked} < {parts}) continue; return {parts}u; }}()"
+    answer = {"all": until_all, "some": f"(share_number() % 2 ? {until_all} : 0)", "none": "0"}[who]
+    change_source("mla_wgmma.cu", {f"{asked} : 0": f"{answer} : 0", **more})
 
 
-# Before a block leaves it looks away until it is the last one of all that has not asked in vain or left.
-_LATE = """
-            if (arrived != parts_ && blockIdx.x == 3) {
-                for (u32 c = load_relaxed(counter), i = 0; i < 1000000; ++i, c = load_relaxed(counter)) {
-                    if (c / kUnit >= units && c / kUnit - units + (c / kLeft & kPartsMask) == parts_ - 1) break;
-                }
-            }
-            const u32 unit = count("""
-
-
+@pytest.mark.parametrize(("who", "at_once"), [("all", 4), ("some", 8), ("none", 8)])
 @pytest.mark.parametrize("arch", ["90a"])
-def test_who_leaves_as_the_last_of_all(sim: Backend, change_source: ChangeSource, monkeypatch: Any) -> None:
-    """Whoever that is leaves the counter at zero, as conftest.py wants: else no later launch would merge the item."""
-    monkeypatch.setenv("CUFLASH_NUM_SM", "20")
-    change_source("mla_wgmma.cu", {"kPatience = 200": "kPatience = 0", "const u32 unit = count(": _LATE})
-    case = Case(dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 20,), page_size=64)
-    inputs = make_inputs(case)
-    for seed in range(3):
-        with launched(seed, window=20):
-            check(case, inputs, sim)
-
-
-@pytest.mark.parametrize("arch", ["90a"])
-def test_maxima_far_below_zero(sim: Backend, monkeypatch: Any) -> None:
-    """Of twelve parts, which sixteen lanes weigh: where there is no part there is no maximum of 0 either."""
-    monkeypatch.setenv("CUFLASH_NUM_SM", "12")
+def test_who_waits(who: str, at_once: int, sim: Backend, change_source: ChangeSource, monkeypatch: Any) -> None:
+    """Whoever waits, however many parts are loaded at once, all is merged; counters are cleared (conftest.py)."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "34")
+    _let_wait(who, 34, change_source, **{"kAtOnce = MERGE_LOADS": f"kAtOnce = {at_once}"})
     case = Case(
-        dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 12,), page_size=64, scale=1.0
+        dtype="bfloat16", heads=(3, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 34,), page_size=64, sinks=True
+    )
+    inputs = make_inputs(case)
+    for seed in range(2):
+        with launched(seed, window=34) as launches:
+            check(case, inputs, sim)
+        assert attention(launches).grid == (34, 1, 1)
+
+
+@pytest.mark.parametrize("parts", [12, 18])
+@pytest.mark.parametrize("arch", ["90a"])
+def test_maxima_far_below_zero(parts: int, sim: Backend, monkeypatch: Any) -> None:
+    """Sixteen or thirty-two lanes weigh fewer parts: where there is no part there is no maximum of 0 either."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", str(parts))
+    case = Case(
+        dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * parts,), page_size=64, scale=1.0
     )
     inputs = make_inputs(case)
     for name, sign in (("q", -1), ("k_cache", 1)):
@@ -237,7 +233,7 @@ def test_maxima_far_below_zero(sim: Backend, monkeypatch: Any) -> None:
         check(case, inputs, sim)
 
 
-@pytest.mark.parametrize("patience", [0, 10**9], indirect=True)
+@pytest.mark.parametrize("who", ["all", "some", "none"])
 @pytest.mark.parametrize(
     ("parts", "heads", "headdim_v"),
     [(2, 40, 456), (3, 20, 512), (5, 33, 512), (2, 128, 512),
@@ -245,10 +241,11 @@ def test_maxima_far_below_zero(sim: Backend, monkeypatch: Any) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("arch", ["90a"])
 def test_pieces_of_few_parts(
-    parts: int, heads: int, headdim_v: int, patience: int, sim: Backend, monkeypatch: Any
+    parts: int, heads: int, headdim_v: int, who: str, sim: Backend, change_source: ChangeSource, monkeypatch: Any
 ) -> None:
-    """Blocks keep a piece each and do not store it, unless they leave; whoever merges it, the bits are the same."""
+    """Blocks that wait keep a piece each and do not store it; whoever merges it, the bits are the same."""
     num_sm = 2 * parts if heads == 128 else parts
+    _let_wait(who, parts, change_source)
     monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
     case = Case(
         dtype="bfloat16", heads=(heads, 1), headdim=(headdim_v + 64, headdim_v), mla="joint", seqlens=(parts * 100,),
@@ -257,15 +254,16 @@ def test_pieces_of_few_parts(
     inputs = make_inputs(case)
     rows = -(-heads // 16) * 16  # whole warps store
     pieces = 1 << (parts - 1).bit_length()
-    stored = parts * rows * (headdim_v * 4 + 8) - parts * rows * headdim_v * 4 // pieces
+    all_parts = parts * rows * (headdim_v * 4 + 8)
+    kept = parts * rows * headdim_v * 4 // pieces
     bits = set()
     for seed in range(2):
         with launched(seed, window=num_sm) as launches:
             bits.add(b"".join(array.tobytes() for array in check(case, inputs, sim)))
         launch = attention(launches)
         assert launch.grid == (num_sm, 1, 1)
-        partials = launch.counters.arrays["partials"]
-        assert partials.write_bytes == stored if patience else partials.write_bytes > stored
+        missing = all_parts - launch.counters.arrays["partials"].write_bytes
+        assert missing == {"all": kept, "none": 0}.get(who, missing) and (missing in range(1, kept) or who != "some")
     assert len(bits) == 1
 
 
@@ -281,7 +279,7 @@ def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
         check(case, make_inputs(case), sim)
     assert launches[-1].kernel == "mla_wgmma"
     wide = make_problem(4, 1, 128, 1, 576, headdim_v=512)
-    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3), (300, 64, 256)):
+    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3), (300, 64, 300)):
         partition = kernels.choose(wide, Device(num_sm, 90), 4096)
         assert (partition.rows, partition.num_blocks) == (rows, blocks)
 

@@ -33,7 +33,7 @@ from .tiles import resident_blocks
 # mean share and keys beyond it; a share has two ends. With more rows only the first counts: blocks that begin items
 # together find in the L2 cache what others have read, 512 queries on 32,768 keys take 450 us, with cuts 552 (H200).
 _LONGEST_SHARE, _LONGEST_EXCESS, _FEW_ROWS = 112, 512, 64
-_ITEM_COUNTERS = 4  # of an item that lies in several blocks: enum ItemWord in rows_combine.cuh
+_ITEM_COUNTERS = 3  # of an item that lies in several blocks: enum ItemWord in rows_combine.cuh
 SPLIT_BYTES = 2**30  # for what split_size keeps of items that are cut
 _LOG2E = math.log2(math.e)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126  # of the float32 numbers that no kernel flushes

@@ -61,6 +61,7 @@ class Tiles:
         shares_tiles: Whether these are a cluster, and a tile is copied once for all of them.
         scattered_parts: Most parts of an item that its blocks merge piece by piece, 0 for none.
         evicts_first: Whether rows of the cache that were read leave the L2 cache before all others.
+        merge_loads: Parts of a row that a lane of those who merge many loads at once.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -82,6 +83,7 @@ class Tiles:
     shares_tiles: bool = False
     scattered_parts: int = 0
     evicts_first: bool = True
+    merge_loads: int = 0
     cluster: int = 1
 
     @property

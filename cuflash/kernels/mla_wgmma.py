@@ -27,7 +27,6 @@ _ROWS = _TILE_KEYS = 64
 _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
 _STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
-_MOST_PARTS = 256  # of an item
 _REGISTERS = (("LOADER_REGISTERS", 72), ("MATH_REGISTERS", 216))
 
 
@@ -36,7 +35,7 @@ def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Par
     tiles = tiling(problem, device)
     if tiles is None:
         return None
-    num_blocks = max(1, min(_MOST_PARTS, resident_blocks(problem, device, 1) // tiles.row_parts))
+    num_blocks = max(1, resident_blocks(problem, device, 1) // tiles.row_parts)
     return Partition(NAME, tiles.row_parts * _ROWS, tiles.row_blocks, num_blocks, tiles=tiles, grain=_TILE_KEYS)
 
 
@@ -62,9 +61,13 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     row_blocks //= row_parts
     # Where the blocks divide into so many an item, each merges a piece of what it has: b32 L4096 with 128 heads 75.5 us
     # without, 67 with, 64 heads 54.8 and 49.2, b16 L1024 with 128 heads 26.8 and 20.5. To 16 rows two warps do it all:
-    # b16 L1024 14.3 and 14.6, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
+    # b16 L1024 13.4 and 14.3, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
     most_parts = 8 if problem.rows > 16 else 4
     is_scattered = 8 * most_parts * items >= 7 * resident
+    # Loads that a lane has under way where parts are merged. That is executed once, and each instruction counts: b16
+    # L1024 with 16 heads takes 13.3 us with 32 loads, of which 8 are wanted, and 12.7 with 8 (H200). Of the parts in
+    # 66 or 132 blocks a warp has 17.
+    merge_loads = 8 if resident // items <= 8 else 20
     # Rows that were read leave the L2 cache first. That is faster, in most kernels by an eighth, but with more than 32
     # rows where blocks have sequences of their own: b128 L4096 with 64 heads 154 us so, 150 to 154 without, 128 heads
     # 254 and 244; yet 16 heads 145 and 156, and b32 L4096 with 64 heads, whose blocks share items, 49.7 and 51.8.
@@ -79,6 +82,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         shares_tiles=is_shared,
         scattered_parts=most_parts if is_scattered else 0,
         evicts_first=evicts_first,
+        merge_loads=merge_loads,
     )
 
 
@@ -94,7 +98,7 @@ def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
         ("SHARES_TILES", int(tiles.shares_tiles)),
         ("SCATTERED_PARTS", tiles.scattered_parts),
         ("EVICTS_FIRST", int(tiles.evicts_first)),
-        ("MOST_PARTS", _MOST_PARTS),
+        ("MERGE_LOADS", tiles.merge_loads),
         *_REGISTERS,
     )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")

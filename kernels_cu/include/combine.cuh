@@ -137,18 +137,19 @@ struct Parts {
     __device__ __forceinline__ int slot(int part) const { return part == 0 ? first : next + part * kStride; }
 };
 
-// Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and kLoads / kRowsAtOnce
-// parts of each at a time, all of their loads in flight. `thread` is the thread's number.
-template <int kRowsAtOnce = 1, int kLoads = 16>
+// Merges the parts of rows row_begin .. row_end of an item and writes the answer: kRowsAtOnce rows per warp and kWide parts of each
+// at a time, all of their loads in flight. `thread` is the thread's number.
+template <int kRowsAtOnce = 1, int kWide = 16>
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment& segment, const Parts& parts, int row_begin,
                                             int row_end, int thread) {
-    constexpr int kWide = kLoads / kRowsAtOnce;
+    constexpr int kLanes = kWide <= 4 ? 4 : kWide <= 16 ? 16 : 32;  // that weigh a row's parts
+    static_assert(kWide <= kLanes && kRowsAtOnce * kLanes <= 32, "a lane weighs a part of a row");
     const int warp = thread / 32, lane = thread % 32;
-    // What lane r * kWide + i has of row r and part i.
-    const auto of_lane = [](float value, int r, int i) { return __shfl_sync(kFullWarp, value, r * kWide + i); };
+    // What lane r * kLanes + i has of row r and part i.
+    const auto of_lane = [](float value, int r, int i) { return __shfl_sync(kFullWarp, value, r * kLanes + i); };
 #pragma unroll 1
     for (int first = row_begin + warp * kRowsAtOnce; first < row_end; first += kWarps * kRowsAtOnce) {
-        const int row = kRowsAtOnce == 1 ? first : min(first + lane / kWide % kRowsAtOnce, row_end - 1);  // that this lane weighs
+        const int row = kRowsAtOnce == 1 ? first : min(first + lane / kLanes % kRowsAtOnce, row_end - 1);  // that this lane weighs
         const RowOutput at(p, segment, row);
         float lse;
 #pragma unroll 1
@@ -159,9 +160,9 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             for_each<kRowsAtOnce>([&](int r) { o[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
 #pragma unroll 1
             for (int begin = 0; begin < parts.count; begin += kWide) {
-                // Lane i % kWide weighs part begin + i. States come first: weights are found while the parts are on their way.
-                const int number_of_lane = begin + lane % kWide;
-                const bool is_part = number_of_lane < parts.count;
+                // Lane i % kLanes weighs part begin + i, while the parts are on their way.
+                const int number_of_lane = begin + lane % kLanes;
+                const bool is_part = lane % kLanes < kWide && number_of_lane < parts.count;
                 const float2 loaded = load_cg_if(is_part, partial_states(p, parts.slot(number_of_lane)) + row);
                 const int number = exists ? parts.count - begin : 0;
                 float4 part[kRowsAtOnce][kWide];
@@ -177,7 +178,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                 });
                 const RowState state = {is_part ? loaded.x : kLowest, loaded.y};
                 if constexpr (kHasSplitSize) {
-                    const Fold mine = fold_lanes<kWide>(p.score_scale, state, merged.maximum);
+                    const Fold mine = fold_lanes<kLanes>(p.score_scale, state, merged.maximum);
                     for_each<kWide>([&](int i) {
                         const bool is_first = begin + i == 0, is_next = begin + i < parts.count;
                         Fold fold;
@@ -186,7 +187,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                             if (is_first) o[r] = part[r][i];
                             else if (is_next) o[r] = fold(o[r], part[r][i]);
                         });
-                        const int r = kRowsAtOnce == 1 ? 0 : lane / kWide % kRowsAtOnce;
+                        const int r = kRowsAtOnce == 1 ? 0 : lane / kLanes % kRowsAtOnce;
                         const float sum = of_lane(state.sum, r, i);
                         if (kRowsAtOnce > 1) fold = {of_lane(mine.kept, r, i), of_lane(mine.added, r, i)};
                         if (is_first) merged.sum = sum;
@@ -194,7 +195,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
                     });
                 } else {
                     float before;
-                    const float weight = merge_lanes<kWide>(p.score_scale, state, merged, before);
+                    const float weight = merge_lanes<kLanes>(p.score_scale, state, merged, before);
                     for_each<kRowsAtOnce>([&](int r) {
                         scale(o[r], kRowsAtOnce == 1 ? before : of_lane(before, r, 0));
                         for_each<kWide>([&](int i) { add_weighted(o[r], of_lane(weight, r, i), part[r][i]); });
@@ -209,7 +210,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             });
         }
         __syncwarp();
-        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kWide == 0 && first + lane / kWide == row && lane < kLoads;
+        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kLanes == 0 && first + lane / kLanes == row && lane < kRowsAtOnce * kLanes;
         if (is_rows && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }

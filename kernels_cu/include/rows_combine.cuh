@@ -14,8 +14,9 @@
 // registers: they would keep some of their main loop in local memory.
 constexpr bool kExchanges = USES_WGMMA && kColumnTiles <= 16;
 
-// Whether a lane has registers for 32 parts at once: eight KV heads of one sequence lie in 16 or 17 of an H200's blocks each.
-constexpr bool kMergesWide = USES_WGMMA && !kHasSplitSize;
+// Parts of a row whose loads are under way together: eight KV heads of one sequence lie in 16 to 18 of an H200's blocks each.
+// Others than wgmma's kernels have no registers for so many.
+constexpr int kMergedAtOnce = USES_WGMMA && !kHasSplitSize ? 20 : 16;
 
 // Whether the rows of an answer pass through shared memory, where a kernel has room for them: else 256 columns of a warp are 64
 // stores of 4 bytes a lane, and fill half of each sector.
@@ -174,27 +175,24 @@ private:
     u32 staged_;
 };
 
-// Words of `counters` that the blocks of an item share, the four of its first block; 0 between launches.
+// Words of `counters` that the blocks of an item share, at those of its first block; 0 between launches.
 enum ItemWord {
     kStarted,  // blocks that have begun with the item
-    kArrived,  // blocks whose parts are stored, and 2^16 for each of them that waits
-    kMergers,  // blocks that merge, as soon as all parts are stored and more than one does
-    kGone,     // of these, those that know it
+    kArrived,  // blocks whose parts are stored, and what they do next: see arrive_at_item
+    kGone,     // of those that merge, blocks that know it
     kItemWords
 };
 
 // The counters of an item that begins in this share, for blocks with the same rows.
-__device__ __forceinline__ unsigned int* counters_of(const DecodeParams& p, int share) {
+__device__ __forceinline__ u32* counters_of(const DecodeParams& p, int share) {
     return p.counters + kItemWords * (share * kRowParts + row_part());
 }
-
-// Times that a block looks whether all have arrived, each some half a microsecond, where nobody is to depend on anybody.
-constexpr int kPatience = 200;
 
 // What the threads of a block have in common when an item is merged, in shared memory.
 struct MergeState {
     u32 mergers;  // blocks that merge the item; 0: this one does not
     u32 number;   // of this one among them
+    u32 left;     // the pieces of the item that blocks have left to others, a bit each
 };
 
 // Whether a segment's item has other parts, and a thread says so when it begins.
@@ -203,49 +201,64 @@ __device__ __forceinline__ void start_part(const DecodeParams& p, const Share& s
     atomic_add_relaxed(counters_of(p, cut_item(share, segment).first_block) + kStarted, 1);
 }
 
-// Says that this block's part of an item is stored. Returns whether it is among those that merge the item; all parts are then
-// seen. A block may wait if it has nothing else to do. It does so only if all blocks of the item run: else those which have not
-// begun might be waiting for its place.
-__device__ __forceinline__ bool joins_merge(const DecodeParams& p, const Cut& cut, bool may_wait, MergeState& merge) {
-    const u32 parts = cut.last_block - cut.first_block + 1;
-    u32* const words = counters_of(p, cut.first_block);
-    const bool waits = threadIdx.x == 0 && may_wait && load_relaxed(words + kStarted) == parts;
+// Blocks that have begun with an item. One thread asks, ahead of what takes as long as the answer.
+__device__ __forceinline__ u32 started_parts(const u32* words) {
+    return threadIdx.x == 0 ? load_relaxed(words + kStarted) : 0;
+}
+
+// Says that this block's part of an item is stored, and waits until all are, or does not. Those that wait merge the item; if
+// nobody does, the last one to arrive. All parts are then seen. A block may wait if it has nothing else to do and all blocks of the
+// item have begun with it: else those which have not might be waiting for its place. `left` are the bits of pieces that it leaves
+// to others. One thread comes here.
+__device__ __forceinline__ MergeState arrive_at_item(u32* words, u32 parts, bool waits, u32 left = 0) {
+    constexpr u32 kArrival = 1, kWaits = 1 << 12, kLeft = 1 << 24, kCountMask = kWaits - 1;
+    const u32 mine = kArrival + (waits ? kWaits : 0) + left * kLeft, before = atomic_add_acq_rel(words + kArrived, mine);
+    u32 now = before + mine;
+    while (waits && (now & kCountMask) < parts) now = load_acquire(words + kArrived);
+    const u32 waiting = now / kWaits & kCountMask;
+    if (waits) return {waiting, before / kWaits & kCountMask, now / kLeft};
+    if ((now & kCountMask) == parts && waiting == 0) return {1, 0, now / kLeft};
+    return {0, 0, 0};
+}
+
+// The same for a whole block. Returns whether it merges the item.
+__device__ __forceinline__ bool joins_merge(u32* words, u32 parts, bool waits, MergeState& merge) {
     worker_barrier();
-    if (threadIdx.x == 0) {
-        const u32 before = atomic_add_acq_rel(words + kArrived, waits ? 0x10001 : 1);
-        merge = {0, before >> 16};
-        if ((before & 0xffff) == parts - 1) {
-            merge.mergers = merge.number + 1;
-            if (merge.number > 0) store_release(words + kMergers, merge.mergers);
-        } else if (waits) {
-            do merge.mergers = load_acquire(words + kMergers);
-            while (merge.mergers == 0);
-        }
-    }
+    if (threadIdx.x == 0) merge = arrive_at_item(words, parts, waits);
     worker_barrier();
     return merge.mergers > 0;
 }
 
-// Merges this block's share of the rows of an item, of which `words` are the counters if others have joined.
+// The last one of those that merge to go on leaves the counters as they were found. Each says so at once, and need not know who
+// that is until it has merged.
+__device__ __forceinline__ u32 say_gone(u32* words, const MergeState& merge) {
+    return threadIdx.x == 0 && merge.mergers > 1 ? atomic_add_relaxed(words + kGone, 1) : 0;
+}
+__device__ __forceinline__ void clear_counters(u32* words, const MergeState& merge, u32 gone) {
+    if (threadIdx.x != 0 || gone != merge.mergers - 1) return;
+#pragma unroll
+    for (int word = 0; word < kItemWords; ++word) store_relaxed(words + word, 0);
+}
+
+// Merges this block's share of the rows of an item.
 __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment& segment, const Parts& parts,
-                                           const MergeState& merge, u32* words = nullptr) {
-    // The last one to go on leaves the counters as they were found. Who that is need not be known until the rows are merged.
-    u32 gone = 0;
-    if (words && threadIdx.x == 0 && merge.mergers > 1) gone = atomic_add_relaxed(words + kGone, 1);
+                                           const MergeState& merge) {
     const int begin = merge.number * segment.valid_rows / merge.mergers;
     const int end = (merge.number + 1) * segment.valid_rows / merge.mergers;
     const int thread = thread_number();  // asked for here, or what follows from it takes registers in the main loop
     if (parts.count <= 4) {
-        merge_parts<4>(p, segment, parts, begin, end, thread);
-    } else if (kMergesWide && parts.count > 16) {
-        merge_parts<1, 32>(p, segment, parts, begin, end, thread);
+        merge_parts<4, 4>(p, segment, parts, begin, end, thread);
     } else {
-        merge_parts(p, segment, parts, begin, end, thread);
+        merge_parts<1, kMergedAtOnce>(p, segment, parts, begin, end, thread);
     }
-    if (words && threadIdx.x == 0 && gone == merge.mergers - 1) {
-#pragma unroll
-        for (int word = 0; word < kItemWords; ++word) store_relaxed(words + word, 0);
-    }
+}
+
+// The same of an item that others have parts of.
+__device__ __forceinline__ void merge_with_others(const DecodeParams& p, const Segment& segment, const Parts& parts,
+                                                  const MergeState& merge, u32* words) {
+    const u32 gone = say_gone(words, merge);
+    merge_rows(p, segment, parts, merge);
+    clear_counters(words, merge, gone);
 }
 
 // Whether a segment is the last one of its share.
@@ -261,25 +274,30 @@ __device__ __forceinline__ int slot_of_result(const Segment& segment) { return 2
 __device__ __forceinline__ constexpr int place_of_part(int part) { return Parts::kStride * part + (part == 0); }
 __device__ __forceinline__ int slot_of_part(int first, int part) { return Parts::kStride * first + place_of_part(part); }
 
+// How many blocks have parts of an item.
+__device__ __forceinline__ int parts_of(const Cut& cut) { return cut.last_block - cut.first_block + 1; }
+
+// Merges other results into those of an item that lies in one slot.
+__device__ __forceinline__ void merge_alone(const DecodeParams& p, const Segment& segment, int slot, MergeState& merge) {
+    if (threadIdx.x == 0) merge = {1, 0, 0};
+    worker_barrier();
+    merge_rows(p, segment, {slot, slot, 1}, merge);
+}
+
 // Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, MergeState& merge) {
     const bool is_whole = segment.starts && segment.ends;
     if (is_whole && !kMerges) return results.answer();
     const int slot = slot_of_result(segment);
+    const Cut cut = cut_item(share, segment);
+    u32* const words = counters_of(p, cut.first_block);
+    const u32 started = is_whole ? 0 : started_parts(words);
     results.store(slot);
-    Parts parts = {slot, slot, 1};
-    u32* words = nullptr;
-    if (is_whole) {  // other results are to be merged in
-        if (threadIdx.x == 0) merge = {1, 0};
-        worker_barrier();
-    } else {
-        const Cut cut = cut_item(share, segment);
-        parts = {2 * cut.first_block + 1, 2 * cut.first_block, cut.last_block - cut.first_block + 1};
-        words = counters_of(p, cut.first_block);
-        if (!joins_merge(p, cut, has_nothing_behind(share, segment), merge)) return;
-    }
-    merge_rows(p, segment, parts, merge, words);
+    if (is_whole) return merge_alone(p, segment, slot, merge);
+    const int parts = parts_of(cut);
+    if (!joins_merge(words, parts, has_nothing_behind(share, segment) && started == parts, merge)) return;
+    merge_with_others(p, segment, {2 * cut.first_block + 1, 2 * cut.first_block, parts}, merge, words);
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they
@@ -295,19 +313,16 @@ __device__ __forceinline__ void hand_on_split(const DecodeParams& p, const Share
         const bool is_whole = segment.last && segment.ends;
         if (is_whole && !kMerges) return results.answer();
         results.store(slot);
-        if (is_whole) {
-            if (threadIdx.x == 0) merge = {1, 0};
-            worker_barrier();
-            return merge_rows(p, segment, {slot, slot, 1}, merge);
-        }
+        if (is_whole) return merge_alone(p, segment, slot, merge);
         for_each<kRowTiles, 2>([&](int t, int half) { folded[t][half] = results.states()[t][half]; });
     } else if (segment.keys.end > segment.keys.begin) {  // an empty split has no slot
         results.store(slots + segment.split);
     }
-    if (!segment.last || !joins_merge(p, cut, false, merge)) return;
+    u32* const words = counters_of(p, cut.first_block);
+    if (!segment.last || !joins_merge(words, parts_of(cut), false, merge)) return;
     const int begin = segment.visible.begin, splits = split_count(p, segment.visible);
     const int cut_key = load_cut(p, cut.first_block + 1).key;  // where the first block's splits end
     const int done = min(max(cut_key, begin) / p.split_size - begin / p.split_size, splits);  // that its slot has folded
     const Parts parts = {2 * cut.first_block + 1, slots + done - 1, 1 + splits - done};
-    merge_rows(p, segment, parts, merge, counters_of(p, cut.first_block));
+    merge_with_others(p, segment, parts, merge, words);
 }

@@ -7,29 +7,26 @@
 //   x, y: row l / 4 of its warp's 16 rows, columns 8 n + 2 (l % 4) and the next one of its warp's columns
 //   z, w: row l / 4 + 8, the same columns
 //
-// For items of which every block has nothing else to do. They wait for one another, but not for long, so nobody depends on
-// anybody: who leaves stores its own piece, too, and the last one to arrive merges that.
+// For items of which every block has nothing else to do, so that it waits for the others if they have begun (arrive_at_item). A
+// block that may not wait stores its own piece, too, and leaves it to the first one that waits.
 #pragma once
 #include "ptx/copies.cuh"
 #include "rows_combine.cuh"
 
 // What the threads of a block tell each other, in shared memory.
 struct ScatterState {
-    Cut end;     // of the item's last share
-    u32 pieces;  // that this block merges, a bit each
+    Cut end;  // of the item's last share
 };
 
 class ReduceScatter {
     static_assert(kRowTiles == 1 && kWarpRows == 16, "a warp has 16 rows");
-    // An item's counter: blocks that have arrived, those that ask no more, and a bit for each of them that has left its piece.
-    static constexpr u32 kArrived = 1, kGone = 1 << 4, kLeft = 1 << 8, kCountMask = 15;
     static constexpr int kChunks = kColumnTiles;
     static constexpr int kStride = kRowWarps * 32;        // float4s of a part from a chunk to the next one
     static constexpr int kWarpBytes = kChunks / 2 * 512;  // of shared memory: the largest piece of a warp
 
 public:
     static constexpr int kMostParts = kMerges || kHasSplitSize ? 0 : SCATTERED_PARTS;  // 0: no item is merged so
-    static_assert(kMostParts <= 8, "the counter has as many bits");
+    static_assert(kMostParts <= 8, "who arrives has as many bits for pieces");
     static constexpr int kSharedBytes = 2 * kWarps * kWarpBytes;
 
     // Asks for the end of the last share of a segment's item. One thread does; the copy belongs to the group that is committed
@@ -42,35 +39,40 @@ public:
 
     // Whether the blocks of a cut item merge it so, when that has come. All of them find the same.
     static __device__ __forceinline__ bool fits(const Share& share, const Segment& segment, const ScatterState& state) {
+        if constexpr (kMostParts == 0) return false;
         const Cut cut = cut_item(share, segment);
         return cut.last_block - cut.first_block < kMostParts && state.end.item == segment.item + 1 && state.end.key == 0;
     }
 
     // `shared` is an address of kSharedBytes that nobody uses.
-    __device__ __forceinline__ ReduceScatter(const DecodeParams& p, const Share& share, const Segment& segment, ScatterState& state,
-                                             u32 shared)
-        : p_(p), segment_(segment), state_(state), first_block_(cut_item(share, segment).first_block),
-          parts_(cut_item(share, segment).last_block - first_block_ + 1), mine_(share_number() - first_block_),
+    __device__ __forceinline__ ReduceScatter(const DecodeParams& p, const Share& share, const Segment& segment, u32 shared)
+        : p_(p), segment_(segment), first_block_(cut_item(share, segment).first_block),
+          parts_(parts_of(cut_item(share, segment))), mine_(share_number() - first_block_),
           thread_(thread_number()), kept_(shared + warp() * kWarpBytes + lane() * 16),
           staged_(shared + (kWarps + warp()) * kWarpBytes) {}
 
     // All threads come here with what they have.
-    __device__ __forceinline__ void merge(const Outputs& output, const RowStates& states) {
+    __device__ __forceinline__ void merge(const Outputs& output, const RowStates& states, MergeState& merge) {
         const bool has_rows = first_row() < segment_.valid_rows;
+        u32* const words = counters_of(p_, first_block_);
+        const u32 started = started_parts(words);
         if (has_rows) store(output, states);
         worker_barrier();
-        if (thread_ == 0) arrive();
+        if (thread_ == 0) merge = started == parts_ ? arrive_at_item(words, parts_, true) : MergeState{0, 0, 0};
         worker_barrier();
-        if (state_.pieces == 0) leave(has_rows);
-        const u32 pieces = state_.pieces;
-        if (!has_rows) return;
+        if (merge.mergers == 0) leave(has_rows, words, merge);
+        if (merge.mergers == 0) return;
+        const u32 gone = say_gone(words, merge);
+        u32 pieces = 1u << mine_;
+        if (merge.number == 0) pieces |= (1u << num_pieces()) - (1u << parts_) | merge.left;  // what nobody has, or others left
 #pragma unroll 1
-        for (int piece = 0; piece < kMostParts; ++piece) {
+        for (int piece = 0; has_rows && piece < kMostParts; ++piece) {
             if (!(pieces >> piece & 1)) continue;
             if (parts_ <= 2) merge_piece<2>(piece);
             else if (parts_ <= 4) merge_piece<4>(piece);
             else merge_piece<8>(piece);
         }
+        clear_counters(words, merge, gone);
     }
 
 private:
@@ -102,12 +104,14 @@ private:
     }
 
     __device__ __forceinline__ void store(const Outputs& output, const RowStates& states) const {
-        const int count = piece_chunks(), begin = mine_ * count;
-        float4* const to = chunk_of(mine_, 0);
+        const u32 count = piece_chunks();
+        u32 begin = mine_ * count + zero_of_each_lane();  // in a register, or each comparison takes three instructions
+        float4* to = chunk_of(mine_, 0);
+        pin(begin), pin(to);  // else both are found again for every chunk
+        const u32 kept = kept_ - begin * 512;  // of chunk 0, if it were kept
         for_each<kChunks>([&](int n) {
             const float4 v = make_float4(output[0][n][0], output[0][n][1], output[0][n][2], output[0][n][3]);
-            const u32 kept = n - begin;
-            if (kept < count) store_shared(kept_ + kept * 512, v);
+            if (n - begin < count) store_shared(kept + n * 512, v);
             else if (has_columns(n)) store_global(to + n * kStride, v);
         });
         if (first_column() != 0 || lane() % 4 != 0) return;
@@ -116,39 +120,16 @@ private:
         });
     }
 
-    __device__ __forceinline__ void arrive() {
-        u32* const counter = counters_of(p_, first_block_);
-        const u32 before = atomic_add_acq_rel(counter, kArrived);
-        u32 now = before + kArrived;
-#pragma unroll 1
-        for (int i = 0; i < kPatience && (now & kCountMask) < parts_; ++i) now = load_acquire(counter);
-        state_.pieces = 0;
-        if ((now & kCountMask) < parts_) return;
-        state_.pieces = 1 << mine_;
-        if ((before & kCountMask) == parts_ - 1) {  // and those that nobody has, or that were left before
-            state_.pieces |= (1u << num_pieces()) - (1u << parts_) | before / kLeft;
-        }
-        ask_no_more(0);
-    }
-
-    // Stores what was kept, for the last one to arrive, unless it has meanwhile: then this block merges its piece itself.
-    __device__ __forceinline__ void leave(bool has_rows) {
+    // Stores what was kept, for those that wait, and arrives.
+    __device__ __forceinline__ void leave(bool has_rows, u32* words, MergeState& merge) {
         const int count = has_rows ? piece_chunks() : 0, begin = mine_ * piece_chunks();
 #pragma unroll 1
         for (int i = 0; i < count && has_columns(begin + i); ++i) {
             store_global(chunk_of(mine_, begin + i), load_shared(kept_ + i * 512));
         }
         worker_barrier();
-        if (thread_ == 0 && (ask_no_more(kLeft << mine_) & kCountMask) == parts_) state_.pieces = 1 << mine_;
+        if (thread_ == 0) merge = arrive_at_item(words, parts_, false, 1u << mine_);
         worker_barrier();
-    }
-
-    // Returns the counter as it was. The last one to do so leaves it at zero, as it was found.
-    __device__ __forceinline__ u32 ask_no_more(u32 left) const {
-        u32* const counter = counters_of(p_, first_block_);
-        const u32 before = atomic_add_acq_rel(counter, kGone + left);
-        if ((before / kGone & kCountMask) == parts_ - 1) atomic_add_relaxed(counter, 0u - (before + kGone + left));
-        return before;
     }
 
     // Merges a piece of the columns of all parts, in the order of keys, and stores the answer. It is done once, and takes as long
@@ -230,7 +211,6 @@ private:
 
     const DecodeParams& p_;
     const Segment& segment_;
-    ScatterState& state_;
     int first_block_, parts_;
     int mine_;  // this block's part, and the number of its piece
     int thread_;

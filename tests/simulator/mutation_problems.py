@@ -230,17 +230,10 @@ EQUIVALENT = (
         kind="gt -> ge",
     ),
     Equivalent(
-        "rows of whole pieces of 32 vectors: no lane has a vector behind them",
-        file=r"rows_together\.cuh",
-        source=r"has_cell\(number\) && vector < kVectors",
-        kind="lt -> le",
-        instruction=r", 128$",
-    ),
-    Equivalent(
         "four rows at once have four parts at most: one pass, which begins with part 0",
         file=r"combine\.cuh",
         source=r"number = exists \? parts\.count - begin",
-        call=r"merge_parts<4>",
+        call=r"merge_parts<4, 4>",
         kind="sub -> add",
     ),
     Equivalent(
@@ -254,7 +247,7 @@ EQUIVALENT = (
         "with split_size no block waits for others: the last one merges",
         file=r"memory\.cuh",
         kind="drop an atomic",
-        operands=r"(^|\n)add\.s64 %rd\d+, %rd\d+, 12\n",
+        operands=r"(^|\n)add\.s64 %rd\d+, %rd\d+, 8\n",
         kernel="extend.*",
         unreached=True,
     ),
@@ -405,7 +398,7 @@ EQUIVALENT = (
     Equivalent(
         "four rows at once are merged in one pass, before which all is 0",
         file="combine.cuh",
-        source=r"r \* kWide \+ i\)",
+        source=r"r \* kLanes \+ i\)",
         call=r"scale\(o\[r\], kRowsAtOnce == 1 \? before",
         kind="shuffle from another lane",
     ),

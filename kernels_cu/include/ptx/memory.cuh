@@ -35,9 +35,6 @@ __device__ __forceinline__ u32 load_acquire(const u32* from) {
 __device__ __forceinline__ void store_relaxed(u32* to, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
-__device__ __forceinline__ void store_release(u32* to, u32 word) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
-}
 
 // A page number, and its neighbours to L2: the next tiles ask for those.
 __device__ __forceinline__ u32 load_page(const int* from) {
@@ -45,6 +42,10 @@ __device__ __forceinline__ u32 load_page(const int* from) {
     asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(page) : "l"(from));
     return page;
 }
+
+// Loads that stand before this begin before those behind it: ptxas moves no load across it, and else those last that are wanted
+// first. All lanes of a warp come here.
+__device__ __forceinline__ void hold_loads() { __syncwarp(); }
 
 // Reads past L1, which may hold a line from before another block wrote it.
 __device__ __forceinline__ float4 load_cg_if(bool exists, const float4* from) {

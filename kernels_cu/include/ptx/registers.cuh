@@ -14,7 +14,8 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 // Keeps a value in its register: the compiler would rather compute it again in every iteration.
 __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
-__device__ __forceinline__ void pin(const char*& value) { asm volatile("" : "+l"(value)); }
+template <typename T>
+__device__ __forceinline__ void pin(T*& value) { asm volatile("" : "+l"(value)); }
 
 // This thread's number in its block, read where it is asked for: no compiler keeps it in a register until then.
 __device__ __forceinline__ u32 thread_number() {
