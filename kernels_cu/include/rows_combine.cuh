@@ -8,6 +8,7 @@
 // splits as they come, into its slot; blocks that go on with it keep each split in a slot, and the last to arrive folds them.
 #pragma once
 #include "combine.cuh"
+#include "ptx/matrices.cuh"
 #include "rows_softmax.cuh"
 
 // Whether lanes exchange results before they store them. Others than wgmma's kernels with up to 128 columns a warp lack the
@@ -69,21 +70,20 @@ public:
     }
 
     __device__ __forceinline__ void answer() const {
+        float factors[kRowTiles][2] = {};
         for_rows([&](int t, int half, int row) {
             const RowOutput at(p_, segment_, row);
             float lse;
-            const float factor = finish_row(p_, at, states_[t][half], lse);
-            for_columns([&](int n) {
-                const float2 o = get(t, half, n);
-                if constexpr (kStagesAnswers) {
-                    stage<OutElement>(staged(row, column_ / 8 + n) + column_ % 8 * 2, o.x * factor, o.y * factor);
-                } else {
+            const float factor = factors[t][half] = finish_row(p_, at, states_[t][half], lse);
+            if constexpr (!kStagesAnswers) {
+                for_columns([&](int n) {
+                    const float2 o = get(t, half, n);
                     store2<OutElement>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
-                }
-            });
+                });
+            }
             if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
         });
-        if constexpr (kStagesAnswers) store_staged();
+        if constexpr (kStagesAnswers) stage<OutElement>(factors), store_staged();
     }
 
 private:
@@ -109,9 +109,22 @@ private:
         return staged_ + (row * kRowChunks + (chunk ^ row % 8)) * 16;
     }
 
+    // Stages the rows of a warp, two column tiles at a time: lane l names row l % 16 of tile l / 16.
     template <typename T>
-    __device__ __forceinline__ void stage(u32 to, float low, float high) const {
-        store_shared(to, T::pack(low, high));
+    __device__ __forceinline__ void stage(const float (&factors)[kRowTiles][2]) const {
+        static_assert(!kStagesAnswers || (kRowTiles == 1 && kColumnTiles % 8 == 0), "chunks of a warp begin with a whole line of banks");
+        const int lane = thread_number() % 32, row = first_row_ - lane / 4;
+        if (row >= segment_.valid_rows) return;  // the same in all lanes
+        const u32 to = staged(row + lane % 16, column_ / 8 + lane / 16);
+        for_each<kColumnTiles / 2>([&](int pair) {
+            const auto pack = [&](int half, int n) {
+                const float2 o = get(0, half, n);
+                return T::pack(o.x * factors[0][half], o.y * factors[0][half]);
+            };
+            const int n = pair * 2;
+            const u32 packed[4] = {pack(0, n), pack(1, n), pack(0, n + 1), pack(1, n + 1)};
+            stmatrix_x4((to ^ n % 8 * 16) + n / 8 * 128, packed);
+        });
     }
 
     // Stores the rows that have been staged: every warp some of them, whole ones. One lane finds where a row begins for all.
