@@ -279,7 +279,7 @@ def test_two_blocks_side_by_side(mask: str, sim: Backend) -> None:
         check(case, make_inputs(case), sim)
     assert launches[-1].kernel == "mla_wgmma"
     wide = make_problem(4, 1, 128, 1, 576, headdim_v=512)
-    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3), (300, 64, 300)):
+    for num_sm, rows, blocks in ((132, 64, 132), (7, 128, 3), (300, 64, 300), (2**16, 64, 2**12 - 1)):
         partition = kernels.choose(wide, Device(num_sm, 90), 4096)
         assert (partition.rows, partition.num_blocks) == (rows, blocks)
 

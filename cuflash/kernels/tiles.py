@@ -17,6 +17,7 @@ from ..problem import Problem
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
 ONE_ROW_BLOCK = 16  # so many packed query rows are never cut
 RESERVED_SHARED = 1024  # the system's share of every resident block
+MOST_BLOCKS = 2**12 - 1  # those that merge an item are counted in 12 bits (rows_combine.cuh); no GPU holds as many
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Tiling:
 
 def resident_blocks(problem: Problem, device: Device, blocks_per_sm: int) -> int:
     """Return the blocks that a device holds at once, of the multiprocessors that a problem leaves to attention."""
-    return max(1, device.num_sm - problem.sm_margin) * blocks_per_sm
+    return min(MOST_BLOCKS, max(1, device.num_sm - problem.sm_margin) * blocks_per_sm)
 
 
 def padded_headdim(headdim: int, itemsize: int = 2) -> int:

@@ -224,7 +224,7 @@ __device__ __forceinline__ u32 started_parts(const u32* words) {
 // item have begun with it: else those which have not might be waiting for its place. `left` are the bits of pieces that it leaves
 // to others. One thread comes here.
 __device__ __forceinline__ MergeState arrive_at_item(u32* words, u32 parts, bool waits, u32 left = 0) {
-    constexpr u32 kArrival = 1, kWaits = 1 << 12, kLeft = 1 << 24, kCountMask = kWaits - 1;
+    constexpr u32 kArrival = 1, kWaits = 1 << 12, kLeft = 1 << 24, kCountMask = kWaits - 1;  // no grid has more (tiles.py)
     const u32 mine = kArrival + (waits ? kWaits : 0) + left * kLeft, before = atomic_add_acq_rel(words + kArrived, mine);
     u32 now = before + mine;
     while (waits && (now & kCountMask) < parts) now = load_acquire(words + kArrived);
