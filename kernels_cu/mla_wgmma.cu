@@ -42,7 +42,7 @@ struct BlockState {
     Segment segment;
     TurnState turns;
     MergeState merge;
-    ScatterState scatter;
+    Cut item_end;  // of the segment's item
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
 static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
@@ -168,7 +168,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
         if (threadIdx.x == 0) {
             block.segment = segment;
             start_part(p, block.share, segment);
-            ReduceScatter::load_end(p, block.share, segment, block.scatter);
+            ReduceScatter::load_end(p, block.share, segment, block.item_end);
         }
         load_latent_queries(p, segment, shared_address(queries));
         cp_async_commit();
@@ -286,18 +286,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             hand_on(p, block.share, block.segment, results, block.merge);
         } else if (block.segment.starts && block.segment.ends) {
             results.answer();
-        } else if (ReduceScatter::fits(block.share, block.segment, block.scatter)) {
+        } else if (ReduceScatter::fits(block.share, block.segment, block.item_end)) {
             ReduceScatter(p, block.share, block.segment, ring).merge(math.output(), states, block.merge);
-        } else {
-            const Cut cut = cut_item(block.share, block.segment);
-            u32* const words = counters_of(p, cut.first_block);
-            const u32 started = started_parts(words);
-            results.store(slot_of_result(block.segment));
-            const bool waits = has_nothing_behind(block.share, block.segment) && started == parts_of(cut);
-            if (joins_merge(words, parts_of(cut), waits, block.merge)) {
-                TogetherState& together = *reinterpret_cast<TogetherState*>(queries);
-                Together(p, block.segment, cut, together).merge(block.merge);
-            }
+        } else if (store_part(p, block.share, block.segment, results, block.merge)) {
+            TogetherState& together = *reinterpret_cast<TogetherState*>(queries);
+            Together(p, block.segment, cut_item(block.share, block.segment), together).merge(block.merge);
         }
         worker_barrier();  // all have read the queries and the segment, which now change
     }

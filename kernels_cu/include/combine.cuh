@@ -210,7 +210,8 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
             });
         }
         __syncwarp();
-        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : lane % kLanes == 0 && first + lane / kLanes == row && lane < kRowsAtOnce * kLanes;
+        const bool is_first_of_row = lane % kLanes == 0 && first + lane / kLanes == row && lane < kRowsAtOnce * kLanes;
+        const bool is_rows = kRowsAtOnce == 1 ? lane == 0 : is_first_of_row;
         if (is_rows && p.softmax_lse) p.softmax_lse[at.lse] = lse;
     }
 }
@@ -219,6 +220,9 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Segment
 __device__ __forceinline__ Cut cut_item(const Share& share, const Segment& segment) {
     return segment.starts ? share.end : share.begin;
 }
+
+// How many blocks have parts of its item.
+__device__ __forceinline__ int parts_of(const Cut& cut) { return cut.last_block - cut.first_block + 1; }
 
 // Hands the result of a segment on: to its output, or as a partial result to the block that arrives last at its item, which
 // merges all of them.
@@ -257,7 +261,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
         // only the first one, slot 2 b.
         const Cut cut = cut_item(share, segment);
         slot = 2 * blockIdx.x + segment.starts;
-        parts.count = cut.last_block - cut.first_block + 1;
+        parts.count = parts_of(cut);
         parts.first = 2 * cut.first_block + 1;
         parts.next = 2 * cut.first_block;
     }
@@ -299,7 +303,7 @@ __device__ __forceinline__ void finish_segment(const DecodeParams& p, const Shar
     if (!whole) {
         const Cut cut = cut_item(share, segment);
         if (threadIdx.x == 0) {
-            const u32 others = cut.last_block - cut.first_block;
+            const u32 others = parts_of(cut) - 1;
             is_last = atomic_inc_acq_rel(p.counters + cut.first_block, others) == others;
         }
         __syncthreads();

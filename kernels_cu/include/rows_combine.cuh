@@ -112,7 +112,7 @@ private:
     // Stages the rows of a warp, two column tiles at a time: lane l names row l % 16 of tile l / 16.
     template <typename T>
     __device__ __forceinline__ void stage(const float (&factors)[kRowTiles][2]) const {
-        static_assert(!kStagesAnswers || (kRowTiles == 1 && kColumnTiles % 8 == 0), "chunks of a warp begin with a whole line of banks");
+        static_assert(!kStagesAnswers || (kRowTiles == 1 && kColumnTiles % 8 == 0), "a warp's chunks begin at the first bank");
         const int lane = thread_number() % 32, row = first_row_ - lane / 4;
         if (row >= segment_.valid_rows) return;  // the same in all lanes
         const u32 to = staged(row + lane % 16, column_ / 8 + lane / 16);
@@ -235,9 +235,9 @@ __device__ __forceinline__ MergeState arrive_at_item(u32* words, u32 parts, bool
 }
 
 // The same for a whole block. Returns whether it merges the item.
-__device__ __forceinline__ bool joins_merge(u32* words, u32 parts, bool waits, MergeState& merge) {
+__device__ __forceinline__ bool joins_merge(u32* words, u32 parts, bool waits, MergeState& merge, u32 left = 0) {
     worker_barrier();
-    if (threadIdx.x == 0) merge = arrive_at_item(words, parts, waits);
+    if (threadIdx.x == 0) merge = arrive_at_item(words, parts, waits, left);
     worker_barrier();
     return merge.mergers > 0;
 }
@@ -287,8 +287,15 @@ __device__ __forceinline__ int slot_of_result(const Segment& segment) { return 2
 __device__ __forceinline__ constexpr int place_of_part(int part) { return Parts::kStride * part + (part == 0); }
 __device__ __forceinline__ int slot_of_part(int first, int part) { return Parts::kStride * first + place_of_part(part); }
 
-// How many blocks have parts of an item.
-__device__ __forceinline__ int parts_of(const Cut& cut) { return cut.last_block - cut.first_block + 1; }
+// Stores the results of a segment, a part of its item. Returns whether this block merges the item.
+__device__ __forceinline__ bool store_part(const DecodeParams& p, const Share& share, const Segment& segment,
+                                           const RowResults& results, MergeState& merge) {
+    const Cut cut = cut_item(share, segment);
+    u32* const words = counters_of(p, cut.first_block);
+    const u32 parts = parts_of(cut), started = started_parts(words);
+    results.store(slot_of_result(segment));
+    return joins_merge(words, parts, has_nothing_behind(share, segment) && started == parts, merge);
+}
 
 // Merges other results into those of an item that lies in one slot.
 __device__ __forceinline__ void merge_alone(const DecodeParams& p, const Segment& segment, int slot, MergeState& merge) {
@@ -300,17 +307,16 @@ __device__ __forceinline__ void merge_alone(const DecodeParams& p, const Segment
 // Hands a segment's results on: to the output, or to the blocks of its item.
 __device__ __forceinline__ void hand_on(const DecodeParams& p, const Share& share, const Segment& segment,
                                         const RowResults& results, MergeState& merge) {
-    const bool is_whole = segment.starts && segment.ends;
-    if (is_whole && !kMerges) return results.answer();
-    const int slot = slot_of_result(segment);
+    if (segment.starts && segment.ends) {
+        if constexpr (!kMerges) return results.answer();
+        const int slot = slot_of_result(segment);
+        results.store(slot);
+        return merge_alone(p, segment, slot, merge);
+    }
+    if (!store_part(p, share, segment, results, merge)) return;
     const Cut cut = cut_item(share, segment);
-    u32* const words = counters_of(p, cut.first_block);
-    const u32 started = is_whole ? 0 : started_parts(words);
-    results.store(slot);
-    if (is_whole) return merge_alone(p, segment, slot, merge);
-    const int parts = parts_of(cut);
-    if (!joins_merge(words, parts, has_nothing_behind(share, segment) && started == parts, merge)) return;
-    merge_with_others(p, segment, {2 * cut.first_block + 1, 2 * cut.first_block, parts}, merge, words);
+    const Parts parts = {2 * cut.first_block + 1, 2 * cut.first_block, parts_of(cut)};
+    merge_with_others(p, segment, parts, merge, counters_of(p, cut.first_block));
 }
 
 // The same with split_size, whose segments are splits. `folded` are the states of the item's splits before this one, where they

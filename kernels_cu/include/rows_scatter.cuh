@@ -13,11 +13,6 @@
 #include "ptx/copies.cuh"
 #include "rows_combine.cuh"
 
-// What the threads of a block tell each other, in shared memory.
-struct ScatterState {
-    Cut end;  // of the item's last share
-};
-
 class ReduceScatter {
     static_assert(kRowTiles == 1 && kWarpRows == 16, "a warp has 16 rows");
     static constexpr int kChunks = kColumnTiles;
@@ -29,19 +24,17 @@ public:
     static_assert(kMostParts <= 8, "who arrives has as many bits for pieces");
     static constexpr int kSharedBytes = 2 * kWarps * kWarpBytes;
 
-    // Asks for the end of the last share of a segment's item. One thread does; the copy belongs to the group that is committed
-    // next.
-    static __device__ __forceinline__ void load_end(const DecodeParams& p, const Share& share, const Segment& segment,
-                                                    ScatterState& state) {
+    // Asks for the end of the last share of a segment's item, in shared memory. One thread does; the copy belongs to the group
+    // that is committed next.
+    static __device__ __forceinline__ void load_end(const DecodeParams& p, const Share& share, const Segment& segment, Cut& end) {
         if constexpr (kMostParts == 0) return;
-        cp_async_16_or_zero(true, shared_address(&state.end), plan_cuts(p.plan) + cut_item(share, segment).last_block + 1);
+        cp_async_16_or_zero(true, shared_address(&end), plan_cuts(p.plan) + cut_item(share, segment).last_block + 1);
     }
 
     // Whether the blocks of a cut item merge it so, when that has come. All of them find the same.
-    static __device__ __forceinline__ bool fits(const Share& share, const Segment& segment, const ScatterState& state) {
+    static __device__ __forceinline__ bool fits(const Share& share, const Segment& segment, const Cut& end) {
         if constexpr (kMostParts == 0) return false;
-        const Cut cut = cut_item(share, segment);
-        return cut.last_block - cut.first_block < kMostParts && state.end.item == segment.item + 1 && state.end.key == 0;
+        return parts_of(cut_item(share, segment)) <= kMostParts && end.item == segment.item + 1 && end.key == 0;
     }
 
     // `shared` is an address of kSharedBytes that nobody uses.
@@ -60,8 +53,7 @@ public:
         worker_barrier();
         if (thread_ == 0) merge = started == parts_ ? arrive_at_item(words, parts_, true) : MergeState{0, 0, 0};
         worker_barrier();
-        if (merge.mergers == 0) leave(has_rows, words, merge);
-        if (merge.mergers == 0) return;
+        if (merge.mergers == 0 && !leave(has_rows, words, merge)) return;
         const u32 gone = say_gone(words, merge);
         u32 pieces = 1u << mine_;
         if (merge.number == 0) pieces |= (1u << num_pieces()) - (1u << parts_) | merge.left;  // what nobody has, or others left
@@ -120,16 +112,14 @@ private:
         });
     }
 
-    // Stores what was kept, for those that wait, and arrives.
-    __device__ __forceinline__ void leave(bool has_rows, u32* words, MergeState& merge) {
+    // Stores what was kept, for those that wait, and arrives. Returns whether nobody waited, and this block merges all.
+    __device__ __forceinline__ bool leave(bool has_rows, u32* words, MergeState& merge) {
         const int count = has_rows ? piece_chunks() : 0, begin = mine_ * piece_chunks();
 #pragma unroll 1
         for (int i = 0; i < count && has_columns(begin + i); ++i) {
             store_global(chunk_of(mine_, begin + i), load_shared(kept_ + i * 512));
         }
-        worker_barrier();
-        if (thread_ == 0) merge = arrive_at_item(words, parts_, false, 1u << mine_);
-        worker_barrier();
+        return joins_merge(words, parts_, false, merge, 1u << mine_);
     }
 
     // Merges a piece of the columns of all parts, in the order of keys, and stores the answer. It is done once, and takes as long

@@ -26,7 +26,7 @@ public:
         : p_(p), segment_(segment), state_(state), first_block_(cut.first_block), parts_(parts_of(cut)),
           cells_(segment.valid_rows * kPieces), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {
         pin(parts_);  // else what follows from it takes registers in the main loop
-        // A lane loads up to kAtOnce parts of a cell, or parts of several cells: of no more than give every warp of all blocks some.
+        // A lane loads up to kAtOnce parts of a cell, or those of several cells if there are enough for the warps of all blocks.
         log_warps_ = min(kLogWarps, log2_above((parts_ + kAtOnce - 1) / kAtOnce));
         warp_parts_ = shifted_up(parts_, log_warps_);
         log_width_ = shares_cells() ? kLogLanes : max(2, log2_above(warp_parts_));  // warps that share one all see its row
