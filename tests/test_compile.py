@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from bench import cubins, sass
+from bench import cubins, gpu, sass
+from bench.device import plan_for
 
+from cuflash import kernels
 from cuflash.device import Device
 from cuflash.kernels import decode, extend, extend_wgmma, mla, mla_wgmma
 from cuflash.kernels.append import append_variant
@@ -109,6 +111,16 @@ def test_no_local_memory(rows: int, arch: int) -> None:
     """Registers never spill at head dim 128."""
     code = check(decode_variant("bfloat16", (128, 128), rows, {}, (1000, None), arch), arch)
     assert code.local_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", gpu.shapes().values(), ids=gpu.shapes())
+def test_kernels_of_the_benchmark_use_no_local_memory(shape: gpu.Shape) -> None:
+    """A GPU's own compiler is asked by the same test there."""
+    with plan_for(132):
+        plan = shape.plan(shape.lengths.astype("int32"))
+        for variant in kernels.variants(plan.problem, plan.partition, appends=False):
+            assert check(variant, 90).local_bytes == 0, variant
 
 
 def many_rows_variant(arch: int, kv_dtype: str | None = None) -> Variant:

@@ -43,8 +43,10 @@ public:
     __device__ __forceinline__ RowStates& states() const { return states_; }
 
     __device__ __forceinline__ void store(int slot) const {
+        int first_row = first_row_;
+        pin(first_row);  // else what follows from it takes registers in the main loop
         for_each<kRowTiles, 2>([&](int t, int half) {
-            const int row = row_of(t, half);
+            const int row = first_row + t * 16 + half * 8;
             const bool exists = row < segment_.valid_rows;
             if (kExchanges ? row / 8 * 8 >= segment_.valid_rows : !exists) return;  // the same in all lanes if they exchange
             store_row(outputs_of(slot, row), t, half, exists);
@@ -208,6 +210,9 @@ struct MergeState {
     u32 left;     // the pieces of the item that blocks have left to others, a bit each
 };
 
+// Asked for where an item ends, as all that is needed only there: the main loop has no register for it.
+__device__ __forceinline__ bool is_first_thread() { return thread_number() == 0; }
+
 // Whether a segment's item has other parts, and a thread says so when it begins.
 __device__ __forceinline__ void start_part(const DecodeParams& p, const Share& share, const Segment& segment) {
     if (kHasSplitSize || (segment.starts && segment.ends)) return;
@@ -216,7 +221,7 @@ __device__ __forceinline__ void start_part(const DecodeParams& p, const Share& s
 
 // Blocks that have begun with an item. One thread asks, ahead of what takes as long as the answer.
 __device__ __forceinline__ u32 started_parts(const u32* words) {
-    return threadIdx.x == 0 ? load_relaxed(words + kStarted) : 0;
+    return is_first_thread() ? load_relaxed(words + kStarted) : 0;
 }
 
 // Says that this block's part of an item is stored, and waits until all are, or does not. Those that wait merge the item; if
@@ -237,7 +242,7 @@ __device__ __forceinline__ MergeState arrive_at_item(u32* words, u32 parts, bool
 // The same for a whole block. Returns whether it merges the item.
 __device__ __forceinline__ bool joins_merge(u32* words, u32 parts, bool waits, MergeState& merge, u32 left = 0) {
     worker_barrier();
-    if (threadIdx.x == 0) merge = arrive_at_item(words, parts, waits, left);
+    if (is_first_thread()) merge = arrive_at_item(words, parts, waits, left);
     worker_barrier();
     return merge.mergers > 0;
 }
@@ -245,10 +250,10 @@ __device__ __forceinline__ bool joins_merge(u32* words, u32 parts, bool waits, M
 // The last one of those that merge to go on leaves the counters as they were found. Each says so at once, and need not know who
 // that is until it has merged.
 __device__ __forceinline__ u32 say_gone(u32* words, const MergeState& merge) {
-    return threadIdx.x == 0 && merge.mergers > 1 ? atomic_add_relaxed(words + kGone, 1) : 0;
+    return is_first_thread() && merge.mergers > 1 ? atomic_add_relaxed(words + kGone, 1) : 0;
 }
 __device__ __forceinline__ void clear_counters(u32* words, const MergeState& merge, u32 gone) {
-    if (threadIdx.x != 0 || gone != merge.mergers - 1) return;
+    if (!is_first_thread() || gone != merge.mergers - 1) return;
 #pragma unroll
     for (int word = 0; word < kItemWords; ++word) store_relaxed(words + word, 0);
 }
@@ -258,7 +263,7 @@ __device__ __forceinline__ void merge_rows(const DecodeParams& p, const Segment&
                                            const MergeState& merge) {
     const int begin = merge.number * segment.valid_rows / merge.mergers;
     const int end = (merge.number + 1) * segment.valid_rows / merge.mergers;
-    const int thread = thread_number();  // asked for here, or what follows from it takes registers in the main loop
+    const int thread = thread_number();
     if (parts.count <= 4) {
         merge_parts<4, 4>(p, segment, parts, begin, end, thread);
     } else {
@@ -299,7 +304,7 @@ __device__ __forceinline__ bool store_part(const DecodeParams& p, const Share& s
 
 // Merges other results into those of an item that lies in one slot.
 __device__ __forceinline__ void merge_alone(const DecodeParams& p, const Segment& segment, int slot, MergeState& merge) {
-    if (threadIdx.x == 0) merge = {1, 0, 0};
+    if (is_first_thread()) merge = {1, 0, 0};
     worker_barrier();
     merge_rows(p, segment, {slot, slot, 1}, merge);
 }
