@@ -38,14 +38,11 @@ public:
     __device__ __forceinline__ void merge(const MergeState& merge) {
         u32* const words = counters_of(p_, first_block_);
         const u32 first = merge.number << log_unit_;
-        u32 gone;
-        if (first >= cells_) gone = say_gone(words, merge);
+        const u32 gone = say_gone(words, merge);
 #pragma unroll 1
         for (u32 cell = first; cell < cells_; cell += merge.mergers << log_unit_) {
             if (cell != first) worker_barrier();  // all have read what the warps of a cell had found
-            merge_unit(cell, [&] {
-                if (cell == first) gone = say_gone(words, merge);
-            });
+            merge_unit(cell);
         }
         clear_counters(words, merge, gone);
     }
@@ -67,9 +64,8 @@ private:
     __device__ __forceinline__ bool shares_cells() const { return log_warps_ > 0; }
     __device__ __forceinline__ int number_in_cell() const { return warp_ & (1 << log_warps_) - 1; }
 
-    // Merges the unit that begins with a cell. While its parts are on their way it calls meanwhile().
-    template <typename Meanwhile>
-    __device__ __forceinline__ void merge_unit(u32 cell_of_unit, Meanwhile meanwhile) {
+    // Merges the unit that begins with a cell.
+    __device__ __forceinline__ void merge_unit(u32 cell_of_unit) {
         u32 first_cell = cell_of_unit + (warp_ >> log_warps_ << log_cells_);
         // Of the `number`-th load: its cell, its part, and whether there is such a cell.
         const auto cell_of = [&](u32 number) { return first_cell + (number >> log_width_); };
@@ -101,7 +97,6 @@ private:
                     part[number + i] = load_cg_if(i < there, from + place);
                 });
             });
-            if (done == 0) meanwhile();
             const RowOutput at(p_, segment_, row);
             const RowState state = {is_part ? loaded.x : kLowest, loaded.y};
             const auto over_lanes = [&](float value, auto joined) {  // over those of a cell
