@@ -175,16 +175,21 @@ def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, 
 
 
 @pytest.mark.parametrize(
-    ("num_sm", "heads", "length"),
-    [(40, 16, 2560), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 64, 4480), (132, 128, 8448)))],
-)
+    ("num_sm", "heads", "headdim_v", "vectors"),
+    [(40, 16, 512, 32), (36, 2, 456, 8),
+     *(pytest.param(*sizes, marks=pytest.mark.slow)
+       for sizes in ((36, 4, 456, 16), (70, 64, 512, 32), (132, 128, 512, 32), (132, 16, 512, 16)))],
+)  # fmt: skip
 @pytest.mark.parametrize("arch", ["90a"])
-def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim: Backend, monkeypatch: Any) -> None:
-    """Warps share the parts of a row; whoever merges what, the bits are the same."""
+def test_more_parts_than_a_warp_merges(
+    num_sm: int, heads: int, headdim_v: int, vectors: int, sim: Backend, monkeypatch: Any
+) -> None:
+    """Warps share the parts of a row, and lanes load one or several; whoever merges what, the bits are the same."""
     monkeypatch.setenv("CUFLASH_NUM_SM", str(num_sm))
     case = Case(
-        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(length,), page_size=64, sinks=True
-    )
+        dtype="bfloat16", heads=(heads, 1), headdim=(headdim_v + 64, headdim_v), mla="joint", seqlens=(64 * num_sm,),
+        page_size=64, sinks=True,
+    )  # fmt: skip
     inputs = make_inputs(case)
     bits = set()
     for seed in range(2):
@@ -192,6 +197,8 @@ def test_more_parts_than_a_warp_merges(num_sm: int, heads: int, length: int, sim
             bits.add(b"".join(array.tobytes() for array in check(case, inputs, sim)))
         assert attention(launches).grid == (num_sm, 1, 1)
     assert len(bits) == 1
+    tiles = mla_wgmma.tiling(make_problem(1, 1, heads, 1, headdim_v + 64, headdim_v=headdim_v), Device(num_sm, 90))
+    assert tiles is not None and tiles.merge_vectors == vectors
 
 
 def _let_wait(who: str, parts: int, change_source: ChangeSource, **more: str) -> None:
@@ -400,6 +407,25 @@ def test_tiles_are_shared_where_they_come_in_boxes(page_size: int | None, is_sha
     problem = make_problem(128, 1, 128, 1, 64, headdim_v=512, qkv_dtype="bfloat16", page_size=page_size)
     tiles = mla_wgmma.tiling(problem, Device(132, 90))
     assert tiles is not None and tiles.shares_tiles == is_shared
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@BOTH
+def test_no_sequences(heads: int, sim: Backend) -> None:
+    """Then there is nothing to write, but for queries that belong to none."""
+    none, pages = np.zeros(0, np.int32), np.full((2, 16, 1, 576), np.nan, np.float16)
+    common = {"cache_seqlens": none, "page_table": np.zeros((0, 2), np.int32), "return_softmax_lse": True}
+    assert cuflash.get_scheduler_metadata(0, 1, 32, heads, 1, 576, none, "float16", 512).work().size == 0
+    with launched():
+        out, lse = cuflash.flash_attn_with_kvcache(
+            np.ones((0, 1, heads, 576), np.float16), pages, pages[..., :512], **common
+        )
+        assert out.shape == (0, 1, heads, 512) and lse.shape == (0, heads, 1)
+        out, lse = cuflash.flash_attn_with_kvcache(
+            np.ones((3, heads, 576), np.float16), pages, pages[..., :512], cu_seqlens_q=np.zeros(1, np.int32),
+            max_seqlen_q=2, **common,
+        )  # fmt: skip
+        assert np.all(out == 0) and np.all(lse == -np.inf)
 
 
 @BOTH

@@ -61,7 +61,8 @@ class Tiles:
         shares_tiles: Whether these are a cluster, and a tile is copied once for all of them.
         scattered_parts: Most parts of an item that its blocks merge piece by piece, 0 for none.
         evicts_first: Whether rows of the cache that were read leave the L2 cache before all others.
-        merge_loads: Parts of a row that a lane of those who merge many loads at once.
+        merge_loads: Loads that a lane has under way where many blocks merge an item.
+        merge_vectors: Lanes that load one part there, four columns each.
         cluster: 1: blocks merge through global memory.
     """
 
@@ -84,6 +85,7 @@ class Tiles:
     scattered_parts: int = 0
     evicts_first: bool = True
     merge_loads: int = 0
+    merge_vectors: int = 0
     cluster: int = 1
 
     @property

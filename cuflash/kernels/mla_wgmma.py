@@ -64,10 +64,15 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     # b16 L1024 13.4 and 14.3, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
     most_parts = 8 if problem.rows > 16 else 4
     is_scattered = 8 * most_parts * items >= 7 * resident
-    # Loads that a lane has under way where parts are merged. That is executed once, and each instruction counts: b16
-    # L1024 with 16 heads takes 13.3 us with 32 loads, of which 8 are wanted, and 12.7 with 8 (H200). Of the parts in
-    # 66 or 132 blocks a warp has 17.
-    merge_loads = 8 if resident // items <= 8 else 20
+    # Where many blocks merge an item, 32 lanes load 128 columns of a part, or fewer columns of several parts, until
+    # there is something to do for every block: b1 L32768 with 16 heads, which are 64 pieces of 128 columns for 132
+    # blocks, 18.0 and 17.4 us (H200).
+    blocks, merge_vectors = resident // max(items, 1), 32
+    while merge_vectors > 8 and min(problem.rows, _ROWS) * (dv // 4) <= blocks * (merge_vectors // 2):
+        merge_vectors //= 2
+    # Loads that a lane has under way there. That is executed once, and each instruction counts: b16 L1024 with 16 heads
+    # takes 13.3 us with 32 loads, of which 8 are wanted, and 12.7 with 8. Of parts in 66 or 132 blocks a warp has 17.
+    merge_loads = 8 if blocks <= 8 else {32: 20, 16: 12, 8: 8}[merge_vectors]
     # Rows that were read leave the L2 cache first. That is faster, in most kernels by an eighth, but with more than 32
     # rows where blocks have sequences of their own: b128 L4096 with 64 heads 154 us so, 150 to 154 without, 128 heads
     # 254 and 244; yet 16 heads 145 and 156, and b32 L4096 with 64 heads, whose blocks share items, 49.7 and 51.8.
@@ -83,6 +88,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         scattered_parts=most_parts if is_scattered else 0,
         evicts_first=evicts_first,
         merge_loads=merge_loads,
+        merge_vectors=merge_vectors,
     )
 
 
@@ -99,6 +105,7 @@ def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
         ("SCATTERED_PARTS", tiles.scattered_parts),
         ("EVICTS_FIRST", int(tiles.evicts_first)),
         ("MERGE_LOADS", tiles.merge_loads),
+        ("MERGE_VECTORS", tiles.merge_vectors),
         *_REGISTERS,
     )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")

@@ -13,12 +13,15 @@ struct TogetherState {
 };
 
 class Together {
-    static constexpr int kAtOnce = MERGE_LOADS;           // float4s of a lane whose loads are in flight together
-    static constexpr int kFewest = 4;                     // of them of one cell
-    static constexpr int kPieces = (kVectors + 31) / 32;  // of a row; a piece of one row is a cell
-    static constexpr u32 kPartVectors = Parts::kStride * kSlotVectors;  // from a part to the next one
+    static constexpr int kAtOnce = MERGE_LOADS;  // float4s of a lane whose loads are in flight together
+    static constexpr int kFewest = 4;            // of them of one cell
+    // A piece of a row is a cell, kCellVectors float4s: as many lanes load a part of it, other lanes others of its parts.
+    static constexpr int kCellVectors = MERGE_VECTORS, kGroups = 32 / kCellVectors;
+    static constexpr int kPieces = (kVectors + kCellVectors - 1) / kCellVectors;
+    static constexpr int kPartsAtOnce = kAtOnce * kGroups, kFewestParts = kFewest * kGroups;  // the same of a warp
+    static constexpr u32 kPartVectors = Parts::kStride * kSlotVectors;                        // from a part to the next one
     static constexpr int kLogLanes = 5, kLogWarps = 3;
-    static_assert(kAtOnce % kFewest == 0 && kAtOnce <= 1 << kLogLanes, "a lane weighs a part");
+    static_assert(kAtOnce % kFewest == 0 && kPartsAtOnce <= 1 << kLogLanes, "a lane weighs a part");
     static_assert(kWarps == 1 << kLogWarps, "warps share cells by powers of 2");
 
 public:
@@ -26,11 +29,13 @@ public:
         : p_(p), segment_(segment), state_(state), first_block_(cut.first_block), parts_(parts_of(cut)),
           cells_(segment.valid_rows * kPieces), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {
         pin(parts_);  // else what follows from it takes registers in the main loop
-        // A lane loads up to kAtOnce parts of a cell, or those of several cells if there are enough for the warps of all blocks.
-        log_warps_ = min(kLogWarps, log2_above((parts_ + kAtOnce - 1) / kAtOnce));
+        // A warp loads kPartsAtOnce parts of a cell, or those of several cells if there are enough for the warps of all blocks.
+        log_warps_ = min(kLogWarps, log2_above((parts_ + kPartsAtOnce - 1) / kPartsAtOnce));
         warp_parts_ = shifted_up(parts_, log_warps_);
-        log_width_ = shares_cells() ? kLogLanes : max(2, log2_above(warp_parts_));  // warps that share one all see its row
-        log_cells_ = max(0, min(log2_below(max(1, kAtOnce >> log_width_)), log2_above(cells_) - log2_above(parts_ * kWarps)));
+        log_width_ = shares_cells() ? kLogLanes  // warps that share one all see its row
+                                    : log2_above(max(kFewestParts, warp_parts_));
+        const int most_cells = max(1, kPartsAtOnce >> log_width_);
+        log_cells_ = max(0, min(log2_below(most_cells), log2_above(cells_) - log2_above(parts_ * kWarps)));
         log_unit_ = kLogWarps - log_warps_ + log_cells_;
     }
 
@@ -55,11 +60,14 @@ private:
     static __device__ __forceinline__ int shifted_up(int number, int log) { return (number + (1 << log) - 1) >> log; }
 
     // This lane's float4 of a cell, among those of a slot, and whether there is one.
-    static constexpr bool kIsWhole = kVectors % 32 == 0;
+    static constexpr bool kIsWhole = kVectors % kCellVectors == 0;
+    __device__ __forceinline__ u32 vector() const { return lane_ % kCellVectors; }
     __device__ __forceinline__ u32 place_of(u32 cell) const {
-        return (kIsWhole ? cell * 32 : cell / kPieces * kVectors + cell % kPieces * 32) + lane_;
+        return (kIsWhole ? cell * kCellVectors : cell / kPieces * kVectors + cell % kPieces * kCellVectors) + vector();
     }
-    __device__ __forceinline__ bool has_vector(u32 cell) const { return kIsWhole || cell % kPieces * 32 + lane_ < kVectors; }
+    __device__ __forceinline__ bool has_vector(u32 cell) const {
+        return kIsWhole || cell % kPieces * kCellVectors + vector() < kVectors;
+    }
 
     __device__ __forceinline__ bool shares_cells() const { return log_warps_ > 0; }
     __device__ __forceinline__ int number_in_cell() const { return warp_ & (1 << log_warps_) - 1; }
@@ -67,20 +75,20 @@ private:
     // Merges the unit that begins with a cell.
     __device__ __forceinline__ void merge_unit(u32 cell_of_unit) {
         u32 first_cell = cell_of_unit + (warp_ >> log_warps_ << log_cells_);
-        // Of the `number`-th load: its cell, its part, and whether there is such a cell.
+        // Of the `number`-th part that is loaded: its cell, its number there, and whether there is such a cell.
         const auto cell_of = [&](u32 number) { return first_cell + (number >> log_width_); };
         const auto part_of = [&](u32 number) { return number & ((1 << log_width_) - 1); };
         const auto has_cell = [&](u32 number) { return number >> log_width_ + log_cells_ == 0 && cell_of(number) < cells_; };
         RowState merged = {kLowest, 0.0f};
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        // Once, unless there are more parts than a lane of all warps can load.
+        // Once, unless there are more parts than all warps can load.
         int first_part = number_in_cell() * warp_parts_, count = min(warp_parts_, parts_ - first_part);
 #pragma unroll 1
-        for (int done = 0; done < warp_parts_; done += kAtOnce, first_part += kAtOnce, count -= kAtOnce) {
+        for (int done = 0; done < warp_parts_; done += kPartsAtOnce, first_part += kPartsAtOnce, count -= kPartsAtOnce) {
             pin(first_cell), pin(log_width_);  // else what follows from them is found before the first load
-            // Lane i weighs load i; lanes of one cell are neighbours. Their states come first: weights are found while the parts
+            // Lane i weighs the i-th; lanes of one cell are neighbours. Their states come first: weights are found while the parts
             // are on their way.
-            const bool is_part = lane_ < kAtOnce && has_cell(lane_) && static_cast<int>(part_of(lane_)) < count;
+            const bool is_part = lane_ < kPartsAtOnce && has_cell(lane_) && static_cast<int>(part_of(lane_)) < count;
             const u32 row = cell_of(lane_) / kPieces;
             const int slot = slot_of_part(first_block_, first_part + part_of(lane_));
             const float2 loaded = load_cg_if(is_part, partial_states(p_, slot) + row);
@@ -89,12 +97,13 @@ private:
             // of a cell have an address in common.
             float4 part[kAtOnce];
             for_each<kAtOnce / kFewest>([&](int group) {
-                const u32 number = group * kFewest, cell = cell_of(number), first = first_part + part_of(number);
+                const u32 number = group * kFewestParts + lane_ / kCellVectors, cell = cell_of(number);
+                const u32 first = first_part + part_of(number);
                 const int there = has_cell(number) && has_vector(cell) ? count - part_of(number) : 0;
                 const float4* const from = partial_output(p_, 0) + ((first_block_ + first) * kPartVectors + place_of(cell));
                 for_each<kFewest>([&](int i) {
-                    const u32 place = i == 0 && first == 0 ? kSlotVectors : i * kPartVectors;  // place_of_part
-                    part[number + i] = load_cg_if(i < there, from + place);
+                    const u32 place = i == 0 && first == 0 ? kSlotVectors : i * kGroups * kPartVectors;  // place_of_part
+                    part[group * kFewest + i] = load_cg_if(i * kGroups < there, from + place);
                 });
             });
             const RowOutput at(p_, segment_, row);
@@ -114,15 +123,31 @@ private:
             scale(sum, kept);
             if (!shares_cells()) weight *= finish(cell_of(lane_), at, merged, is_part && part_of(lane_) == 0);
             for_each<kAtOnce / kFewest>([&](int group) {
-                const int number = group * kFewest;
-                for_each<kFewest>([&](int i) { add_weighted(sum, __shfl_sync(kFullWarp, weight, number + i), part[number + i]); });
-                if (!shares_cells() && (part_of(number + kFewest) == 0 || number + kFewest == kAtOnce)) {
+                const int number = group * kFewestParts, next = number + kFewestParts;
+                for_each<kFewest>([&](int i) {
+                    const int lane = number + i * kGroups + lane_ / kCellVectors;
+                    add_weighted(sum, __shfl_sync(kFullWarp, weight, lane), part[group * kFewest + i]);
+                });
+                if (!shares_cells() && (part_of(next) == 0 || next == kPartsAtOnce)) {
+                    add_groups(sum);
                     const long long begin = __shfl_sync(kFullWarp, at.out, number);
                     if (has_cell(number)) store(cell_of(number), begin, sum);
                     sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 }
             });
-            if (shares_cells() && done + kAtOnce >= warp_parts_) merge_warps(first_cell, at, merged, sum);
+            if (shares_cells() && done + kPartsAtOnce >= warp_parts_) {
+                add_groups(sum);
+                merge_warps(first_cell, at, merged, sum);
+            }
+        }
+    }
+
+    // Adds up what lanes have found that have the same float4 of a cell.
+    static __device__ __forceinline__ void add_groups(float4& sum) {
+#pragma unroll
+        for (int lanes = kCellVectors; lanes < 32; lanes *= 2) {
+            sum.x += __shfl_xor_sync(kFullWarp, sum.x, lanes), sum.y += __shfl_xor_sync(kFullWarp, sum.y, lanes);
+            sum.z += __shfl_xor_sync(kFullWarp, sum.z, lanes), sum.w += __shfl_xor_sync(kFullWarp, sum.w, lanes);
         }
     }
 
@@ -158,7 +183,8 @@ private:
 
     // Stores a cell of the row that begins at this element.
     __device__ __forceinline__ void store(u32 cell, long long begin, float4 output) const {
-        if (has_vector(cell)) store4<OutElement>(p_.out, begin + (cell % kPieces * 32 + lane_) * 4, output);
+        const u32 place = cell % kPieces * kCellVectors + lane_;
+        if (lane_ < kCellVectors && has_vector(cell)) store4<OutElement>(p_.out, begin + place * 4, output);
     }
 
     const DecodeParams& p_;
@@ -169,7 +195,7 @@ private:
     u32 warp_, lane_;
     int log_warps_;   // of the number of warps that share a cell, each some of its parts
     int warp_parts_;  // of a cell that a warp loads ..
-    int log_width_;   // .. in 2^log_width_ of its loads
+    int log_width_;   // .. in place of 2^log_width_
     int log_cells_;   // of the number of cells that a warp merges at once
     int log_unit_;    // of the number of cells that a block does
 };
