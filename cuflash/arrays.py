@@ -138,6 +138,11 @@ def strides_of(array: NativeArray) -> tuple[int, ...]:
     return tuple([stride if size > 1 else 0 for size, stride in zip(array.shape, array.strides)])
 
 
+def has_whole_rows(array: NativeArray) -> bool:
+    """Whether the elements of the last axis lie side by side; not so if they are all one, as a broadcast makes them."""
+    return not array.size or array.shape[-1] == 1 or array.strides[-1] == array.itemsize
+
+
 def address_of(array: NativeArray) -> int:
     """Return the address of the first element."""
     return array.data.ptr if is_on_device(array) else array.ctypes.data

@@ -227,6 +227,8 @@ DEFAULTS: dict[str, Any] = {
 def check(given: dict[str, Any]) -> None:
     """Raise what ``flash_attn_with_kvcache`` would raise for these arguments, before another call writes to them."""
     if not memo.is_remembered(flash_attn_with_kvcache.__name__, given):
+        for name in given.keys() - inspect.signature(flash_attn_with_kvcache).parameters.keys():
+            raise TypeError(f"{flash_attn_with_kvcache.__name__}() got an unexpected keyword argument {name!r}")
         whole = {**DEFAULTS, **given}
         arguments.attention(whole, arguments.plan_of(whole["scheduler_metadata"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .arrays import NativeArray
@@ -129,3 +130,20 @@ class Operands:
             **self.cache.arrays,
             **self.lengths.arrays,
         }
+
+    @property
+    def appended(self) -> list[str]:
+        """The names of the arrays that an append writes; joint values are a part of the keys."""
+        if self.k is None:
+            return []
+        pairs = ("k_cache", "k_descale", self.cache.k_scales), ("v_cache", "v_descale", self.cache.v_scales)
+        names = [(cache, *([descale] if scales.per_key else [])) for cache, descale, scales in pairs]
+        return [name for pair in names[: 2 - self.cache.joint] for name in pair]
+
+    def kept_apart(self) -> Iterator[tuple[str, str]]:
+        """Yield what is written and each other array that it must share no memory with, but be the same at most."""
+        names = [name for name, array in self.arrays.items() if array is not None]
+        for written in ("out", "softmax_lse", *self.appended):
+            for name in names:
+                if written in names and name != written and not (name == "v_cache" and self.cache.joint):
+                    yield written, name

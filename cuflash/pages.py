@@ -229,7 +229,7 @@ def _for_each(name: str, values: ArrayLike, rows: NDArray[Any]) -> NDArray[np.in
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """Return integers of at least 0, or raise naming the argument."""
+    """Return integers of at least 0 and below 2**62, so that sums of them fit, or raise naming the argument."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:  # lists of different lengths, or what is on a GPU
@@ -238,4 +238,6 @@ def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if (array < 0).any():
         raise ValueError(f"{name} must be at least 0, got {array.min()}")
+    if (array >= 2**62).any():
+        raise ValueError(f"{name} must be below 2**62, got {array.max()}")
     return array.astype(np.int64)

@@ -12,7 +12,8 @@ from .metadata import SchedulerMetadata
 from .operands import Operands
 
 _CACHES = ("k_cache", "v_cache")
-_VIEWS = (*_CACHES, "q_descale", "k_descale", "v_descale")  # of what was given, and never copied
+_DESCALES = ("k_descale", "v_descale")
+_VIEWS = (*_CACHES, "q_descale", *_DESCALES)  # of what was given, and never copied
 _RESULTS = ("out", "softmax_lse")  # made if they were not given
 
 
@@ -65,23 +66,23 @@ class RepeatedCall:
         self._returned = [places[name] for name in _RESULTS[: 1 + returns_lse]]
         self._results = itemgetter(*self._returned)
         self._num_given, self._q, self._gpu = len(arrays), places["q"], operands.q.data.device_id
-        self._caches = places["k_cache"], places["v_cache"]
-        self._together = address_of(operands.cache.k) == address_of(operands.cache.v)
-        pairs = [("out", name) for name in ("q", "qv", "k", "v", *_CACHES)]
-        if operands.k is not None:
-            pairs += [(name, cache) for name in ("q", "qv", "k", "v") for cache in _CACHES]
-            pairs += [_CACHES, ("k_descale", "v_descale")]
+        self._twins = [
+            (places[one], places[other], address_of(arrays[one]) == address_of(arrays[other]))
+            for one, other in (_CACHES, _DESCALES)
+            if one in arrays and other in arrays
+        ]
+        pairs = {frozenset(pair): pair for pair in operands.kept_apart()}
         self._apart = [
             (places[one], places[other], *_distances(arrays[one], arrays[other]))
-            for one, other in pairs
+            for one, other in pairs.values()
             if one in arrays and other in arrays
         ]
 
     def fits(self, addresses: list[int]) -> bool:
         """What no key can say: that values still are the keys' own columns or are not, and what shares memory."""
-        k_place, v_place = self._caches
-        if (addresses[k_place] == addresses[v_place]) != self._together:
-            return False
+        for place, other_place, is_one in self._twins:
+            if (addresses[place] == addresses[other_place]) != is_one:
+                return False
         for place, other_place, below, above, known in self._apart:
             distance = addresses[place] - addresses[other_place]
             if below < distance < above and distance != known:

@@ -131,8 +131,8 @@ def _check(given: dict[str, Any]) -> tuple[Problem, Lengths, int]:
     problem = make_problem(**{name: given[name] for name in scalars}, cu_seqlens_q=given["cu_seqlens_q"] is not None)
     new = integer("max_seqlen_k_new", given["max_seqlen_k_new"], 0)
     max_seqlen_k = integer("max_seqlen_k", given["max_seqlen_k"], 0)
-    kept = given["out"].kept if isinstance(given["out"], SchedulerMetadata) else None
-    lengths = arguments.lengths(problem, given, new, kept)
+    plan = given["out"] if isinstance(given["out"], SchedulerMetadata) else None
+    lengths = arguments.lengths(problem, given, new, plan)
     _warn_of_swapped(problem, lengths, max_seqlen_k)
     return problem, lengths, max_seqlen_k
 

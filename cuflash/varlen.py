@@ -99,6 +99,9 @@ def flash_attn_varlen_func(
     longest = integer("max_seqlen_k", max_seqlen_k, 0)
     if seqused_q is not None:
         raise ValueError("seqused_q must be None: all queries of a sequence are used, got one")
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if starts is None:
+            raise TypeError(f"{name} must be an array, got None")
     packed = []
     for name, x in (("k", k), ("v", v)):
         array = import_array(name, x)

@@ -332,6 +332,13 @@ def test_merge_state_checks_where_the_lse_goes(wrong: str) -> None:
     assert (written == 7).all()
 
 
+def test_merge_state_refuses_an_lse_in_the_output() -> None:
+    v, s, written = np.ones((5, 4, 64), np.float32), np.ones((5, 4), np.float32), np.full((5, 4, 64), 7, np.float32)
+    with pytest.raises(ValueError, match="^s_merged must share no memory with v_merged"):
+        sgl_kernel.merge_state(v, s, v, s, written, written[..., 0])
+    assert (written == 7).all()
+
+
 def test_merge_state_into_an_lse_of_any_strides() -> None:
     v, s, lse = np.ones((5, 4, 64), np.float32), np.zeros((5, 4), np.float32), np.zeros((4, 10), np.float32).T[::2]
     assert sgl_kernel.merge_state(v, s, v, s, None, lse)[1] is lse

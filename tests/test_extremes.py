@@ -121,7 +121,7 @@ def test_sinks_beside_huge_scores(backend: Backend) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ softcap
-CAPS = (1e-44, 1e-30, 1e-3, 30.0, 1000.0, 1024.0, 5e4, 1e6, 1e9, 1e20, 3e38)
+CAPS = (1e-60, 1e-44, 1e-30, 1e-3, 30.0, 1000.0, 1024.0, 5e4, 1e6, 1e9, 1e20, 3e38)
 
 
 @pytest.mark.parametrize("cap", CAPS)

@@ -415,6 +415,8 @@ def test_what_a_step_refuses():
         (([a, b], [1, 2, 3]), "num_tokens must be one number or one per sequence"),
         (([a, b], [1, -1]), "num_tokens must be at least 0"),
         ((a, 21), "max_seqlen=20"),
+        ((a, 2**63 - 1), r"num_tokens must be below 2\*\*62"),
+        ((np.uint64(2**64 - 1), 1), r"sequences must be below 2\*\*62"),
         ((1000, 1), "must be in the cache"),
         ((-1, 1), "at least 0"),
     ):

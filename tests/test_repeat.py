@@ -668,7 +668,8 @@ def test_a_cache_between_16_byte_boundaries_is_refused_also_later(is_planned: bo
 
 
 @pytest.mark.parametrize("name, cache", [("out", "k_cache"), ("out", "v_cache"), ("k", "k_cache"), ("q", "v_cache"),
-                                         ("k_cache", "v_cache"), ("out", "q"), ("out", "k")])  # fmt: skip
+                                         ("k_cache", "v_cache"), ("out", "q"), ("out", "k"), ("out", "softmax_lse"),
+                                         ("softmax_lse", "q"), ("k_cache", "rotary_cos")])  # fmt: skip
 @pytest.mark.parametrize("elements", [-4, 4])
 def test_arrays_that_reach_into_another_are_noticed_also_later(
     name: str, cache: str, elements: int, machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
@@ -678,6 +679,7 @@ def test_arrays_that_reach_into_another_are_noticed_also_later(
     def given(elements: int) -> Arguments:
         arguments = appending(1)
         arguments["out"] = np.zeros_like(arguments["q"])
+        arguments["softmax_lse"] = np.zeros((BATCH, HEADS_Q, 1), np.float32)
         sizes = arguments[name].size, arguments[cache].size
         memory = np.empty(sum(sizes) + sizes[0] + 4, np.float32)
         memory = memory[-memory.ctypes.data % 16 // 4 :]
@@ -701,7 +703,7 @@ def test_arrays_that_reach_into_another_are_noticed_also_later(
         return {key: DeviceArray(x) if isinstance(x, np.ndarray) else x for key, x in arguments.items()}
 
     wanted = outcome(in_place(given(elements)), plan(on_device(appending(1))))
-    assert ("must share no memory" in wanted) == (name in ("out", "k_cache"))
+    assert ("must share no memory" in wanted) == (name in (*OUTPUTS, "k_cache"))
     metadata = plan(on_device(appending(1)))
     call(on_device(given(elements)), metadata)
     assert outcome(in_place(given(elements)), metadata) == wanted
@@ -722,6 +724,50 @@ def test_values_that_are_the_keys_are_noticed(machine: SimulatedGpu, monkeypatch
     for other, planned in ((together, metadata[0]), (apart, metadata[1])):
         with pytest.raises(AssertionError, match="checked again"):
             call(other, planned)
+
+
+def test_results_that_reach_into_those_to_be_merged_are_noticed_also_later(machine: SimulatedGpu) -> None:
+    arguments, rng = paged(1), np.random.default_rng(1)
+    memory = np.zeros(BATCH * HEADS_Q * DIM + 4, np.float32)
+    out, shifted = (memory[begin:][: memory.size - 4].reshape(BATCH, 1, HEADS_Q, DIM) for begin in (0, 4))
+    lse = rng.standard_normal((BATCH, HEADS_Q, 1), np.float32)
+
+    def merged(other: np.ndarray) -> Any:
+        merge_with = DeviceArray(other), DeviceArray(lse)
+        return call(on_device(arguments) | {"out": DeviceArray(out), "merge_with": merge_with}, metadata)
+
+    metadata = plan(on_device(arguments))
+    merged(rng.standard_normal(out.shape, np.float32))
+    merged(out)  # each element has been read when it is written
+    with pytest.raises(ValueError, match=r"out must share no memory with merge_with\[0\]"):
+        merged(shifted)
+
+
+def test_scales_that_are_one_array_must_be_one_also_later(machine: SimulatedGpu) -> None:
+    rng = np.random.default_rng(2)
+    rows = DeviceArray(rng.integers(-127, 128, (2, 32, 1, 96)).astype(np.int8))
+    given = {
+        "q": DeviceArray(rng.standard_normal((2, 1, 4, 96), np.float32)), "k_cache": rows, "v_cache": rows[..., :64],
+        "cache_seqlens": DeviceArray(np.array([9, 12], np.int32)),
+    }  # fmt: skip
+    scales, others = (DeviceArray(rng.random((2, 32, 1), np.float32)) for _ in range(2))
+    lengths = DeviceArray(np.array([5, 6], np.int32))
+    metadata = cuflash.get_scheduler_metadata(2, 1, 32, 4, 1, 96, lengths, "float32", 64, kv_dtype="int8")
+    for _ in range(2):
+        call(given | {"k_descale": scales, "v_descale": scales}, metadata)
+    with pytest.raises(ValueError, match="v_descale must be"):
+        call(given | {"k_descale": scales, "v_descale": others}, metadata)
+
+
+def test_a_plan_on_a_gpu_is_filled_for_one_length(machine: SimulatedGpu) -> None:
+    """As a call on it takes one; a new plan for one is in host memory."""
+    arguments = on_device(paged(1))
+    metadata, wanted = plan(arguments), plan(on_device(paged(1) | {"cache_seqlens": np.full(BATCH, 70, np.int32)}))
+    cuflash.get_scheduler_metadata(
+        BATCH, 1, PAGE * PAGES, HEADS_Q, HEADS_KV, DIM, 70, "float32", page_size=PAGE, causal=True, out=metadata
+    )
+    assert metadata.array.host.tobytes() == wanted.array.host.tobytes()
+    call(arguments | {"cache_seqlens": 70}, metadata)
 
 
 def test_a_repeated_call_does_not_plan_in_a_capture(machine: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,7 @@ def test_an_lse_of_the_prefix_in_what_the_suffixes_have_is_refused(
         {"tree_mask": np.ones((1, 1, 1), bool)},
         {"k": np.zeros((6, 2, KV_HEADS, DIM), np.float32)},
         {"k_descale": 2.0},
+        {"block_tabel": 3},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

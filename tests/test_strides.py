@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,34 @@ def test_every_other_of_one(name: str, backend: Backend) -> None:
         found = call(given | {name: view}, backend)
         for x, y in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "tree_mask", "cache_seqlens"])
+def test_elements_that_are_all_one(name: str, backend: Backend) -> None:
+    """What a broadcast makes of one element is an array like any other."""
+    rng = np.random.default_rng(3)
+    given: dict[str, Any] = {
+        "q": rng.standard_normal((2, 3, 4, DIM), np.float32), "cache_seqlens": np.array([5, 9], np.int32),
+        "page_table": rng.permutation(4).reshape(2, 2).astype(np.int32),
+        **{cache: rng.standard_normal((4, PAGE, 2, DIM), np.float32) for cache in ("k_cache", "v_cache")},
+    }  # fmt: skip
+    if name == "tree_mask":
+        given["tree_mask"] = np.array([[[True] * 3, [False] * 3, [True] * 3]] * 2)
+    else:
+        given |= {new: rng.standard_normal((2, 3, 2, DIM), np.float32) for new in ("k", "v")}
+    array = given[name]
+    wanted = given | {name: np.ascontiguousarray(np.broadcast_to(array[..., :1], array.shape))}
+    results = []
+    for arguments in (wanted, given | {name: None}):
+        copies = {key: x if x is None else backend.to_native(x.copy()) for key, x in arguments.items()}
+        if copies[name] is None:
+            first = backend.to_native(array.copy())[..., :1]  # rows that begin at multiples of 16 bytes
+            copies[name] = importlib.import_module(type(first).__module__.split(".")[0]).broadcast_to(
+                first, array.shape
+            )
+        results.append([*call(copies, backend), *(backend.to_numpy(copies[c]) for c in ("k_cache", "v_cache"))])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_pages_of_one_key(backend: Backend) -> None:

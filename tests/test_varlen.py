@@ -77,7 +77,7 @@ def test_used_keys(backend: Backend) -> None:
     [
         ("cu_seqlens_k", np.array([0, 40, 30, 145, 145, 146], np.int32), "cu_seqlens_k must never decrease"),
         ("cu_seqlens_k", np.array([0, 40, 45, 145, 145, 500], np.int32), "cu_seqlens_k must end by k's 153 rows"),
-        ("cu_seqlens_k", np.array([0, 40, 45], np.int32), "cu_seqlens_k must have a row per sequence"),
+        ("cu_seqlens_k", np.array([0, 40, 45], np.int32), r"^cu_seqlens_k must have shape \(6,\), got \(3,\)$"),
         ("k", np.zeros((1, 153, 2, 64), np.float16), "k must have shape"),
         ("seqused_q", np.array([1], np.int32), "seqused_q must be None"),
         ("seqused_k", np.array([41, 0, 0, 0, 0], np.int32), "^seqused_k must fit the capacity 40, got 41 at .0.$"),
@@ -91,3 +91,12 @@ def test_used_keys(backend: Backend) -> None:
 def test_wrong_values_are_named(name: str, change: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cuflash.flash_attn_varlen_func(**{**inputs("many", np.float16), name: change})
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_beginnings_must_be_given(name: str) -> None:
+    """Also of one sequence, whose they could be only."""
+    rows = np.zeros((3, 1, 64), np.float32)
+    given = {"cu_seqlens_q": np.array([0, 3]), "cu_seqlens_k": np.array([0, 3]), name: None}
+    with pytest.raises(TypeError, match=f"^{name} must be an array, got None$"):
+        cuflash.flash_attn_varlen_func(rows, rows, rows, **given, max_seqlen_q=3, max_seqlen_k=3)

@@ -6,6 +6,7 @@ from ..arrays import (
     NativeArray,
     address_of,
     checks_values,
+    has_whole_rows,
     import_array,
     is_on_device,
     is_writeable,
@@ -14,7 +15,7 @@ from ..arrays import (
     span_of,
     strides_of,
 )
-from ..dtypes import dtype_name, numpy_dtype
+from ..dtypes import QUANTISED_DTYPES, dtype_name, numpy_dtype
 from ..kv_cache import KVCache
 from ..problem import Problem
 from .common import UNIT, Given, expect_shape, import_codes, index
@@ -67,7 +68,7 @@ def cache_of(given: Given) -> KVCache:
 
 def other_layout(layout: str, heads: int, cache: KVCache) -> str:
     """Return a hint at the other layout, if its number of KV heads could be shared by the query heads."""
-    heads_kv = cache.k.shape[1]
+    heads_kv = 0 if cache.is_packed else cache.k.shape[1]
     other = "NHD" if layout == "HND" else "HND"
     shape = "(.., heads_kv, keys, headdim)" if other == "HND" else "(.., keys, heads_kv, headdim)"
     return f'; caches {shape} need layout="{other}"' if heads_kv and heads % heads_kv == 0 else ""
@@ -78,20 +79,21 @@ def check_caches(problem: Problem, cache: KVCache) -> None:
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
         dtype = cache.dtype or array.dtype.name
         if dtype != problem.kv_dtype:
-            rule = (
-                f"be {problem.kv_dtype}, as kv_dtype says"
-                if problem.is_quantised
-                else f"have the dtype of q ({problem.kv_dtype})"
-            )
+            if not problem.is_quantised:
+                rule = f"have the dtype of q ({problem.kv_dtype})"
+            elif problem.qkv_dtype in QUANTISED_DTYPES and dtype not in QUANTISED_DTYPES:
+                rule = f"be one of {', '.join(QUANTISED_DTYPES)} with queries of {problem.qkv_dtype}"
+            else:
+                rule = f"be {problem.kv_dtype}, as kv_dtype says"
             raise ValueError(f"{name} must {rule}, got {dtype}")
     if cache.k.shape[3] != problem.headdim:
         raise ValueError(f"k_cache must have q's head dim {problem.headdim}, got {cache.k.shape[3]}")
     for name, array in (("k_cache", cache.k), ("v_cache", cache.v)):
         if array.size == 0:
             continue
-        *outer, last = strides_of(array)
-        if last != array.itemsize:
+        if not has_whole_rows(array):
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {array.strides} bytes")
+        outer = strides_of(array)[:-1]
         if any(stride % UNIT or stride < 0 for stride in outer) or address_of(array) % UNIT:
             raise ValueError(
                 f"{name} must begin at a multiple of 16 bytes and have strides that are non-negative multiples of 16 "
@@ -106,7 +108,9 @@ def check_rows(problem: Problem, cache: KVCache) -> None:
     """Check that every sequence has a row of the cache, or of the page table."""
     expect_shape("cache_batch_idx", cache.batch_idx, (problem.batch_size,))
     if cache.batch_idx is None and cache.num_rows != problem.batch_size:
-        name = "page_table" if cache.is_paged else "cu_seqlens_k" if cache.is_packed else "k_cache"
+        if cache.is_packed:
+            raise ValueError(f"cu_seqlens_k must have shape ({problem.batch_size + 1},), got ({cache.num_rows + 1},)")
+        name = "page_table" if cache.is_paged else "k_cache"
         pages = "" if cache.is_paged else f"; if these are pages of {cache.page_size} keys, page_table is missing"
         raise ValueError(
             f"{name} must have a row per sequence ({problem.batch_size}) or cache_batch_idx, "
@@ -127,10 +131,11 @@ def new_keys(problem: Problem, cache: KVCache, given: Given) -> tuple[NativeArra
         return None, None
     if given["cache_seqlens"] is None:
         raise ValueError("cache_seqlens must be given with k and v: it says where they go, got None")
+    is_ragged = index("cu_seqlens_k_new", given["cu_seqlens_k_new"], 1) is not None
     new: list[NativeArray] = []
     for name, dim in (("k", problem.headdim), ("v", problem.headdim_v))[: 2 - joint]:
         array = import_array(name, given[name])
-        if given["cu_seqlens_k_new"] is None:
+        if not is_ragged:
             if array.ndim != 4:
                 raise ValueError(f"{name} must have shape (batch, seqlen_new, heads_kv, headdim), got {array.shape}")
             leading = (problem.batch_size, array.shape[1] if name == "k" else new[0].shape[1])

@@ -14,6 +14,7 @@ from ..arrays import (
     address_of,
     empty,
     has_each_once,
+    has_whole_rows,
     import_array,
     import_index,
     is_on_device,
@@ -38,7 +39,7 @@ def index(name: str, x: Any, ndim: int, wraps: bool = False) -> NativeArray | No
     array = import_index(name, x, wraps)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {array.shape}")
-    if array.size and strides_of(array)[-1] not in (0, array.itemsize):
+    if not has_whole_rows(array):
         if ndim > 1:  # on a GPU, and too large to copy on every call
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {array.strides} bytes")
         refuse_in_capture(name, "be contiguous")
@@ -135,9 +136,8 @@ def output(
     if array.size and not array.flags.c_contiguous:
         if not strided:
             raise ValueError(f"{name} must be contiguous, got strides {array.strides} bytes")
-        *outer, last = strides_of(array)
-        steps_up = all(step >= 0 and step % boundary == 0 for step in outer)
-        if last not in (0, array.itemsize) or not steps_up or not has_each_once(array):
+        steps_up = all(step >= 0 and step % boundary == 0 for step in strides_of(array)[:-1])
+        if not has_whole_rows(array) or not steps_up or not has_each_once(array):
             raise ValueError(
                 f"{name} must have a contiguous last dimension and strides of multiples of {boundary} bytes "
                 f"without an overlap, got {array.strides}"

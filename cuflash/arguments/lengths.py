@@ -15,16 +15,14 @@ from .values import check_lengths
 _INT32_MAX = 2**31 - 1
 
 
-def lengths(
-    problem: Problem, given: Given, seqlen_k_new: int = 0, kept: dict[tuple[int, int], NativeArray] | None = None
-) -> Lengths:
+def lengths(problem: Problem, given: Given, seqlen_k_new: int = 0, plan: SchedulerMetadata | None = None) -> Lengths:
     """Import the lengths of a step and check them.
 
     Args:
         problem: The problem they belong to.
         given: ``cache_seqlens`` (batch,) or one int, ``cu_seqlens_q``, ``cu_seqlens_k_new`` and ``cache_leftpad``.
         seqlen_k_new: New keys of every sequence, where they are not ragged.
-        kept: Arrays that a plan keeps.
+        plan: The plan that is made of them, if it is not a new one.
 
     Raises:
         TypeError: If one is not an array of integers.
@@ -40,7 +38,8 @@ def lengths(
     others = [array for array in arrays.values() if array is not None]
     if isinstance(given["cache_seqlens"], (int, np.integer)):
         number = integer("cache_seqlens", given["cache_seqlens"], 0)
-        seqlens = filled(batch, number, others[0] if others else np.empty(0), kept)
+        like = others[0] if others else np.empty(0) if plan is None else plan.array
+        seqlens = filled(batch, number, like, plan)
     else:
         if given["cache_seqlens"] is None:
             raise TypeError("cache_seqlens must be an array or an int, got None")
@@ -78,29 +77,26 @@ def call_lengths(
         if number is None and cache.capacity > _INT32_MAX:
             raise ValueError(f"cache_seqlens must be given for more than 2**31 - 1 slots, got {cache.capacity}")
         number = cache.capacity if number is None else integer("cache_seqlens", number, 0)
-        kept = None if plan is None else plan.kept
-        mine["cache_seqlens"] = filled(problem.batch_size, number, q, kept)
+        mine["cache_seqlens"] = filled(problem.batch_size, number, q, plan)
     ragged = mine["cu_seqlens_k_new"] is not None
     return lengths(problem, mine, 0 if k is None or ragged else k.shape[1])
 
 
-def filled(
-    size: int, number: int, like: NativeArray, kept: dict[tuple[int, int], NativeArray] | None = None
-) -> NativeArray:
+def filled(size: int, number: int, like: NativeArray, plan: SchedulerMetadata | None = None) -> NativeArray:
     """Return an int32 array of equal numbers where ``like`` lives.
 
     Args:
         size: Its length.
         number: The number.
         like: An array.
-        kept: Those that a plan keeps as long as it lives, so that a captured graph may use them.
+        plan: A plan in the same memory keeps the array as long as it lives, so that a captured graph may use it.
     """
-    array = None if kept is None else kept.get((size, number))
+    kept = {} if plan is None or memory_of(plan.array) != memory_of(like) else plan.kept
+    array = kept.get((size, number))
     if array is None:
         if is_on_device(like):
             refuse_in_capture("cache_seqlens", "be an array, or a number that an earlier call on the plan had, too,")
         array = empty((size,), np.int32, like)
         array[...] = number
-        if kept is not None:
-            kept[size, number] = array
+        kept[size, number] = array
     return array

@@ -12,6 +12,7 @@ from ..arrays import (
     aligned,
     check_way_back,
     has_each_once,
+    has_whole_rows,
     import_array,
     is_on_device,
     memory_of,
@@ -99,7 +100,7 @@ def tree_mask(problem: Problem, q: NativeArray, given: Given) -> NativeArray | N
     columns = problem.max_seqlen_q if mask.dtype == np.bool_ else -(-problem.max_seqlen_q // 32)
     expect_shape("tree_mask", mask, (*((q.shape[0],) if problem.cu_seqlens_q else q.shape[:2]), columns))
     mask = aligned("tree_mask", mask)
-    if mask.size and strides_of(mask)[-1] not in (0, mask.itemsize):
+    if not has_whole_rows(mask):
         if is_on_device(mask):
             refuse_in_capture("tree_mask", "have a contiguous last dimension")
         mask = mask.copy()
@@ -134,20 +135,19 @@ def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
     for name, array in arrays.items():
         if array is not None and memory_of(array) != memory:
             raise ValueError(f"{_argument(name, cache)} must be in {memory} like q, got one in {memory_of(array)}")
-    if cache.joint:
-        del arrays["v_cache"]  # a part of k_cache
     # An array may be overwritten by what is made of it, element by element: whoever writes has read it.
     in_place = {"out": ("q", "merge_out"), "softmax_lse": ("merge_lse",)}
-    appended = _appended(operands)
-    for written in (*in_place, *appended):
-        target = arrays[written]
-        for name, array in arrays.items():
-            if target is None or array is None or name == written or not overlaps(target, array):
-                continue
-            if name not in in_place.get(written, ()) or not _is_the_same(target, array):
-                other = _argument(name, cache)
-                raise ValueError(f"{written} must share no memory with {other}, got overlapping arrays")
-    for name in appended:
+    pairs = list(operands.kept_apart())
+    if plan is not None:
+        pairs += [(written, "scheduler_metadata") for written in dict(pairs)]
+    for written, name in pairs:
+        target, array = arrays[written], arrays[name]
+        if not overlaps(target, array):
+            continue
+        if name not in in_place.get(written, ()) or not _is_the_same(target, array):
+            other = _argument(name, cache)
+            raise ValueError(f"{written} must share no memory with {other}, got overlapping arrays")
+    for name in operands.appended:
         target = arrays[name]
         if target is not None and not has_each_once(target):
             raise ValueError(
@@ -161,16 +161,6 @@ def _argument(name: str, cache: KVCache) -> str:
         return "cu_seqlens_k"
     given = {part: f"{pair}[{place}]" for pair, parts in PAIRS.items() for place, part in enumerate(parts)}
     return given.get(name, name)
-
-
-def _appended(operands: Operands) -> list[str]:
-    """Return the names of the arrays that an append writes."""
-    cache = operands.cache
-    if operands.k is None:
-        return []
-    scales = (("k_descale", cache.k_scales), ("v_descale", cache.v_scales))
-    names = [name for name, scale in scales[: 2 - cache.joint] if scale.per_key]
-    return ["k_cache", "v_cache"][: 2 - cache.joint] + names
 
 
 def _is_the_same(one: NativeArray, other: NativeArray) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from .. import journal
-from ..arrays import NativeArray, address_of, copy_into, gpu_of, strides_of
+from ..arrays import NativeArray, address_of, copy_into, gpu_of, has_whole_rows, strides_of
 from ..device import Device
 from ..kernels import attention_step, plan_launch
 from ..kernels.boxes import Boxed
@@ -210,5 +210,5 @@ def _with_a_page(machine: Machine, cache: KVCache) -> KVCache:
 
 def _is_readable(array: NativeArray) -> bool:
     """Whether the rows of queries or new keys begin at multiples of 16 bytes."""
-    *outer, last = strides_of(array)
-    return address_of(array) % 16 == 0 and last in (0, array.itemsize) and all(stride % 16 == 0 for stride in outer)
+    steps = strides_of(array)[:-1]
+    return address_of(array) % 16 == 0 and has_whole_rows(array) and all(stride % 16 == 0 for stride in steps)

@@ -277,7 +277,7 @@ def _attend_rows(
     if _scales_scores(operands):
         scores *= np.float32(operands.softmax_scale)
     if operands.softcap:
-        cap = np.float32(min(operands.softcap, float(_LARGEST)))
+        cap = np.float32(min(max(operands.softcap, float(_TINY)), float(_LARGEST)))
         # Not the queries over the cap: products of numbers as small as that would lose their bits.
         scores /= cap
         np.tanh(scores, out=scores)

@@ -13,7 +13,7 @@ from ..arguments.values import check_packed
 from ..arrays import checks_values, empty, exporter, import_array, is_on_device
 from ..layouts import new_tensor
 from ..metadata import SchedulerMetadata
-from ..problem import integer, make_problem
+from ..problem import boolean, integer, make_problem
 from . import torch_tensors
 from .plans import make_plan, plan_around, problem_of
 
@@ -58,6 +58,8 @@ def attend(**options: Any) -> Any:
     Returns:
         out, or (out, softmax_lse, scratch, scratch) with ``return_softmax_lse``: the scratch of theirs, empty.
     """
+    if options.get("pack_gqa") is not None:
+        boolean("pack_gqa", options["pack_gqa"])
     given = {**attention.DEFAULTS, **options, "pack_gqa": None}  # heads are always packed
     q = given["q"]
     with torch_tensors.stream_of(q):
@@ -114,7 +116,7 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
             native = import_array("cu_seqlens_k", starts_and_end)
             if checks_values(is_on_device(native)):
                 check_packed(native, k.shape[0], None if seqused_k is None else import_array("seqused_k", seqused_k))
-        ends = starts_and_end[1:] if seqused_k is None else starts + seqused_k
+        ends = starts_and_end[1:] if seqused_k is None else _wide(starts) + _wide(seqused_k)
         more = {"cache_leftpad": starts, "cache_batch_idx": starts * 0}
         with renamed(dict.fromkeys(more, "cu_seqlens_k")):
             return attend(q=q, k_cache=k[None], v_cache=v[None], cache_seqlens=ends, **more, **options)
@@ -128,6 +130,11 @@ def _indexable(name: str, x: Any, ndim: int) -> Any:
     if len(array.shape) != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(array.shape)}")
     return array
+
+
+def _wide(x: Any) -> Any:
+    """Return an index array of NumPy's as int64: the sum of unsigned and signed ones would be float64."""
+    return x.astype(np.int64) if isinstance(x, np.ndarray) and x.dtype.kind in "iu" else x
 
 
 def _with_shape(name: str, x: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ... import merging
 from ...arguments.common import renamed
-from ...arrays import NativeArray, empty, has_each_once, import_array, is_writeable, memory_of
+from ...arrays import NativeArray, empty, has_each_once, import_array, is_writeable, memory_of, overlaps
 from ...layouts import new_tensor
 from .. import torch_tensors
 
@@ -40,7 +40,7 @@ def merge_state_v2(
         outs: Any = [v_a, v_b]
         lses: Any = [s_a.T, s_b.T]
         out, lse = v_merged, None
-        target: Any = None if s_merged is None else _target(s_merged, v_a)
+        target: Any = None if s_merged is None else _target(s_merged, v_a, v_merged)
         if torch_tensors.is_tensor(v_a):  # in torch's memory, so that a graph can be captured
             torch = sys.modules["torch"]
             outs, lses = torch.stack(outs), torch.stack(lses).float()
@@ -71,7 +71,7 @@ def _check(v_a: Any, **others: Any) -> None:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def _target(s_merged: Any, v_a: Any) -> NativeArray:
+def _target(s_merged: Any, v_a: Any, v_merged: Any) -> NativeArray:
     """Return where the LSE is copied to, which may have any strides, checked before anything is written."""
     target, memory = import_array("s_merged", s_merged), memory_of(import_array("v_a", v_a))
     if target.dtype != np.float32:
@@ -82,6 +82,8 @@ def _target(s_merged: Any, v_a: Any) -> NativeArray:
         raise ValueError(f"s_merged must have no elements that overlap, got strides {target.strides} bytes")
     if memory_of(target) != memory:
         raise ValueError(f"s_merged must be in {memory} like v_a, got one in {memory_of(target)}")
+    if v_merged is not None and overlaps(target, import_array("v_merged", v_merged)):
+        raise ValueError("s_merged must share no memory with v_merged, got overlapping arrays")
     return target
 
 
