@@ -1,4 +1,4 @@
-// What decode.cu is told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
+// What kernels of attention are told. One struct by value; cuflash/kernels/source.py reads its NumPy twin from this text.
 #pragma once
 #include "descale.cuh"
 #include "fast_divisor.cuh"
@@ -48,15 +48,15 @@ struct DecodeParams {
     void* out;                 // (batch, seqlen_q, heads_q, headdim_v) or (total_q, heads_q, headdim_v)
     float* softmax_lse;        // (batch, heads_q, seqlen_q) or (heads_q, total_q), or null: nobody asks
     const float* sinks;        // (heads_q,) or null
-    float* partials;           // (slots, ROWS, HEAD_DIM_V) unnormalised outputs, then (slots, ROWS, 2) maxima and sums
-    unsigned int* counters;    // (blocks, 4) zero before and after every launch; of items that lie in several blocks
+    float* partials;           // (slots, ROW_PARTS, ROWS, HEAD_DIM_V) unnormalised outputs, then (.., ROWS, 2) maxima and sums
+    unsigned int* counters;    // (blocks, 3) zero before and after every launch; of items that lie in several blocks
     long long out_batch_stride;
     long long out_row_stride;
     long long out_head_stride;
     long long lse_batch_stride;
     long long lse_head_stride;
     MergeWith merge;
-    const void* qv;            // as q with headdim_v: what meets the values, or null: mla.cu alone
+    const void* qv;            // as q with headdim_v: what meets the values, or null: mla.cu and mla_wgmma.cu alone
     long long qv_batch_stride;
     long long qv_row_stride;
     long long qv_head_stride;
@@ -67,7 +67,7 @@ struct DecodeParams {
     DescaleStrides k_descale_strides;
     DescaleStrides v_descale_strides;
     Tree tree;
-    int key_column;            // mla.cu: where in rows of q and k_cache what is no value's begins
+    int key_column;            // mla.cu, mla_wgmma.cu: where in rows of q and k_cache what is no value's begins
     int split_size;            // with HAS_SPLIT_SIZE
     int max_splits;            // of an item that may be cut: slots for so many splits
     int slots_by_item;         // items have slots of their own, else the blocks in which they begin
@@ -76,7 +76,7 @@ struct DecodeParams {
     float score_cap;           // softcap
     float cap_scale;           // softmax_scale
     float cap_inverse;         // 2^64 / softcap
-    float key_scale;           // the same of keys; elsewhere than in mla.cu part of score_scale
+    float key_scale;           // with a quantised cache: factor of the keys in mla.cu; elsewhere it is part of score_scale
     float value_scale;         // with a quantised cache: factor of the output
     int cap_exactly;           // the cap is so large, or the scale so small, that the short way is too coarse
 };

@@ -84,7 +84,6 @@ private:
     __device__ __forceinline__ int first_warp() const { return warp_ - warp_ % kColumnWarps; }
     __device__ __forceinline__ int row(int t, int half) const { return t * 16 + half * 8 + lane_ / 4; }
 
-
     Meeting& meeting_;
     int warp_, lane_;
 };

@@ -6,7 +6,6 @@
 #include "rows_codes.cuh"
 
 constexpr bool kScalesWeights = kConvertsTiles && kHasValueScales;
-constexpr bool kScalesKeys = kScalesWeights || (kConvertsTiles && kHasKeyScales);  // scales come beside the keys
 
 class Scaling {
 public:
