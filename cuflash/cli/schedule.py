@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     work = metadata.work()
     shown = None if arguments.all else _SHOWN
     aligned(str(metadata))
-    _print_table(("sequence", "keys", "parts", "blocks"), _sequence_rows(metadata, work, seqlens), shown)
-    _print_table(("block", "keys", "parts", "sequence:kv_head[keys]"), _block_rows(metadata, work), shown)
+    _print_table(("sequence", "keys", "parts", "blocks"), _sequence_rows(work, seqlens), shown)
+    _print_table(("block", "keys", "parts", "sequence:kv_head[keys]"), _block_rows(work), shown)
     shares = np.bincount(work["block"], work["key_end"] - work["key_begin"])
     if shares.size:
         print(f"\n  keys per block, 0 to {shares.max():.0f}\n  {bars(shares, width() - 4)}")
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sequence_rows(metadata: SchedulerMetadata, work: Any, seqlens: Any) -> list[tuple[Any, ...]]:
+def _sequence_rows(work: Any, seqlens: Any) -> list[tuple[Any, ...]]:
     """(sequence, keys, parts of its most cut item, first-last block) of every sequence."""
     rows: list[tuple[Any, ...]] = []
     for sequence, seqlen in enumerate(seqlens):
@@ -95,7 +95,7 @@ def _sequence_rows(metadata: SchedulerMetadata, work: Any, seqlens: Any) -> list
     return rows
 
 
-def _block_rows(metadata: SchedulerMetadata, work: Any) -> list[tuple[Any, ...]]:
+def _block_rows(work: Any) -> list[tuple[Any, ...]]:
     """(block, keys, parts, what it reads) of every block that reads keys."""
     rows: list[tuple[Any, ...]] = []
     blocks, starts = np.unique(work["block"], return_index=True)

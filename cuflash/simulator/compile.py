@@ -87,7 +87,7 @@ def find_compiler() -> tuple[str, ...]:
     return (sys.executable, "-m", "ziglang", "c++")
 
 
-def _flags(compiler: Sequence[str]) -> list[str]:
+def _flags() -> list[str]:
     flags = [
         "-std=c++17",
         "-O2",
@@ -125,7 +125,7 @@ def sources(*suffixes: str) -> dict[str, bytes]:
 def load_machine() -> ctypes.CDLL:
     """Builds the machine, or finds it in the cache, and loads it."""
     compiler = find_compiler()
-    flags = _flags(compiler)
+    flags = _flags()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     texts = sources(".cpp", ".hpp")
     key = digest(texts, flags, compiler, version, _processor(), platform.machine())

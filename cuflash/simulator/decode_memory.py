@@ -82,7 +82,7 @@ def _decode_ld(dec: Decoder, mods: Sequence[str]) -> None:
                 "ld.param", outs, imm=at + mem.offset, abcd=(vector, WIDTHS[type_]), flags=flags, cls="ld.param"
             )
         space = LOCAL
-    base, width, offset = dec.address(mem, space)
+    base, width, offset = dec.address(mem)
     cls = {GLOBAL: "ld.global", SHARED: "ld.shared", LOCAL: "ld.local", PARAM: "ld.param", CONST: "ld.const"}.get(
         space, "ld.generic"
     )
@@ -113,7 +113,7 @@ def _decode_st(dec: Decoder, mods: Sequence[str]) -> None:
         values = {k: dec.value(x, type_) for k, x in enumerate(items)}
     if space == PARAM:
         space = LOCAL
-    base, width, offset = dec.address(a[0], space)
+    base, width, offset = dec.address(a[0])
     if base:
         values[12] = base
     cls = {GLOBAL: "st.global", SHARED: "st.shared", LOCAL: "st.local"}.get(space, "st.generic")
@@ -168,7 +168,7 @@ def _decode_atom(dec: Decoder, mods: Sequence[str]) -> None:
             outs[0] = dec.dest(a[0])
         a = a[1:]
     ins = {k + 1: dec.value(x, type_) for k, x in enumerate(a[1:])}
-    base, width, offset = dec.address(a[0], space)
+    base, width, offset = dec.address(a[0])
     if base:
         ins[12] = base
     dec.emit("atom", outs, ins, imm=offset, abcd=(op, types[type_], space, width), flags=flags, cls="atomic")
@@ -198,8 +198,8 @@ def _decode_cp(dec: Decoder, mods: Sequence[str]) -> None:
         size = args[2]
         if not isinstance(size, Imm) or size.value not in (4, 8, 16):
             raise dec.unknown("copies of 4, 8 or 16 bytes only")
-        dst, dw, doff = dec.address(args[0], SHARED)
-        src, sw, soff = dec.address(args[1], GLOBAL)
+        dst, dw, doff = dec.address(args[0])
+        src, sw, soff = dec.address(args[1])
         ins: dict[int, Reg | tuple[int, int]] = {}
         if dst:
             ins[0] = dst
@@ -223,7 +223,7 @@ def _decode_cp(dec: Decoder, mods: Sequence[str]) -> None:
             cls="cp.async",
         )
     if rest[:2] == ["mbarrier", "arrive"]:
-        base, width, offset = dec.address(dec.count(1)[0], SHARED)
+        base, width, offset = dec.address(dec.count(1)[0])
         return dec.emit(
             "cp.async.mbarrier.arrive",
             {},
@@ -259,8 +259,8 @@ def _decode_bulk(dec: Decoder, mods: list[str]) -> None:
         raise dec.unknown()
     if to_shared and (mods[1] not in ("global", "shared::cta") or mods[2] != "mbarrier::complete_tx::bytes"):
         raise dec.unknown()
-    dst, dw, doff = dec.address(a[0], GENERIC)
-    src, sw, soff = dec.address(a[1], GENERIC)
+    dst, dw, doff = dec.address(a[0])
+    src, sw, soff = dec.address(a[1])
     ins: dict[int, Reg | tuple[int, int]] = {2: dec.value(a[2], "u32")}
     if dst:
         ins[0] = dst
@@ -276,7 +276,7 @@ def _decode_bulk(dec: Decoder, mods: list[str]) -> None:
 
 def _barrier(dec: Decoder, operand: Operand) -> tuple[Reg, int]:
     """Return a register with the address of an mbarrier, and its width."""
-    bar, width, offset = dec.address(operand, SHARED)
+    bar, width, offset = dec.address(operand)
     if bar is None or offset:
         wide = dec.temp(width)
         if bar is None:
@@ -298,8 +298,8 @@ def _decode_box(dec: Decoder, mods: Sequence[str], a: Sequence[Operand]) -> None
     source = a[1]
     if not isinstance(source, Mem) or source.coordinates is None or len(source.coordinates.items) != 4:
         raise dec.unknown("no map with four coordinates")
-    dst, dst_width, dst_offset = dec.address(a[0], GENERIC)
-    at, at_width, at_offset = dec.address(Mem(source.base, source.offset), GENERIC)
+    dst, dst_width, dst_offset = dec.address(a[0])
+    at, at_width, at_offset = dec.address(Mem(source.base, source.offset))
     bar, width = _barrier(dec, a[2])
     ins: dict[int, Reg | tuple[int, int]] = {2: bar}
     ins |= {3 + k: dec.value(x, "s32") for k, x in enumerate(source.coordinates.items)}
@@ -330,8 +330,8 @@ def _decode_st_async(dec: Decoder, mods: Sequence[str]) -> None:
     if len(items) != vector or WIDTHS[type_] not in (4, 8):
         raise dec.unknown()
     values = {k: dec.value(x, type_) for k, x in enumerate(items)}
-    base, width, offset = dec.address(a[0], SHARED)
-    bar, bar_width, bar_offset = dec.address(a[2], SHARED)
+    base, width, offset = dec.address(a[0])
+    bar, bar_width, bar_offset = dec.address(a[2])
     if base is None or bar is None or width != bar_width:
         raise dec.unknown("addresses of different widths")
     dec.emit(
@@ -363,7 +363,7 @@ def _decode_mbarrier(dec: Decoder, mods: Sequence[str]) -> None:
         target = a.pop(0)
         if not dec.sink(target):
             outs[0] = dec.dest(target)
-    base, width, offset = dec.address(a.pop(0), SHARED)
+    base, width, offset = dec.address(a.pop(0))
     if base:
         ins[12] = base
     name, flags, which = f"mbarrier.{op}", 0, 0

@@ -45,7 +45,7 @@ def _decode_ldmatrix(dec: Decoder, mods: Sequence[str]) -> None:
     items = data.items if isinstance(data, Vec) else (data,)
     if len(items) != n or "b16" not in mods or "m8n8" not in mods:
         raise dec.unknown()
-    base, width, offset = dec.address(mem, space)
+    base, width, offset = dec.address(mem)
     ins: dict[int, Reg | tuple[int, int]] = {12: base} if base else {}
     outs: dict[int, Reg] = {}
     if store:

@@ -310,7 +310,7 @@ class Decoder:
         """Whether an operand is `_`, which drops the result."""
         return isinstance(arg, Name) and arg.text == "_"
 
-    def address(self, arg: Operand, space: int) -> tuple[Reg | None, int, int]:
+    def address(self, arg: Operand) -> tuple[Reg | None, int, int]:
         """`[base + offset]`: the register, its bytes, the offset."""
         if not isinstance(arg, Mem):
             raise self.unknown(f"{arg} is no address")
@@ -486,7 +486,6 @@ class Decoder:
             np.array(tables, np.uint32),
             [s.loc if s else None for s in sources],
             [s.text if s else "" for s in sources],
-            [s.ptx_line if s else 0 for s in sources],
             [e.cls for e in self.out],
             dict(self.module.files),
             threads,

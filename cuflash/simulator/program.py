@@ -91,7 +91,6 @@ class Program:
     tables: np.ndarray
     locs: list[Loc | None]
     texts: list[str]
-    ptx_lines: list[int]
     classes: list[str]
     files: dict[int, str]
     max_threads: int = 0
