@@ -26,7 +26,7 @@ from .attention import (
 )
 from .launch import Launch, Scratch
 from .source import Variant
-from .tiles import RESERVED_SHARED
+from .tiles import shared_room
 
 NAME = "extend"
 PADDED_HEADDIMS = (64, 96, 128, 192, 256, 384, 512)
@@ -145,7 +145,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
             state += 4 * rows
             fixed += 2 * (slot + scale_bytes(tile_keys))
             code_slot = code_slot_bytes(problem, tile_keys, warps)
-        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+        room = shared_room(device, blocks_per_sm)
         stages = min(MOST_STAGES, (room - fixed - state) // (code_slot or slot))
         if stages >= least:
             row_blocks = max(1, -(-problem.rows // rows))
@@ -178,7 +178,7 @@ def scale_bytes(tile_keys: int) -> int:
 
 
 def state_bytes(rows: int, warps: int, column_warps: int, tile_keys: int) -> int:
-    """Return room for what the threads of a block have in common, and for a struct Meeting of extend.cu."""
+    """Return room for what the threads of a block have in common, and for a struct Meeting of rows_partners.cuh."""
     if column_warps == 1:
         return _SHARE_BYTES
     return _SHARE_BYTES + 2 * rows * (tile_keys + 4 * column_warps) + 4 * warps + 16

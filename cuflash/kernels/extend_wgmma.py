@@ -20,7 +20,7 @@ from .attention import PLAIN, Form, attention_launch
 from .extend import MOST_STAGES, Tiles, code_slot_bytes, defines, scale_bytes, state_bytes
 from .launch import Launch, Scratch
 from .source import Variant
-from .tiles import RESERVED_SHARED
+from .tiles import shared_room
 
 NAME = "extend_wgmma"
 _MOST_HEADDIM = 256
@@ -64,7 +64,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     if key_groups > 1:  # results are given where queries have been: see Gift in extend_wgmma.cu
         queries = max(queries, rows * dv * 4 + 16 * 128)
     fixed, slot = queries + state + _BARRIERS_BYTES * most_stages, tile_keys * max(d, dv) * 2
-    room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+    room = shared_room(device, blocks_per_sm)
     row_blocks, code_stages = max(1, -(-problem.rows // rows)), 0
     if problem.is_quantised:
         stages = _LEAST_STAGES

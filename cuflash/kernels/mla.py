@@ -21,7 +21,7 @@ from .attention import PLAIN, Defines, Form, attention_defines, attention_launch
 from .extend import Tiles
 from .launch import Launch, Scratch
 from .source import Variant
-from .tiles import RESERVED_SHARED
+from .tiles import shared_room
 
 NAME = "mla"
 _MOST_STAGES = 6
@@ -30,10 +30,9 @@ _SHARE_BYTES = 160  # struct BlockState in mla.cu
 # float32, and caches of 8 bits, which become float32 in shared memory.
 _FLOAT32_SHAPES = ((16, 1, 2, 16, 1, 1),)
 # (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
-# stages).
-# Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each, warps of
-# 16 rows 128 or 256: 128 registers of a lane at most. All of a row block's queries are read from shared memory once per
-# tile and warp that scores, so many rows want long tiles.
+# stages). Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each,
+# warps of 16 rows 128 or 256: 128 registers of a lane at most. All of a row block's queries are read from shared memory
+# once per tile and warp that scores, so many rows want long tiles.
 _SHAPES = (
     (16, 1, 4, 32, 2, 2),
     (16, 1, 4, 32, 1, 2),
@@ -80,7 +79,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         )
         fixed = (rows + tile_keys * problem.is_quantised) * row_bytes + state
         slot = tile_keys * (d + dv) * code_bytes
-        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+        room = shared_room(device, blocks_per_sm)
         stages = min(_MOST_STAGES, (room - fixed) // slot)
         if stages >= least:
             row_blocks = max(1, -(-problem.rows // rows))

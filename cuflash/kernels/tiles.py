@@ -1,4 +1,4 @@
-"""The one table of tile sizes: how a problem is cut for a device.
+"""Tile sizes of ``decode.cu``, and what every family asks of a device; the others have a ``tiling`` of their own.
 
 A tile is 16, 32 or 64 keys of one warp; a block of ``warps`` warps reads ``warps`` tiles at a time. Each warp keeps a
 ring of ``stages`` half-stages in shared memory, K and V of its tiles in turn, so ``stages`` is odd and ``stages - 1``
@@ -16,7 +16,7 @@ from ..problem import Problem
 
 PADDED_HEADDIMS = (64, 96, 128, 192, 256)
 ONE_ROW_BLOCK = 16  # so many packed query rows are never cut
-RESERVED_SHARED = 1024  # the system's share of every resident block
+_RESERVED_SHARED = 1024  # the system's share of every resident block
 MOST_BLOCKS = 2**12 - 1  # those that merge an item are counted in 12 bits (rows_combine.cuh); no GPU holds as many
 
 
@@ -67,6 +67,11 @@ def resident_blocks(problem: Problem, device: Device, blocks_per_sm: int) -> int
     return min(MOST_BLOCKS, max(1, device.num_sm - problem.sm_margin) * blocks_per_sm)
 
 
+def shared_room(device: Device, blocks_per_sm: int) -> int:
+    """Return the shared memory that a block may have where so many share a multiprocessor."""
+    return min(device.shared_per_sm // blocks_per_sm - _RESERVED_SHARED, device.shared_per_block)
+
+
 def padded_headdim(headdim: int, itemsize: int = 2) -> int:
     """Round a head dim up to one whose rows in shared memory are whole half-lines of 64 bytes."""
     return next(size for size in PADDED_HEADDIMS if size >= headdim and size * itemsize % 64 == 0)
@@ -115,7 +120,7 @@ def tiling(problem: Problem, device: Device, max_seqlen_k: int | None = None) ->
         shapes = _quantised_shapes(problem, max(d, dv), rows, has_few_items)
     choices = [*_cluster_shapes(problem, device, items, max_seqlen_k), *((shape, 1) for shape in shapes)]
     for (tile_keys, warps, blocks_per_sm), cluster in choices:
-        room = min(device.shared_per_sm // blocks_per_sm - RESERVED_SHARED, device.shared_per_block)
+        room = shared_room(device, blocks_per_sm)
         slot = tile_keys * row_bytes
         state = _block_state_bytes(warps, rows)
         if problem.is_quantised:  # scales of a tile's keys and values, factors of the rows
@@ -205,5 +210,5 @@ def _stages(slots: int) -> int:
 
 
 def _block_state_bytes(warps: int, rows: int) -> int:
-    """Return room for a share, two segments, two rows, and the maximum, sum and ring slot of each warp."""
+    """Return room for a share, two segments, two mbarriers, and the maximum, sum and ring slot of each warp."""
     return 192 + warps * (8 * rows + 4)
