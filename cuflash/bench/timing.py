@@ -278,7 +278,7 @@ def number_of_copies(size: int, l2_bytes: int) -> int:
 
 
 def number_of_calls(expected_us: float, copies: int) -> int:
-    """Return how many calls a graph needs to last for two milliseconds, at least as many as there are copies."""
+    """Return how many calls a graph needs to last for two milliseconds: 20 to 400, and at least one for each copy."""
     return max(20, copies, min(400, math.ceil(2000 / expected_us)))
 
 
