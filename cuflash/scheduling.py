@@ -66,7 +66,9 @@ def get_scheduler_metadata(
             binding: beyond it the plan is right and may be much less even.
         num_heads_q: Query heads.
         num_heads_kv: KV heads; divides ``num_heads_q``.
-        headdim: Elements of a query and key row: a multiple of 8 up to 512, with float32 up to 256.
+        headdim: Elements of a query and key row: a multiple of 8 up to 512; up to 576 with shorter values, which then
+            are the first columns of the keys. Kernels of float32 have up to 256, of keys and of values; more beside
+            values that are the first columns of the keys, and 64 beside values of up to 512 (``qv``).
         cache_seqlens: (batch,) int32 keys in the cache before an append, or one int for all sequences.
         qkv_dtype: float16, bfloat16 or float32, as a string or dtype.
         headdim_v: Elements of a value row; default ``headdim``.
@@ -95,8 +97,8 @@ def get_scheduler_metadata(
 
     Returns:
         The plan; ``out`` if given. Binding for a call on it are batch_size, max_seqlen_q, num_heads_q, num_heads_kv,
-        headdim, headdim_v, qkv_dtype, kv_dtype, page_size, causal, window_size, attention_chunk, has_softcap, and
-        whether queries are ragged.
+        headdim, headdim_v, qkv_dtype, kv_dtype, page_size, causal, window_size, attention_chunk, has_softcap,
+        cp_world_size, cp_rank, cp_interleave, and whether queries are ragged.
 
     Raises:
         TypeError: For an argument of a wrong kind.
