@@ -31,7 +31,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
         "replay",
         help="run calls again that CUFLASH_LOG=FILE has written down",
         description="Run calls again that a program wrote to CUFLASH_LOG=FILE: with its shapes, layouts, options and "
-        "index arrays, on numbers that are made up. Results are compared with the NumPy backend's.",
+        "index arrays, on numbers that are made up. Results of other backends are compared with the NumPy backend's.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what CUFLASH_LOG wrote")
     parser.add_argument("--line", type=int, metavar="N", help="only this line, from 1; negative ones from the end")
@@ -68,7 +68,8 @@ def _again(number: int, text: str, backend: str | None) -> int:
     if name not in _CALLS:
         raise ValueError(f"line {number} must be about {' or '.join(_CALLS)}, got {name!r}")
     on_gpu = any("GPU" in memory for memory in memories)
-    backend = backend or ("cuda" if on_gpu else os.environ.get("CUFLASH_BACKEND", "auto"))
+    backend = backend or ("cuda" if on_gpu else os.environ.get("CUFLASH_BACKEND") or "auto")
+    backend = "numpy" if backend == "auto" else backend  # what it means for arrays in host memory
     before = dict(os.environ)
     try:
         return _compared(number, name, described, backend, str(line.get("error", "no error")))
@@ -88,7 +89,7 @@ def _compared(number: int, name: str, described: dict[str, Any], backend: str, w
         return 1
     seconds = time.perf_counter() - begin
     text = f"{name} on {backend}, {seconds:.3f} s"
-    if name == _CALLS[0] and backend not in ("numpy", "auto"):
+    if name == _CALLS[0] and backend != "numpy":
         wanted = _call(name, described, "numpy")
         off = float(np.abs(found - wanted).max(initial=0)) if np.isfinite(found).all() else float("inf")
         text += f", off the NumPy backend by {off:.2g} at most"
