@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,17 +40,22 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument(
         "--backend", choices=("auto", "cuda", "numpy", "sim"), help="default CUFLASH_BACKEND, or auto: a GPU if found"
     )
-    parser.add_argument("--batch", type=integer(1, MAX_BATCH), help="sequences")
-    parser.add_argument("--seqlen", type=integer(1, _MAX_MEDIAN), help="their median length; lengths are lognormal")
-    parser.add_argument("--layers", type=positive, help="layers that share the plan")
+    batch, seqlen, layers, _ = (f"default {of[1]}; cuda: {of[0]}, sim: {of[2]}" for of in zip(*_SIZES.values()))
+    parser.add_argument("--batch", type=integer(1, MAX_BATCH), help=f"sequences ({batch})")
+    parser.add_argument(
+        "--seqlen", type=integer(1, _MAX_MEDIAN), help=f"their median length; lengths are lognormal ({seqlen})"
+    )
+    parser.add_argument("--layers", type=positive, help=f"layers that share the plan ({layers})")
     parser.add_argument("--heads", type=heads, metavar="Q/KV", help="heads (default 32/8; sim: 8/2)")
     parser.add_argument("--headdim", type=positive, help="elements of a key (default 128; sim: 64)")
-    parser.add_argument("--dtype", help=f"one of {', '.join(FLOAT_DTYPES)}")
+    parser.add_argument("--dtype", help=f"one of {', '.join(FLOAT_DTYPES)} (default bfloat16; numpy: float32)")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help=f"a quantised cache: {', '.join(QUANTISED_DTYPES)}")
     parser.add_argument("--page-size", type=positive, default=16, help="keys per page (default 16)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of lengths and values (default 0)")
     parser.add_argument(
-        "--context-parallel", action="store_true", help="spread every sequence over the ranks that mpiexec has started"
+        "--context-parallel",
+        action="store_true",
+        help="spread every sequence over the ranks that mpiexec has started (defaults: batch 8, seqlen 512, layers 2)",
     )
     parser.add_argument(
         "--interleave", type=positive, default=16, help="with it: neighbouring keys that a rank holds (default 16)"
@@ -121,6 +127,12 @@ def _run(arguments: argparse.Namespace, backend: str, reason: str) -> int:
     hanging("", f"A decode step: planned once, run by {num_layers} layer{'s' * (num_layers > 1)}")
     print()
     _row("backend", f"{backend}: {reason}")
+    if backend == "sim":
+        from ..simulator.compile import machine_is_built
+
+        if not machine_is_built():
+            _row("", "the simulator is built first, once: some 20 s")
+            sys.stdout.flush()  # so that it is seen in time where this is a pipe, too
     _row("sequences", f"{batch}, of {seqlens.min()} to {seqlens.max()} keys, {seqlens.sum()} in all")
     _row("", bars(seqlens, width() - 15))
     _row("cache", f"pages of {page_size} keys in random order{f', {kv_dtype}' if kv_dtype else ''}")

@@ -28,6 +28,7 @@ __all__ = [
     "digest",
     "find_compiler",
     "load_machine",
+    "machine_is_built",
     "sources",
     "store",
 ]
@@ -121,15 +122,23 @@ def sources(*suffixes: str) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in here}
 
 
+def _machine_name() -> str:
+    """What the machine's file is called in the cache: after all that it depends on."""
+    compiler = find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    texts = sources(".cpp", ".hpp")
+    return f"machine-{digest(texts, _flags(), compiler, version, _processor(), platform.machine())}.so"
+
+
+def machine_is_built() -> bool:
+    """Whether the machine is in the cache, or is to be built when it is first used."""
+    return find(_machine_name()) is not None
+
+
 @lru_cache(maxsize=None)
 def load_machine() -> ctypes.CDLL:
     """Builds the machine, or finds it in the cache, and loads it."""
-    compiler = find_compiler()
-    flags = _flags()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    texts = sources(".cpp", ".hpp")
-    key = digest(texts, flags, compiler, version, _processor(), platform.machine())
-    name = f"machine-{key}.so"
+    name = _machine_name()
     found = find(name)
     if found is not None:
         try:
@@ -137,7 +146,7 @@ def load_machine() -> ctypes.CDLL:
         except OSError:  # whole, and yet not to be loaded from there: a file system without execution
             pass
     with tempfile.TemporaryDirectory(prefix="cuflash-") as folder:
-        library = _build(Path(folder), texts, [*compiler, *flags])
+        library = _build(Path(folder), sources(".cpp", ".hpp"), [*find_compiler(), *_flags()])
         kept = keep(name, library.read_bytes())
         try:
             return ctypes.CDLL(str(kept or library))
