@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     instruments = parser.add_subparsers(metavar="INSTRUMENT", dest="instrument", required=True)
     for name, summary in _INSTRUMENTS.items():
-        instrument = instruments.add_parser(name, help=summary, description=f"Count {summary}.")
+        instrument = instruments.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         instrument.add_argument("--json", action="store_true", help="print records instead of a table")
         _module(name).add_arguments(instrument)
         instrument.set_defaults(fail=instrument.error)
