@@ -60,7 +60,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
     # Where the blocks divide into so many an item, each merges a piece of what it has: b32 L4096 with 128 heads 75.5 us
-    # without, 67 with, 64 heads 54.8 and 49.2, b16 L1024 with 128 heads 26.8 and 20.5. To 16 rows two warps do it all:
+    # without, 67.5 with, 64 heads 54.8 and 49.2, b16 L1024 with 128 heads 26.8 and 20.6. To 16 rows two warps do it:
     # b16 L1024 13.4 and 14.3, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
     most_parts = 8 if problem.rows > 16 else 4
     is_scattered = 8 * most_parts * items >= 7 * resident

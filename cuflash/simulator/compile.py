@@ -36,9 +36,9 @@ __all__ = [
 _INSTALL = 'pip install "cuda-bindings>=13,<14" "nvidia-cuda-nvrtc>=13,<14"'  # as cuflash/requirements.py has it
 
 _SOURCES = ("engine.cpp", "memory.cpp", "races.cpp", "async.cpp", "boxes.cpp", "wgmma.cpp", "proxy.cpp", "ops.cpp")
-# What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
 # Sources that need the architecture's own features: wgmma and setmaxnreg exist on sm_90a alone.
 _OWN_FEATURES = re.compile(r"\b(wgmma\.|setmaxnreg\.|__CUDA_ARCH_FEAT_SM90_ALL)")
+# What CuPy's RawModule adds to the options of its user; without them the simulated kernel is another kernel.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 

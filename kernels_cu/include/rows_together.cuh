@@ -61,7 +61,8 @@ private:
 
     // This lane's float4 of a cell, among those of a slot, and whether there is one.
     static constexpr bool kIsWhole = kVectors % kCellVectors == 0;
-    __device__ __forceinline__ u32 vector() const { return lane_ % kCellVectors; }
+    __device__ __forceinline__ u32 vector() const { return kGroups == 1 ? lane_ : lane_ % kCellVectors; }
+    __device__ __forceinline__ u32 group() const { return kGroups == 1 ? 0 : lane_ / kCellVectors; }
     __device__ __forceinline__ u32 place_of(u32 cell) const {
         return (kIsWhole ? cell * kCellVectors : cell / kPieces * kVectors + cell % kPieces * kCellVectors) + vector();
     }
@@ -96,14 +97,14 @@ private:
             // This is done once or twice, from a cold instruction cache, and takes as long as its instructions: neighbouring parts
             // of a cell have an address in common.
             float4 part[kAtOnce];
-            for_each<kAtOnce / kFewest>([&](int group) {
-                const u32 number = group * kFewestParts + lane_ / kCellVectors, cell = cell_of(number);
+            for_each<kAtOnce / kFewest>([&](int quad) {
+                const u32 number = quad * kFewestParts + group(), cell = cell_of(number);
                 const u32 first = first_part + part_of(number);
                 const int there = has_cell(number) && has_vector(cell) ? count - part_of(number) : 0;
                 const float4* const from = partial_output(p_, 0) + ((first_block_ + first) * kPartVectors + place_of(cell));
                 for_each<kFewest>([&](int i) {
                     const u32 place = i == 0 && first == 0 ? kSlotVectors : i * kGroups * kPartVectors;  // place_of_part
-                    part[group * kFewest + i] = load_cg_if(i * kGroups < there, from + place);
+                    part[quad * kFewest + i] = load_cg_if(i * kGroups < there, from + place);
                 });
             });
             const RowOutput at(p_, segment_, row);
@@ -122,11 +123,11 @@ private:
             merged.sum = merged.sum * kept + over_lanes(state.sum * weight, [](float a, float b) { return a + b; });
             scale(sum, kept);
             if (!shares_cells()) weight *= finish(cell_of(lane_), at, merged, is_part && part_of(lane_) == 0);
-            for_each<kAtOnce / kFewest>([&](int group) {
-                const int number = group * kFewestParts, next = number + kFewestParts;
+            for_each<kAtOnce / kFewest>([&](int quad) {
+                const int number = quad * kFewestParts, next = number + kFewestParts;
                 for_each<kFewest>([&](int i) {
-                    const int lane = number + i * kGroups + lane_ / kCellVectors;
-                    add_weighted(sum, __shfl_sync(kFullWarp, weight, lane), part[group * kFewest + i]);
+                    const int lane = number + i * kGroups + group();
+                    add_weighted(sum, __shfl_sync(kFullWarp, weight, lane), part[quad * kFewest + i]);
                 });
                 if (!shares_cells() && (part_of(next) == 0 || next == kPartsAtOnce)) {
                     add_groups(sum);
@@ -184,7 +185,7 @@ private:
     // Stores a cell of the row that begins at this element.
     __device__ __forceinline__ void store(u32 cell, long long begin, float4 output) const {
         const u32 place = cell % kPieces * kCellVectors + lane_;
-        if (lane_ < kCellVectors && has_vector(cell)) store4<OutElement>(p_.out, begin + place * 4, output);
+        if (group() == 0 && has_vector(cell)) store4<OutElement>(p_.out, begin + place * 4, output);
     }
 
     const DecodeParams& p_;
