@@ -64,15 +64,14 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     # b16 L1024 13.4 and 14.3, in 8 parts. Elsewhere the code would only lie in the way: b1 L32768 32.0 and 33.1.
     most_parts = 8 if problem.rows > 16 else 4
     is_scattered = 8 * most_parts * items >= 7 * resident
-    # Where many blocks merge an item, 32 lanes load 128 columns of a part, or fewer columns of several parts, until
-    # there is something to do for every block: b1 L32768 with 16 heads, which are 64 pieces of 128 columns for 132
-    # blocks, 18.0 and 17.4 us (H200).
-    blocks, merge_vectors = resident // max(items, 1), 32
-    while merge_vectors > 8 and min(problem.rows, _ROWS) * (dv // 4) <= blocks * (merge_vectors // 2):
-        merge_vectors //= 2
+    # Where many blocks merge an item, 32 lanes load 128 columns of a part, or 64 of two parts, if there is something to
+    # do for more blocks then: b1 L32768 with 16 heads, which are 64 pieces of 128 columns for 132 blocks, 17.85 and
+    # 17.3 us. With 8 heads pieces of 32 columns were no faster, 16.4 and 16.5 (H200).
+    blocks = resident // max(items, 1)
+    merge_vectors = 16 if problem.rows > 8 and problem.rows * (dv // 4) <= blocks * 16 else 32
     # Loads that a lane has under way there. That is executed once, and each instruction counts: b16 L1024 with 16 heads
     # takes 13.3 us with 32 loads, of which 8 are wanted, and 12.7 with 8. Of parts in 66 or 132 blocks a warp has 17.
-    merge_loads = 8 if blocks <= 8 else {32: 20, 16: 12, 8: 8}[merge_vectors]
+    merge_loads = 8 if blocks <= 8 else {32: 20, 16: 12}[merge_vectors]
     # Rows that were read leave the L2 cache first. That is faster, in most kernels by an eighth, but with more than 32
     # rows where blocks have sequences of their own: b128 L4096 with 64 heads 154 us so, 150 to 154 without, 128 heads
     # 254 and 244; yet 16 heads 145 and 156, and b32 L4096 with 64 heads, whose blocks share items, 49.7 and 51.8.
