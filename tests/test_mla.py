@@ -230,11 +230,15 @@ def test_who_waits(
         assert attention(launches).grid == (34, 1, 1)
 
 
-@pytest.mark.parametrize("parts", [12, 18])
+@pytest.mark.parametrize(("parts", "vectors"), [(12, 32), (18, 32), (18, 16)])
 @pytest.mark.parametrize("arch", ["90a"])
-def test_maxima_far_below_zero(parts: int, sim: Backend, monkeypatch: Any) -> None:
+def test_maxima_far_below_zero(
+    parts: int, vectors: int, sim: Backend, change_source: ChangeSource, monkeypatch: Any
+) -> None:
     """Sixteen or thirty-two lanes weigh fewer parts: where there is no part there is no maximum of 0 either."""
     monkeypatch.setenv("CUFLASH_NUM_SM", str(parts))
+    if vectors == 16:
+        change_source("mla_wgmma.cu", {"kAtOnce = MERGE_LOADS": "kAtOnce = 12", "= MERGE_VECTORS": "= 16"})
     case = Case(
         dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * parts,), page_size=64, scale=1.0
     )
