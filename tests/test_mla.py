@@ -230,17 +230,24 @@ def test_who_waits(
         assert attention(launches).grid == (34, 1, 1)
 
 
-@pytest.mark.parametrize(("parts", "vectors"), [(12, 32), (18, 32), (18, 16)])
+@pytest.mark.parametrize(("parts", "heads", "vectors"), [(12, 1, 32), (18, 1, 32), (18, 1, 16), (3, 20, 16)])
 @pytest.mark.parametrize("arch", ["90a"])
 def test_maxima_far_below_zero(
-    parts: int, vectors: int, sim: Backend, change_source: ChangeSource, monkeypatch: Any
+    parts: int, heads: int, vectors: int, sim: Backend, change_source: ChangeSource, monkeypatch: Any
 ) -> None:
     """Sixteen or thirty-two lanes weigh fewer parts: where there is no part there is no maximum of 0 either."""
     monkeypatch.setenv("CUFLASH_NUM_SM", str(parts))
     if vectors == 16:
-        change_source("mla_wgmma.cu", {"kAtOnce = MERGE_LOADS": "kAtOnce = 12", "= MERGE_VECTORS": "= 16"})
+        sizes = {"kAtOnce = MERGE_LOADS": "kAtOnce = 12", "= MERGE_VECTORS": "= 16", "? 0 : SCATTERED_PARTS": "? 0 : 0"}
+        change_source("mla_wgmma.cu", sizes)
     case = Case(
-        dtype="bfloat16", heads=(1, 1), headdim=(576, 512), mla="joint", seqlens=(64 * parts,), page_size=64, scale=1.0
+        dtype="bfloat16",
+        heads=(heads, 1),
+        headdim=(576, 512),
+        mla="joint",
+        seqlens=(64 * parts,),
+        page_size=64,
+        scale=1.0,
     )
     inputs = make_inputs(case)
     for name, sign in (("q", -1), ("k_cache", 1)):
