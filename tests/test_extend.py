@@ -116,7 +116,7 @@ def _is_valid(choice: dict[str, Any]) -> bool:
 
 
 def _is_valid_of_codes(choice: dict[str, Any]) -> bool:
-    if max(choice["headdim"]) > 256 and choice["arch"] != "90":  # the only one with shared memory for all of these
+    if not _is_valid(choice):
         return False
     if choice["q_scale"] != "none" and choice["dtype"] != "float8_e4m3fn":
         return False
@@ -541,6 +541,24 @@ def test_warpgroups_take_turns_where_items_are_few() -> None:
 def test_wide_heads_extend(arch: int) -> None:
     for headdim in (264, 320, 512, (512, 64), (72, 512)):
         assert kernels.choose(_rows(4, headdim), Device(132, arch), 4096).family == "extend"
+    for headdim in (272, 320, 512, (80, 512)):
+        assert kernels.choose(_rows(4, headdim, kv_dtype="int8"), Device(132, arch), 4096).family == "extend"
+
+
+@pytest.mark.parametrize("arch", ["89"])
+@pytest.mark.parametrize(("headdim", "kv_dtype"), [((512, 512), "int8"), ((272, 288), "float8_e4m3fn")])
+def test_wide_codes_in_little_shared_memory(headdim: tuple[int, int], kv_dtype: str, sim: Backend) -> None:
+    """In tiles of 16 keys, of which each of two warps scores 8."""
+    case = Case(
+        dtype="float16", kv_dtype=kv_dtype, headdim=headdim, heads=(4, 2), seqlens=(77, 0, 1, 40), seqlens_q=5,
+        scales=("none", "keys", "keys"), causal=True, page_size=16, sinks=True,
+    )  # fmt: skip
+    for seed in range(2):
+        with launched(case, seed):
+            check(case, make_inputs(case), sim)
+    problem = make_problem(4, 5, 4, 2, headdim[0], headdim_v=headdim[1], kv_dtype=kv_dtype)
+    tiles = extend.tiling(problem, Device(132, 89))
+    assert tiles is not None and tiles.tile_keys == 16
 
 
 def test_what_extend_does_not_have() -> None:

@@ -127,7 +127,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     column_warps = 1 if dv <= 256 else 2
     # (rows, row warps, keys of a tile, blocks per multiprocessor), the best first. Warps of 32 rows read a tile from
     # shared memory once for twice the products; of two blocks one multiplies while the other waits.
-    shapes = [(64, 4, 64, 2), (64, 4, 32, 2), (64, 4, 64, 1), (64, 4, 32, 1), (32, 2, 32, 1)]
+    shapes = [(64, 4, 64, 2), (64, 4, 32, 2), (64, 4, 64, 1), (64, 4, 32, 1), (32, 2, 32, 1), (32, 2, 16, 1)]
     if problem.rows > 64 and problem.split_size is None:  # with split_size, rows may not depend on the longest query
         shapes = [(128, 4, 32, 2), (128, 8, 64, 1), (128, 8, 32, 1), *shapes]
     for rows, row_warps, tile_keys, blocks_per_sm in shapes:

@@ -63,6 +63,7 @@ public:
     // Tells the weights of this warp's keys; a block barrier must follow before they are heard.
     __device__ __forceinline__ void tell(const Weights& weights) {
         if constexpr (kColumnWarps == 1) return;
+        if constexpr (kWarpKeys == 8) return tell_half(weights);
         for_each<kRowTiles, kWarpKeys / 16>([&](int t, int k) {
             const u32(&w)[4] = weights[t][k];
             const int step = warp_ % kColumnWarps * (kWarpKeys / 16) + k;
@@ -81,6 +82,14 @@ public:
     }
 
 private:
+    // Of 8 keys a warp has half of a fragment.
+    __device__ __forceinline__ void tell_half(const Weights& weights) {
+        for_each<kRowTiles>([&](int t) {
+            uint4& place = meeting_.weights[warp_ / kColumnWarps][t][0][lane_];
+            (&reinterpret_cast<uint2&>(place))[warp_ % kColumnWarps] = make_uint2(weights[t][0][0], weights[t][0][1]);
+        });
+    }
+
     __device__ __forceinline__ int first_warp() const { return warp_ - warp_ % kColumnWarps; }
     __device__ __forceinline__ int row(int t, int half) const { return t * 16 + half * 8 + lane_ / 4; }
 

@@ -4,7 +4,7 @@
 #include "ptx/barriers.cuh"
 #include "queries.cuh"
 
-constexpr int kTileKeys = TILE_KEYS;                // 32, 64 or 128
+constexpr int kTileKeys = TILE_KEYS;                // 16, 32, 64 or 128
 constexpr int kStages = STAGES;                     // half-stages of the block's ring
 constexpr int kColumnWarps = COLUMN_WARPS;          // warps that share their rows and divide the value columns
 #ifdef KEY_GROUPS
