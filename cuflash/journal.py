@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import NativeArray, import_array, is_on_device, memory_of, to_host
+from .arrays import import_array, to_host
 from .dtypes import dtype_name, numpy_dtype
 from .kv_cache import KVCache
+from .memory import NativeArray, is_on_device, memory_of
 from .metadata import SchedulerMetadata
 
 VARIABLE = "CUFLASH_LOG"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import NativeArray, address_of, strides_of
+from .memory import NativeArray, address_of, strides_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Hashable
 from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from .arrays import NativeArray, import_device_array
+from .arrays import import_device_array
 from .layouts import NATIVE, is_in_order, readers
+from .memory import NativeArray
 
 _MOST = 64  # calls that a plan remembers
 # os.environ as it lies beneath: two look-ups through it take 2 us, a fifth of a call.

@@ -10,22 +10,9 @@ import numpy as np
 from . import backends
 from .arguments.common import expect_shape, lse_shape, output
 from .array_types import Array, ArrayT
-from .arrays import (
-    NativeArray,
-    address_of,
-    aligned,
-    check_way_back,
-    copy_into,
-    empty,
-    exporter,
-    import_array,
-    is_on_device,
-    memory_of,
-    overlaps,
-    refuse_in_capture,
-    strides_of,
-)
+from .arrays import aligned, check_way_back, copy_into, empty, exporter, import_array, refuse_in_capture
 from .dtypes import FLOAT_DTYPES, dtype_name
+from .memory import NativeArray, is_on_device, lie_alike, memory_of, overlaps
 from .problem import boolean
 
 
@@ -138,8 +125,7 @@ def _target(
 
 def _is_in_the_way(part: NativeArray, array: NativeArray) -> bool:
     """Whether a part would be written over before it has been read: it overlaps an array, and is not that itself."""
-    is_it = address_of(array) == address_of(part) and strides_of(array) == strides_of(part)
-    return not is_it and overlaps(array, part)
+    return not lie_alike(array, part) and overlaps(array, part)
 
 
 def _stack(name: str, arrays: Any) -> tuple[NativeArray, Any]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import NativeArray, to_host
+from .arrays import to_host
 from .device import Device
 from .memo import Calls, Plan
+from .memory import NativeArray
 from .partition import Partition
 from .planner import plan_cuts, plan_sequences, row_blocks_at, visible_keys
 from .problem import Problem

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .arrays import NativeArray
 from .kv_cache import KVCache, Scales
+from .memory import NativeArray
 
 # Arguments that may be pairs of arrays, and what the two are called here.
 PAIRS = {"page_table": ("page_indptr", "page_indices"), "merge_with": ("merge_out", "merge_lse")}
@@ -142,8 +142,8 @@ class Operands:
 
     def kept_apart(self) -> Iterator[tuple[str, str]]:
         """Yield what is written and each other array that it must share no memory with, but be the same at most."""
-        names = [name for name, array in self.arrays.items() if array is not None]
+        part = "v_cache" if self.cache.joint else None  # of k_cache
+        names = [name for name, array in self.arrays.items() if array is not None and name != part]
         for written in ("out", "softmax_lse", *self.appended):
-            for name in names:
-                if written in names and name != written and not (name == "v_cache" and self.cache.joint):
-                    yield written, name
+            if written in names:
+                yield from ((written, name) for name in names if name != written)

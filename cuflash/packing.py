@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import common
-from .arrays import NativeArray, is_on_device
+from .memory import NativeArray, is_on_device
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from .dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name, numpy_dtype
 from .pages import Pages, PageTable
 from .problem import boolean, integer, make_problem
 
-NativeArray = Any  # numpy.ndarray | cupy.ndarray
-
 
 def _array_module(xp: Any) -> Any:
     """Return what makes arrays as a cache needs them, of NumPy's dtypes and written in place, or raise TypeError."""

@@ -6,8 +6,9 @@ from operator import itemgetter
 from typing import Any
 
 from . import memo
-from .arrays import NativeArray, address_of, exporter, is_on_device, is_same, refuse_in_capture, span_of
+from .arrays import exporter, refuse_in_capture
 from .layouts import new_array
+from .memory import NativeArray, address_of, is_on_device, is_same, span_of
 from .metadata import SchedulerMetadata
 from .operands import Operands
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from . import arguments, backends, kernels, memo
 from .array_types import Array
-from .arrays import NativeArray, empty, is_on_device, is_same, memory_of
+from .arrays import empty
+from .memory import NativeArray, is_on_device, is_same, memory_of
 from .metadata import SchedulerMetadata, lengthen
 from .operands import Lengths
 from .planner import plan_words

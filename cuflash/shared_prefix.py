@@ -9,8 +9,9 @@ import numpy as np
 
 from .arguments.common import expect_apart, output, renamed
 from .array_types import Array
-from .arrays import NativeArray, check_way_back, exporter, import_array, overlaps
+from .arrays import check_way_back, exporter, import_array
 from .attention import check, flash_attn_with_kvcache
+from .memory import NativeArray, overlaps
 from .metadata import SchedulerMetadata
 from .problem import integer, window_bounds
 

@@ -11,11 +11,12 @@ import cuflash  # the public functions, by their public names
 
 from .array_types import Array, ArrayT
 from .memo import Rest
+from .memory import NativeArray
 from .paged import PagedKVCache
 from .pages import integers
 from .problem import cap, check_heads, integer, make_problem
 from .public import is_written_down
-from .step_shape import NativeArray, StepArrays, StepShape
+from .step_shape import StepArrays, StepShape
 
 # Steps of equally many tokens have a plan for each number up to this. Prompts may have any length: steps with more are
 # ragged and planned for a power of two, so that there are few plans.

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from .arrays import check_way_back, empty, exporter, import_array
 from .memo import Rest
-
-NativeArray = Any  # numpy.ndarray | cupy.ndarray
+from .memory import NativeArray
 
 
 class StepShape(NamedTuple):

@@ -15,7 +15,8 @@ import pytest
 
 import cuflash
 from cuflash import dlpack
-from cuflash.arrays import empty, exporter, import_array, import_index, is_on_device
+from cuflash.arrays import empty, exporter, import_array, import_index
+from cuflash.memory import is_on_device
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", "bfloat16", "float32", "int32", "int64", "uint8"]

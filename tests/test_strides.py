@@ -12,7 +12,7 @@ from problems import DTYPES, Backend, Case, transfer
 from small import DIM, PAGE, Arguments, call, native
 
 import cuflash
-from cuflash import arrays
+from cuflash.memory import has_each_once, overlaps
 from cuflash.packing import Packing
 
 STRIDES = [0, 1, -1, 3, -(10**6), 2**38]  # in elements
@@ -208,7 +208,7 @@ def test_what_shares_memory() -> None:
         (left[::-1], left[::-1], True), (memory[0, :1], memory[0, :1], True), (left[:0], left, False),
         (memory.T[:4], memory.T[4:], False),
     ]:  # fmt: skip
-        assert arrays.overlaps(one, other) == wanted
+        assert overlaps(one, other) == wanted
         assert wanted or not np.shares_memory(one, other)
     rows = np.zeros((3, 4, 5, 8), np.float32)
     for one, other, wanted in [
@@ -218,11 +218,11 @@ def test_what_shares_memory() -> None:
         (rows[:, ::-1, :3], rows[:, :, 2:], True), (rows[1:], rows[:-1, :, :2], True), (rows[0, 0], rows[1], False),
         (rows[:, :2, :, :4].swapaxes(0, 1), rows[:, :, :, 4:], False), (rows[::2, :, 3], rows[1:2, :, 3], False),
     ]:  # fmt: skip
-        assert arrays.overlaps(one, other) == arrays.overlaps(other, one) == wanted
-    assert arrays.has_each_once(left) and arrays.has_each_once(memory.T) and arrays.has_each_once(memory[:1])
-    assert arrays.has_each_once(left[::-1]) and not arrays.has_each_once(np.broadcast_to(memory, (2, 6, 10)))
-    assert not arrays.has_each_once(np.lib.stride_tricks.as_strided(memory, (3, 4), (12, 4)))
-    assert arrays.has_each_once(np.zeros((0, 6))) and arrays.has_each_once(np.zeros((3, 0, 6)))
+        assert overlaps(one, other) == overlaps(other, one) == wanted
+    assert has_each_once(left) and has_each_once(memory.T) and has_each_once(memory[:1])
+    assert has_each_once(left[::-1]) and not has_each_once(np.broadcast_to(memory, (2, 6, 10)))
+    assert not has_each_once(np.lib.stride_tricks.as_strided(memory, (3, 4), (12, 4)))
+    assert has_each_once(np.zeros((0, 6))) and has_each_once(np.zeros((3, 0, 6)))
 
 
 def test_what_shares_memory_by_chance() -> None:
@@ -242,6 +242,6 @@ def test_what_shares_memory_by_chance() -> None:
             views.append(np.ndarray(tuple(shape), np.uint8, memory, start, tuple(strides)))
         else:
             shares = np.shares_memory(*views)
-            found += not shares and np.may_share_memory(*views) and not arrays.overlaps(*views)
-            assert arrays.overlaps(*views) or not shares
+            found += not shares and np.may_share_memory(*views) and not overlaps(*views)
+            assert overlaps(*views) or not shares
     assert found > 50

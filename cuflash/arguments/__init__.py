@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..arrays import NativeArray, checks_values, import_array, is_on_device
+from ..arrays import checks_values, import_array
 from ..dtypes import QUERY_DTYPES, dtype_name
 from ..kv_cache import KVCache
+from ..memory import NativeArray, is_on_device
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..problem import (

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from ..arrays import (
-    NativeArray,
-    address_of,
-    checks_values,
-    has_whole_rows,
-    import_array,
-    is_on_device,
-    is_writeable,
-    overlaps,
-    refuse_in_capture,
-    span_of,
-    strides_of,
-)
+from ..arrays import checks_values, import_array, is_writeable, refuse_in_capture
 from ..dtypes import QUANTISED_DTYPES, dtype_name, numpy_dtype
 from ..kv_cache import KVCache
+from ..memory import NativeArray, address_of, has_whole_rows, is_on_device, overlaps, span_of, strides_of
 from ..problem import Problem
 from .common import UNIT, Given, expect_shape, import_codes, index
 from .values import check_packed

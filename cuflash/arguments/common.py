@@ -9,22 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import (
-    NativeArray,
-    address_of,
-    empty,
-    has_each_once,
-    has_whole_rows,
-    import_array,
-    import_index,
-    is_on_device,
-    is_writeable,
-    overlaps,
-    refuse_in_capture,
-    strides_of,
-)
+from ..arrays import empty, import_array, import_index, is_writeable, refuse_in_capture
 from ..dlpack import float8_name
 from ..dtypes import QUANTISED_DTYPES, numpy_dtype
+from ..memory import NativeArray, address_of, has_each_once, has_whole_rows, is_on_device, overlaps, strides_of
 from ..metadata import SchedulerMetadata
 
 UNIT = 16  # bytes that kernels read and write at once

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import NativeArray, checks_values, empty, is_on_device, memory_of, refuse_in_capture
+from ..arrays import checks_values, empty, refuse_in_capture
 from ..kv_cache import KVCache
+from ..memory import NativeArray, is_on_device, memory_of
 from ..metadata import SchedulerMetadata
 from ..operands import Lengths
 from ..problem import Problem, integer

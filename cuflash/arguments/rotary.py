@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..arrays import NativeArray, address_of, import_array
+from ..arrays import import_array
 from ..dtypes import numpy_dtype
+from ..memory import NativeArray, address_of
 from ..operands import Rotary
 from ..problem import Problem, boolean, window_bounds
 from .common import Given, expect_shape, index

@@ -6,22 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import (
-    NativeArray,
-    address_of,
-    aligned,
-    check_way_back,
-    has_each_once,
-    has_whole_rows,
-    import_array,
-    is_on_device,
-    memory_of,
-    overlaps,
-    refuse_in_capture,
-    strides_of,
-)
+from ..arrays import aligned, check_way_back, import_array, refuse_in_capture
 from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from ..kv_cache import KVCache
+from ..memory import (
+    NativeArray,
+    has_each_once,
+    has_whole_rows,
+    is_on_device,
+    lie_alike,
+    memory_of,
+    overlaps,
+)
 from ..metadata import SchedulerMetadata
 from ..operands import PAIRS, Operands
 from ..problem import Problem, window_bounds
@@ -144,7 +140,7 @@ def check_memory(operands: Operands, plan: SchedulerMetadata | None) -> None:
         target, array = arrays[written], arrays[name]
         if not overlaps(target, array):
             continue
-        if name not in in_place.get(written, ()) or not _is_the_same(target, array):
+        if name not in in_place.get(written, ()) or not lie_alike(target, array):
             other = _argument(name, cache)
             raise ValueError(f"{written} must share no memory with {other}, got overlapping arrays")
     for name in operands.appended:
@@ -161,7 +157,3 @@ def _argument(name: str, cache: KVCache) -> str:
         return "cu_seqlens_k"
     given = {part: f"{pair}[{place}]" for pair, parts in PAIRS.items() for place, part in enumerate(parts)}
     return given.get(name, name)
-
-
-def _is_the_same(one: NativeArray, other: NativeArray) -> bool:
-    return address_of(one) == address_of(other) and one.shape == other.shape and strides_of(one) == strides_of(other)

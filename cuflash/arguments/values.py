@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import NativeArray, import_array, to_host
+from ..arrays import import_array, to_host
+from ..memory import NativeArray
 from ..operands import Lengths, Operands
 from ..problem import Problem
 

@@ -10,7 +10,7 @@ import importlib
 import os
 from typing import Any
 
-from ..arrays import is_on_device
+from ..memory import is_on_device
 
 NAMES = ("auto", "cuda", "numpy", "sim")
 

@@ -12,11 +12,11 @@ import cupy
 import numpy as np
 from cupy.cuda import nvrtc
 
-from ..arrays import NativeArray
 from ..device import Device
 from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
+from ..memory import NativeArray
 from .cubin import cubin
 from .driver import launcher, relaxed_capture, tensor_map
 from .machine import KernelBackend, Launcher, Machine

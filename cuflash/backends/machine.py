@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from .. import journal
-from ..arrays import NativeArray, address_of, copy_into, gpu_of, has_whole_rows, strides_of
+from ..arrays import copy_into
 from ..device import Device
 from ..kernels import attention_step, plan_launch
 from ..kernels.boxes import Boxed
@@ -18,6 +18,7 @@ from ..kernels.launch import BoundLaunch, BoundStep, Launch, Scratch, Step, bind
 from ..kernels.merge import merge_launch
 from ..kernels.source import Variant
 from ..kv_cache import KVCache, Scales
+from ..memory import NativeArray, address_of, gpu_of, has_whole_rows, strides_of
 from ..metadata import SchedulerMetadata
 from ..operands import Lengths, Operands
 from ..partition import Partition

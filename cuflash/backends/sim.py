@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NativeArray
 from ..device import Device, host_device
 from ..kernels.boxes import Boxed
 from ..kernels.launch import BoundLaunch, Scratch
 from ..kernels.source import Variant, source
+from ..memory import NativeArray
 from .machine import KernelBackend, Launcher, Machine
 
 

@@ -10,8 +10,9 @@ from .. import attention
 from ..arguments.common import Given, lse_shape, renamed
 from ..arguments.lengths import filled
 from ..arguments.values import check_packed
-from ..arrays import checks_values, empty, exporter, import_array, is_on_device
+from ..arrays import checks_values, empty, exporter, import_array
 from ..layouts import new_tensor
+from ..memory import is_on_device
 from ..metadata import SchedulerMetadata
 from ..problem import boolean, integer, make_problem
 from . import torch_tensors

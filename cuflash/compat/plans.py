@@ -13,10 +13,11 @@ import numpy as np
 
 from .. import arguments, backends
 from ..arguments.common import UNIT, Given
-from ..arrays import NativeArray, address_of, checks_values, empty, exporter, import_array, is_on_device, to_host
+from ..arrays import checks_values, empty, exporter, import_array, to_host
 from ..device import Device, host_device
 from ..kernels import choose
 from ..layouts import new_tensor
+from ..memory import NativeArray, address_of, is_on_device
 from ..metadata import SchedulerMetadata
 from ..planner import plan_cuts, plan_words
 from ..problem import Problem, integer

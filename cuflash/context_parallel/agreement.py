@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NativeArray, to_host
+from ..arrays import to_host
+from ..memory import NativeArray
 from ..operands import Lengths, Operands
 from ..problem import Problem
 from .fault import ContextParallelError, name_ranks

@@ -13,21 +13,12 @@ import numpy as np
 
 from .. import arguments, backends
 from ..arguments.common import expect_apart, expect_shape, import_codes, output
-from ..arrays import (
-    NativeArray,
-    check_way_back,
-    checks_values,
-    empty,
-    exporter,
-    import_array,
-    is_on_device,
-    memory_of,
-    refuse_in_capture,
-)
+from ..arrays import check_way_back, checks_values, empty, exporter, import_array, refuse_in_capture
 from ..attention import flash_attn_with_kvcache
 from ..dtypes import FLOAT_DTYPES, dtype_name, numpy_dtype
 from ..kernels.exchange import exchange_launch, half_bytes
 from ..mask import Shard
+from ..memory import NativeArray, is_on_device, memory_of
 from ..metadata import SchedulerMetadata
 from ..packing import Packing
 from ..problem import boolean, integer, real

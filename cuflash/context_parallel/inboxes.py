@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NativeArray, refuse_in_capture
+from ..arrays import refuse_in_capture
 from ..kernels.exchange import MOST_RANKS, inbox_bytes
+from ..memory import NativeArray
 
 _GRANULARITY = 2 << 20  # bytes: smaller memory shares a mapping with others', and would not begin where it does
 _HANDLE_BYTES = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..arrays import NativeArray, strides_of
 from ..kv_cache import KVCache
+from ..memory import NativeArray, strides_of
 
 LINE_BYTES = 128  # of a row of a box, which the 128-byte swizzle permutes
 MAP_BYTES = 128  # of a CUtensorMap

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..arrays import strides_of
 from ..kv_cache import KVCache, Scales
 from ..mask import Shard
+from ..memory import strides_of
 from ..operands import Lengths, Operands
 from ..problem import Problem
 from .launch import element_strides

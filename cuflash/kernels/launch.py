@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import NativeArray, strides_of
+from ..memory import NativeArray, strides_of
 from .boxes import MAP_BYTES, Boxed
 from .source import Variant, field_paths, struct_dtype
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..arrays import NativeArray
+from ..memory import NativeArray
 from .launch import ROW_WARPS, Launch, element_strides, make_launch
 from .source import Variant, element_defines
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ... import merging
-from ...arguments.common import renamed
-from ...arrays import NativeArray, empty, has_each_once, import_array, is_writeable, memory_of, overlaps
+from ...arguments.common import expect_apart, renamed
+from ...arrays import empty, import_array, is_writeable
 from ...layouts import new_tensor
+from ...memory import NativeArray, has_each_once, memory_of
 from .. import torch_tensors
 
 __all__ = ["merge_state", "merge_state_v2"]
@@ -82,8 +83,7 @@ def _target(s_merged: Any, v_a: Any, v_merged: Any) -> NativeArray:
         raise ValueError(f"s_merged must have no elements that overlap, got strides {target.strides} bytes")
     if memory_of(target) != memory:
         raise ValueError(f"s_merged must be in {memory} like v_a, got one in {memory_of(target)}")
-    if v_merged is not None and overlaps(target, import_array("v_merged", v_merged)):
-        raise ValueError("s_merged must share no memory with v_merged, got overlapping arrays")
+    expect_apart("s_merged", target, {"v_merged": v_merged})
     return target
 
 
