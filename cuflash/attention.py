@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from . import arguments, backends, memo
 from .array_types import Array, ArrayT
-from .arrays import NativeArray, is_on_device
+from .memory import NativeArray, is_on_device
 from .metadata import SchedulerMetadata
 from .operands import PAIRS, Lengths
 from .problem import Problem
@@ -217,17 +217,16 @@ def flash_attn_with_kvcache(
 
 
 # What is not given, for other interfaces of the same call.
+_PARAMETERS = inspect.signature(flash_attn_with_kvcache).parameters
 DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(flash_attn_with_kvcache).parameters.items()
-    if parameter.default is not parameter.empty
+    name: parameter.default for name, parameter in _PARAMETERS.items() if parameter.default is not parameter.empty
 }
 
 
 def check(given: dict[str, Any]) -> None:
     """Raise what ``flash_attn_with_kvcache`` would raise for these arguments, before another call writes to them."""
     if not memo.is_remembered(flash_attn_with_kvcache.__name__, given):
-        for name in given.keys() - inspect.signature(flash_attn_with_kvcache).parameters.keys():
+        for name in given.keys() - _PARAMETERS.keys():
             raise TypeError(f"{flash_attn_with_kvcache.__name__}() got an unexpected keyword argument {name!r}")
         whole = {**DEFAULTS, **given}
         arguments.attention(whole, arguments.plan_of(whole["scheduler_metadata"]))

@@ -134,19 +134,14 @@ def test_demo_is_the_default(capsys):
     assert "planned once, run by 1 layer\n" in call(capsys, "--batch", "1", "--seqlen", "9", "--layers", "1")
 
 
-def test_demo_on_the_simulator(capsys):
+@pytest.mark.parametrize("is_built", [True, False])
+def test_demo_on_the_simulator(is_built, capsys, monkeypatch):
+    """To build it takes long, and nothing else is said meanwhile where there is no terminal."""
     pytest.importorskip("cuda.bindings", reason='pip install -e ".[sim]"')
+    monkeypatch.setattr("cuflash.simulator.compile.machine_is_built", lambda: is_built)
     out = call(capsys, "--backend", "sim", "--batch", "2", "--seqlen", "30", "--layers", "1")
     assert "simulated on the CPU for 4 SMs" in out and "within bfloat16's rounding" in out
-    assert "is built first" not in out
-
-
-def test_demo_says_that_the_simulator_is_built(capsys, monkeypatch):
-    """It takes long, and nothing else is said meanwhile where there is no terminal."""
-    pytest.importorskip("cuda.bindings", reason='pip install -e ".[sim]"')
-    monkeypatch.setattr("cuflash.simulator.compile.machine_is_built", lambda: False)
-    out = call(capsys, "--backend", "sim", "--batch", "2", "--seqlen", "30", "--layers", "1")
-    assert "the simulator is built first" in out
+    assert ("the simulator is built first" in out) == (not is_built)
 
 
 def test_demo_sees_wrong_results(capsys, monkeypatch):

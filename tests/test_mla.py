@@ -174,6 +174,11 @@ def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, 
         assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
 
 
+def _merging(at_once: int, vectors: int) -> dict[str, str]:
+    """Return what to change in the source for so many loads of a lane, and so many lanes that load one part."""
+    return {"kAtOnce = MERGE_LOADS": f"kAtOnce = {at_once}", "= MERGE_VECTORS": f"= {vectors}"}
+
+
 @pytest.mark.parametrize(
     ("num_sm", "heads", "headdim_v", "vectors"),
     [(40, 16, 512, 32), (36, 2, 456, 16),
@@ -189,7 +194,7 @@ def test_more_parts_than_a_warp_merges(
     tiles = mla_wgmma.tiling(make_problem(1, 1, heads, 1, headdim_v + 64, headdim_v=headdim_v), Device(num_sm, 90))
     assert tiles is not None and tiles.merge_vectors == (16 if (num_sm, heads) == (132, 16) else 32)
     if vectors != tiles.merge_vectors:
-        change_source("mla_wgmma.cu", {"kAtOnce = MERGE_LOADS": "kAtOnce = 12", "= MERGE_VECTORS": f"= {vectors}"})
+        change_source("mla_wgmma.cu", _merging(12, vectors))
     case = Case(
         dtype="bfloat16", heads=(heads, 1), headdim=(headdim_v + 64, headdim_v), mla="joint", seqlens=(64 * num_sm,),
         page_size=64, sinks=True,
@@ -218,8 +223,7 @@ def test_who_waits(
 ) -> None:
     """Whoever waits, however many parts are loaded at once, all is merged; counters are cleared (conftest.py)."""
     monkeypatch.setenv("CUFLASH_NUM_SM", "34")
-    sizes = {"kAtOnce = MERGE_LOADS": f"kAtOnce = {at_once}", "= MERGE_VECTORS": f"= {vectors}"}
-    _let_wait(who, 34, change_source, **sizes)
+    _let_wait(who, 34, change_source, **_merging(at_once, vectors))
     case = Case(
         dtype="bfloat16", heads=(3, 1), headdim=(576, 512), mla="joint", seqlens=(64 * 34,), page_size=64, sinks=True
     )
@@ -238,17 +242,11 @@ def test_maxima_far_below_zero(
     """Sixteen or thirty-two lanes weigh fewer parts: where there is no part there is no maximum of 0 either."""
     monkeypatch.setenv("CUFLASH_NUM_SM", str(parts))
     if vectors == 16:
-        sizes = {"kAtOnce = MERGE_LOADS": "kAtOnce = 12", "= MERGE_VECTORS": "= 16", "? 0 : SCATTERED_PARTS": "? 0 : 0"}
-        change_source("mla_wgmma.cu", sizes)
+        change_source("mla_wgmma.cu", {**_merging(12, vectors), "? 0 : SCATTERED_PARTS": "? 0 : 0"})
     case = Case(
-        dtype="bfloat16",
-        heads=(heads, 1),
-        headdim=(576, 512),
-        mla="joint",
-        seqlens=(64 * parts,),
-        page_size=64,
+        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(64 * parts,), page_size=64,
         scale=1.0,
-    )
+    )  # fmt: skip
     inputs = make_inputs(case)
     for name, sign in (("q", -1), ("k_cache", 1)):
         inputs[name][...] = sign * abs(inputs[name].astype(np.float32))  # in place: the values are a view of the keys

@@ -122,6 +122,7 @@ def sources(*suffixes: str) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in here}
 
 
+@lru_cache(maxsize=None)
 def _machine_name() -> str:
     """What the machine's file is called in the cache: after all that it depends on."""
     compiler = find_compiler()
