@@ -97,7 +97,17 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("what", list(CHANGES))
+# What others cover as well runs with --slow alone.
+_SLOW = (
+    "pages of 4", "pages of 24", "pages of 128", "leftpad", "other head dims", "latent, two blocks, a window",
+    "latent, two blocks, merged", "latent, two blocks, leftpad", "latent, tree", "latent, narrower",
+)  # fmt: skip
+assert CHANGES.keys() >= set(_SLOW)
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow if what in _SLOW else ()) for what in CHANGES]
+)
 def test_bits_are_those_of_rows_copied_one_by_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, change, has_boxes = CHANGES[what]
     case = dataclasses.replace(case, seed=len(what), **change)

@@ -124,7 +124,7 @@ def test_plain_attention_answers_in_english(tokenizer, expected):
     assert "warm summer day" in texts[4]
 
 
-@pytest.mark.parametrize("page_size", [1, 7, 64])
+@pytest.mark.parametrize("page_size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 64))])
 def test_greedy_tokens_equal_plain_attention(model, prompts, expected, page_size):
     """Six prompts of different lengths in one batch, prefill and decode, from shuffled pages full of NaN."""
     cache = llama.PagedCache(model, len(prompts), 192, page_size)
@@ -142,7 +142,7 @@ def test_greedy_tokens_do_not_depend_on_arrival(model, prompts, expected):
     assert llama.answer(model, cache, prompts, 24, arrivals=[0, 2, 3, 3, 9, 30]) == expected
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 33])
+@pytest.mark.parametrize("chunk", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 33))])
 def test_greedy_tokens_do_not_depend_on_chunks(model, prompts, expected, chunk):
     """Prompts that are read in chunks, beside others' chunks and decoding; no step reads more of one."""
     cache, most = llama.PagedCache(model, len(prompts), 192), []

@@ -15,7 +15,7 @@ import cuflash
 BATCH, PAGE, HEADS, KV_HEADS, DIM, TABLE = 4, 4, 4, 2, 32, 6
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inactive", INACTIVE)
 def test_a_padded_batch_leaves_pages_of_others_alone(inactive: str, dtype: str, backend: Backend) -> None:
     """Sequences come and go for 50 steps of one batch size; every step appends, in inactive rows to nowhere."""
