@@ -401,6 +401,21 @@ def test_maxima_that_jump(kv_dtype: str | None, queries: int, sim: Backend) -> N
         assert set(lse[0].T[of_kind]) == {own_lse[0, 0, 0]}
 
 
+@pytest.mark.parametrize("rise", [3, 60, 200])
+@BOTH
+def test_maxima_that_rise_from_far_below_zero(rise: int, sim: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge maximum is subtracted from the scores first: weights that are found without that say nothing."""
+    monkeypatch.setenv("CUFLASH_NUM_SM", "1")
+    for dtype in ("float16", "bfloat16"):
+        problem = _problem(dtype, np.where(np.arange(300) < 290, -(2.0**23), -(2.0**22)), heads=16)
+        problem["q"][..., 5] = 1
+        problem["q"][:, :, ::3, 3] = 0  # rows beside them that are not huge
+        problem["k_cache"][:, 200:290, :, 5] = rise
+        _check(problem, sim, dtype, softmax_scale=1.0)
+        problem["k_cache"][:, 290:] = problem["k_cache"][:, 289:290]
+        _check(problem, sim, dtype, softmax_scale=1.0)
+
+
 # --------------------------------------------------------------------------------------------------- quantised caches
 @pytest.mark.parametrize("arch", ["80", "89", "90a"])
 @pytest.mark.parametrize("name", KV_DTYPES)

@@ -55,6 +55,19 @@ def test_masks(mask: str, lengths: str, backend: Backend) -> None:
     check(given, expected(given, **options), backend, **MASKS[mask])
 
 
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_a_scale_for_every_key(lengths: str, backend: Backend) -> None:
+    """Scales are packed as the keys are."""
+    given, rng = inputs(lengths, np.float16), np.random.default_rng(3)
+    numbers = dict(given)
+    for name in ("k", "v"):
+        codes = rng.integers(-127, 128, given[name].shape).astype(np.int8)
+        scales = np.exp2(rng.integers(-9, -5, codes.shape[:2])).astype(np.float32)
+        given |= {name: codes, f"{name}_descale": scales[None]}
+        numbers[name] = (codes * scales[..., None]).astype(np.float16)
+    check(given, expected(numbers), backend)
+
+
 @pytest.mark.parametrize("headdim", [64, 128, 256])
 def test_float32_and_head_dims(headdim: int, backend: Backend) -> None:
     given = inputs("few rows", np.float32, headdim)

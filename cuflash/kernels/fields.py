@@ -87,12 +87,14 @@ def cache_arrays(cache: KVCache) -> dict[str, str]:
     return {} if cache.page_indices is None else {"page_table": "page_indices"}
 
 
-def scale_fields(name: str, scales: Scales) -> dict[str, int]:
+def scale_fields(name: str, scales: Scales, is_packed: bool = False) -> dict[str, int]:
     """Return the values of a field that is a DescaleStrides of descale.cuh, by the name of the argument."""
     strides = [0, 0, 0]
     if scales.array is not None:
         steps = [0 if size == 1 else stride for size, stride in zip(scales.array.shape, element_strides(scales.array))]
         strides = steps if scales.per_key else [steps[0], 0, steps[1]]
+        if scales.per_key and is_packed:  # as in cache_fields
+            strides[0] = strides[1]
     return dict(zip((f"{name}_strides.outer", f"{name}_strides.row", f"{name}_strides.head"), strides))
 
 

@@ -154,8 +154,9 @@ public:
         float top[kRowTiles][2];
         lane_maxima(s, scaling, top);
         const auto top_of = [&](int t, int half) {
-            const float largest = lanes_maximum<4>(top[t][half]);
-            return lanes_maximum<4>(sums[t][half]) > kMostSum ? largest : -infinity();
+            const float largest = lanes_maximum<4>(top[t][half]), sum = lanes_maximum<4>(sums[t][half]);
+            // A huge row's sum says nothing: its scores were weighed before its maximum was subtracted.
+            return sum > kMostSum || is_huge(t, half) ? largest : -infinity();
         };
         follow(math, top_of, 0.0f);
         subtract_huge(s);
