@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +23,17 @@ from .driver import launcher, relaxed_capture, tensor_map
 from .machine import KernelBackend, Launcher, Machine
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle for a stream of every host thread
+
+
+class _Thread(threading.local):
+    """A number that no other thread gets: an ended thread's identifier is given to the next one, its stream is not."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+
+_numbers = itertools.count()
+_thread = _Thread()
 
 
 class CompileError(RuntimeError):
@@ -128,7 +140,8 @@ class _Gpu:
 
     def __init__(self, number: int) -> None:
         # Without the number CuPy would ask for the current device once more.
-        self.key = number, cupy.cuda.get_current_stream(number).ptr, threading.get_ident()
+        stream = cupy.cuda.get_current_stream(number).ptr
+        self.key = number, stream, _thread.number if stream == _PER_THREAD_STREAM else threading.get_ident()
 
     def __enter__(self) -> _Gpu:
         return self  # nothing to do, and nothing that takes time: calls come through here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,3 +196,20 @@ def test_streams_do_not_share_workspaces() -> None:
     for first, out in zip(wanted, outs, strict=True):
         for found in out:
             np.testing.assert_array_equal(found.get(), first)
+
+
+def test_threads_that_follow_one_another_do_not_share_workspaces() -> None:
+    """On the stream that every thread has of its own: an ended thread's may still be busy."""
+    import cupy
+    from cuflash.backends.cuda import BACKEND
+
+    def look() -> None:
+        with cupy.cuda.Stream.ptds, BACKEND.machine(0) as machine:
+            keys.append(machine.key)
+
+    keys: list[Any] = []
+    for _ in range(8):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert len(set(keys)) == 8
