@@ -201,6 +201,7 @@ def test_streams_do_not_share_workspaces() -> None:
 def test_threads_that_follow_one_another_do_not_share_workspaces() -> None:
     """On the stream that every thread has of its own: an ended thread's may still be busy."""
     import cupy
+
     from cuflash.backends.cuda import BACKEND
 
     def look() -> None:
