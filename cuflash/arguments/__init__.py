@@ -71,7 +71,9 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     k, v = new_keys(problem, cache, given)
     q = q if k is None else apart("q", q, cache)
     if problem.is_joint and not cache.may_be_joint:
-        raise ValueError(f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}")
+        raise ValueError(
+            f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}, got values of their own"
+        )
     q_scales = query_scales(problem, given)
     k_scales, v_scales = cache_scales(problem, cache, k is not None, given)
     cache = replace(cache, k_scales=k_scales, v_scales=v_scales)

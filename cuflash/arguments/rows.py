@@ -64,7 +64,7 @@ def query_values(problem: Problem, q: NativeArray, given: Given) -> NativeArray 
     if given["qv"] is None:
         return None
     if problem.out_dtype != problem.qkv_dtype:
-        raise ValueError(f"qv must be None with queries of {problem.qkv_dtype}")
+        raise ValueError(f"qv must be None with queries of {problem.qkv_dtype}, got an array")
     if not problem.takes_qv:
         raise ValueError(
             f"qv must come with a headdim of at most 64 and a headdim_v of at least 256, got {problem.headdim} and "
