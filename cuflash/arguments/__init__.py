@@ -72,7 +72,7 @@ def attention(given: Given, plan: SchedulerMetadata | None) -> tuple[Problem, Op
     q = q if k is None else apart("q", q, cache)
     if problem.is_joint and not cache.may_be_joint:
         raise ValueError(
-            f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}, got values of their own"
+            f"v_cache must be the first columns of k_cache's rows for headdim={problem.headdim}, got other values"
         )
     q_scales = query_scales(problem, given)
     k_scales, v_scales = cache_scales(problem, cache, k is not None, given)

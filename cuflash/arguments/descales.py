@@ -38,7 +38,7 @@ def cache_scales(problem: Problem, cache: KVCache, appends: bool, given: Given) 
     if cache.joint:  # one row has one scale
         if given["v_descale"] is not None and not _are_equal(k, v):
             raise ValueError(
-                "v_descale must be None or k_descale where values are the first columns of k_cache's rows, got other scales"
+                "v_descale must be None or k_descale where values are the first columns of k_cache's rows, got others"
             )
         v = k
     return k, v
