@@ -107,7 +107,8 @@ def _described(x: Any) -> Any:
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     if isinstance(x, SchedulerMetadata):
-        return {"plan": asdict(x.problem), "max_seqlen_k": x.max_seqlen_k, "num_blocks": x.num_blocks}
+        others = ("pack_gqa", "max_seqlen_k", "num_blocks")
+        return {"plan": asdict(x.problem)} | {name: getattr(x, name) for name in others}
     if isinstance(x, (tuple, list)):
         return [_described(item) for item in x]
     try:

@@ -134,6 +134,13 @@ def test_whatever_runs_runs_again(arguments: dict[str, Any], log: Path, monkeypa
     assert main(["replay", str(log)]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("pack_gqa", [None, True, False])
+def test_a_plan_that_says_how_heads_are_packed(pack_gqa: bool | None, log: Path, capsys: Any) -> None:
+    plan = cuflash.get_scheduler_metadata(**planning(), pack_gqa=pack_gqa)
+    cuflash.flash_attn_with_kvcache(**contiguous(), pack_gqa=pack_gqa, scheduler_metadata=plan)
+    assert main(["replay", str(log)]) == 0, capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["class", "ml_dtypes", "torch"])
 def test_plans_of_any_spelling_run_again(kind: str, log: Path, capsys: Any) -> None:
     torch = pytest.importorskip("torch") if kind == "torch" else None

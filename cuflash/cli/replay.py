@@ -125,6 +125,7 @@ def _planned(plan: dict[str, Any], given: dict[str, Any], xp: Any) -> cuflash.Sc
     problem, longest = dict(plan["plan"]), plan["max_seqlen_k"]
     ragged, batch = problem.pop("cu_seqlens_q"), problem["batch_size"]
     problem |= {"window_size": tuple(problem["window_size"]), "max_seqlen_k": longest}
+    problem["pack_gqa"] = plan.get("pack_gqa")  # lines of older versions do not say it
     lengths = given.get("cache_seqlens")
     try:
         return cuflash.get_scheduler_metadata(
