@@ -64,15 +64,18 @@ def write(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 def _append(text: str) -> None:
     where = os.environ.get(VARIABLE, "")
-    if where in ("1", "stderr"):
-        sys.stderr.write(text)
-    elif where:
-        try:
+    if not where:
+        return
+    try:
+        if where in ("1", "stderr"):
+            sys.stderr.write(text)
+        else:
             with open(os.path.expanduser(where), "a") as file:  # opened anew, so that processes can share it
                 file.write(text)
-        except OSError as error:  # the call is done, and its caller needs the result
-            text = f"{VARIABLE} must name a file that can be written, got {where}: {error}"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+    except (OSError, ValueError, AttributeError) as error:  # a stderr that is closed is None, or raises ValueError
+        # The call is done, and its caller needs the result.
+        text = f"{VARIABLE} must name what can be written, got {where}: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _all_described(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -163,8 +164,25 @@ def test_a_log_that_cannot_be_written(place: str, tmp_path: Path, monkeypatch: A
     """The call is done all the same: its caller has nothing else of it, and the cache has been appended to."""
     monkeypatch.setenv("CUFLASH_LOG", str(tmp_path / place))
     arguments = SMALL | {"v_cache": SMALL["k_cache"].copy(), "out": np.full_like(SMALL["q"], np.nan)}
-    with pytest.warns(RuntimeWarning, match="^CUFLASH_LOG must name a file that can be written"):
+    with pytest.warns(RuntimeWarning, match="^CUFLASH_LOG must name what can be written, got "):
         assert cuflash.flash_attn_with_kvcache(**arguments) is arguments["out"]
+
+
+class Full:
+    def write(self, text: str) -> None:
+        raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "full"])
+def test_a_standard_error_that_cannot_be_written(kind: str, monkeypatch: Any) -> None:
+    """Of a call that returns, and of one that fails: its own error is what the caller gets."""
+    (closed := io.StringIO()).close()
+    monkeypatch.setenv("CUFLASH_LOG", "stderr")
+    monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed, "full": Full()}[kind])
+    with pytest.warns(RuntimeWarning, match="^CUFLASH_LOG must name what can be written, got stderr: "):
+        assert cuflash.get_scheduler_metadata(**planning()).problem.num_heads_q == 4
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="num_splits"):
+        cuflash.get_scheduler_metadata(**planning() | {"num_splits": -1})
 
 
 def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: Any) -> None:
