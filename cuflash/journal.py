@@ -29,6 +29,7 @@ from .memory import NativeArray, is_on_device, memory_of
 from .metadata import SchedulerMetadata
 
 VARIABLE = "CUFLASH_LOG"
+OFF = ("", "0")
 _MOST_VALUES = 2**20  # of an index array
 
 launches: dict[int, list[Any]] = {}
@@ -64,7 +65,7 @@ def write(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 def _append(text: str) -> None:
     where = os.environ.get(VARIABLE, "")
-    if not where:
+    if where in OFF:
         return
     try:
         if where in ("1", "stderr"):

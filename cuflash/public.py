@@ -16,11 +16,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # os.environ as it lies beneath, as in memo.py: a look-up through it takes a microsecond.
 _environment: Any = os.environ._data  # type: ignore[attr-defined]
 _LOG = os.environ.encodekey(journal.VARIABLE)
+_OFF = (None, *map(os.environ.encodevalue, journal.OFF))
 
 
 def is_written_down() -> bool:
     """Whether ``CUFLASH_LOG`` asks for calls to be written down."""
-    return _LOG in _environment
+    return _environment.get(_LOG) not in _OFF
 
 
 def public(function: Function) -> Function:

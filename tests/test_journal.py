@@ -217,8 +217,11 @@ def test_strides_and_gaps_are_rebuilt(batch: int, dtype: str) -> None:
     assert (again.shape, again.strides, again.dtype) == (array.shape, array.strides, array.dtype)
 
 
-def test_nothing_is_kept_when_nobody_asks(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_kept_when_nobody_asks(value: str | None, monkeypatch: Any) -> None:
     monkeypatch.delenv("CUFLASH_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUFLASH_LOG", value)
     monkeypatch.setattr(journal, "write", None)
     cuflash.get_scheduler_metadata(**planning())
     assert not journal.launches

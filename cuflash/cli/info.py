@@ -309,8 +309,8 @@ def _wrong(name: str, value: str) -> str:
         return "" if value in ("0", "1") else "0 or 1"
     if name == "CUFLASH_LOG":
         folder = Path(os.path.expanduser(value)).absolute().parent
-        can_be = value in ("1", "stderr") or (folder.is_dir() and os.access(folder, os.W_OK))
-        return "" if can_be else "1, stderr or a file that can be written"
+        can_be = value in ("0", "1", "stderr") or (folder.is_dir() and os.access(folder, os.W_OK))
+        return "" if can_be else "0, 1, stderr or a file that can be written"
     if name == "CUFLASH_CACHE_DIR":
         path = Path(os.path.expanduser(value))
         parents = [parent for parent in (path, *path.absolute().parents) if parent.exists()]
