@@ -441,6 +441,13 @@ def codes(**changes: Any) -> Arguments:
     return arguments | {name: arguments[name].astype(np.int8) for name in ("k_cache", "v_cache")} | changes
 
 
+def of_one_sequence(*starts: int) -> Arguments:
+    """Arguments of a call with ragged queries of one sequence, three at most."""
+    arguments = ragged()
+    one = {name: arguments[name][:1] for name in ("k_cache", "v_cache", "cache_seqlens")}
+    return arguments | one | {"cu_seqlens_q": np.array(starts, np.int32), "max_seqlen_q": 3}
+
+
 MERGED = np.ones((BATCH, SEQLEN_Q, HEADS, DIM_V), np.float32)
 MESSAGES: list[tuple[Arguments, str]] = [
     (with_pages_as_list(), r"page_table must .*, got 1099511627776 in row 2 for page 0$"),
@@ -448,6 +455,9 @@ MESSAGES: list[tuple[Arguments, str]] = [
         paged() | {"page_table": np.full((BATCH, CAPACITY // PAGE_SIZE), 2**40)},
         r"page_table must .*, got 1099511627776 in",
     ),
+    (of_one_sequence(0, 4), r"cu_seqlens_q must grow by at most max_seqlen_q=3, got 0, 4 at \[0\]$"),
+    (of_one_sequence(4, 3), r"cu_seqlens_q must never decrease, got 4, 3 at \[0\]$"),
+    (of_one_sequence(-1, 2), r"cu_seqlens_q must begin with 0 or more, got -1 at \[0\]$"),
     (contiguous() | {"merge_with": (MERGED,)}, r"merge_with must be a pair \(out, lse\), got 1 arrays$"),
     (
         contiguous() | {"out": MERGED, "merge_with": (MERGED[::-1], np.zeros((BATCH, HEADS, SEQLEN_Q), np.float32))},

@@ -33,10 +33,10 @@ def check_lengths(problem: Problem, lengths: Lengths) -> None:
             starts = to_host(array)
             steps = np.diff(starts.astype(np.int64))
             if name == "cu_seqlens_k_new":
-                _refuse(name, "begin with 0", starts, starts[:1] != 0)
+                _refuse(name, "begin with 0", starts[:1], starts[:1] != 0)
             _refuse(name, "never decrease", starts, steps < 0)
             if name == "cu_seqlens_q":
-                _refuse(name, "begin with 0 or more", starts, starts[:1] < 0)
+                _refuse(name, "begin with 0 or more", starts[:1], starts[:1] < 0)
                 most = problem.max_seqlen_q
                 _refuse(name, f"grow by at most max_seqlen_q={most}", starts, steps > most)
 
@@ -48,7 +48,7 @@ def check_packed(starts: NativeArray, total: int, used: NativeArray | None = Non
         ValueError: Naming the argument, the rule and the first value that breaks it.
     """
     values = to_host(starts).astype(np.int64)
-    _refuse("cu_seqlens_k", "begin with 0", values, values[:1] != 0)
+    _refuse("cu_seqlens_k", "begin with 0", values[:1], values[:1] != 0)
     _refuse("cu_seqlens_k", "never decrease", values, np.diff(values) < 0)
     _refuse("cu_seqlens_k", f"end by k's {total} rows", values, values > total)
     if used is not None:
@@ -97,7 +97,7 @@ def check_call(problem: Problem, operands: Operands, page_table: Any) -> None:
         capacity = np.diff(to_host(cache.page_indptr).astype(np.int64))
     elif cache.page_indptr is not None:
         indptr = to_host(cache.page_indptr).astype(np.int64)
-        _refuse("page_table[0]", "begin with 0 or more", indptr, indptr[:1] < 0)
+        _refuse("page_table[0]", "begin with 0 or more", indptr[:1], indptr[:1] < 0)
         _refuse("page_table[0]", "never decrease", indptr, np.diff(indptr) < 0)
         indices = int(cache.page_indices.shape[0])  # type: ignore[union-attr]
         _refuse("page_table[0]", f"end by the {indices} page numbers", indptr, indptr > indices)
@@ -157,8 +157,8 @@ def _check_pages(operands: Operands, row: NDArray[Any], held: Ints, given: Any) 
 
 
 def _refuse(name: str, rule: str, values: NDArray[Any], wrong: NDArray[np.bool_]) -> None:
-    """Raise ValueError if any entry is wrong, showing the first one."""
+    """Raise ValueError if any entry is wrong, or any step to the next one, showing the first."""
     if wrong.any():
         index = int(wrong.argmax())
-        step = f", {values[index + 1]}" if len(wrong) < len(values) and len(wrong) > 1 else ""
+        step = f", {values[index + 1]}" if len(wrong) < len(values) else ""
         raise ValueError(f"{name} must {rule}, got {values[index]}{step} at [{index}]")
