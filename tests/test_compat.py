@@ -537,7 +537,10 @@ def test_values_that_are_keys(quantised: bool) -> None:
         {"cu_seqlens_k": np.array([0, 13, 21])}, {"cu_seqlens_k": np.array([2, 13, 20])},
         {"cu_seqlens_k": np.array([0, 13, 9])}, {"seqused_k": np.array([1, 2, 3])}, {"seqused_k": np.array([3, 20])},
         {"seqused_k": np.array([14, 3])}, {"seqused_k": np.array([3, -1])},
-        {"seqused_k": np.array(3)}, {"return_attn_probs": 1},
+        {"seqused_k": np.array(3)}, {"return_attn_probs": 1}, {"k": None}, {"v": None},
+        {"cu_seqlens_k": np.array(["0", "13", "20"])}, {"cu_seqlens_k": np.array(["a", "b", "c"])},
+        {"cu_seqlens_k": np.zeros(3, [("a", np.int32)])}, {"cu_seqlens_k": np.array([0, np.nan, 20])},
+        {"seqused_k": np.array([np.nan, 3])}, {"seqused_k": np.array(["3", "3"])},
     ],
     ids=str,
 )  # fmt: skip
@@ -548,3 +551,10 @@ def test_errors_about_packed_keys_name_them(wrong: dict[str, Any]) -> None:
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
     with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(wrong))} must "):
         fa3.flash_attn_varlen_func(**given | {"max_seqlen_q": 13, "max_seqlen_k": 13} | wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"k": None, "v": None}, {"k": None}, {"v": None}, {"q": None}], ids=str)
+def test_errors_about_a_dense_batch_name_what_is_missing(wrong: dict[str, None]) -> None:
+    q, kv = np.ones((2, 1, 4, 64), np.float32), np.ones((2, 9, 2, 64), np.float32)
+    with pytest.raises(TypeError, match=rf"^[{''.join(wrong)}] must be an array"):
+        fa3.flash_attn_func(**{"q": q, "k": kv, "v": kv} | wrong)

@@ -10,7 +10,7 @@ from .. import attention
 from ..arguments.common import Given, lse_shape, renamed
 from ..arguments.lengths import filled
 from ..arguments.values import check_packed
-from ..arrays import checks_values, empty, exporter, import_array
+from ..arrays import checks_values, empty, exporter, import_array, import_index
 from ..layouts import new_tensor
 from ..memory import is_on_device
 from ..metadata import SchedulerMetadata
@@ -100,8 +100,8 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
     q, k, v = (torch_tensors.without_gradient(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     is_paged = options.get("page_table") is not None
     is_packed = cu_seqlens_k is not None and not is_paged
-    named = {"k": (k, 3 if is_packed else 4), "v": (v, 3 if is_packed else 4), "seqused_k": (seqused_k, 1)}
-    k, v, seqused_k = (_indexable(name, *x) for name, x in named.items())
+    k, v = (_indexable(name, x, 3 if is_packed else 4) for name, x in (("k", k), ("v", v)))
+    seqused_k = None if seqused_k is None else _indexable("seqused_k", seqused_k, 1)
     lengths = "cu_seqlens_k" if seqused_k is None else "seqused_k"
     with renamed({"k_cache": "k", "v_cache": "v", "cache_seqlens": lengths}):
         if is_paged and seqused_k is None:
@@ -114,9 +114,10 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
         if seqused_k is not None and seqused_k.shape != starts.shape:
             raise ValueError(f"seqused_k must have shape {tuple(starts.shape)}, got {tuple(seqused_k.shape)}")
         with torch_tensors.stream_of(starts_and_end):
-            native = import_array("cu_seqlens_k", starts_and_end)
+            native = import_index("cu_seqlens_k", starts_and_end)
+            used = None if seqused_k is None else import_index("seqused_k", seqused_k)
             if checks_values(is_on_device(native)):
-                check_packed(native, k.shape[0], None if seqused_k is None else import_array("seqused_k", seqused_k))
+                check_packed(native, k.shape[0], used)
         ends = starts_and_end[1:] if seqused_k is None else _wide(starts) + _wide(seqused_k)
         more = {"cache_leftpad": starts, "cache_batch_idx": starts * 0}
         with renamed(dict.fromkeys(more, "cu_seqlens_k")):
@@ -125,8 +126,6 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
 
 def _indexable(name: str, x: Any, ndim: int) -> Any:
     """Return an array of which views can be made, which DLPack does not ask for, and that has so many dimensions."""
-    if x is None:
-        return None
     array = _with_shape(name, x)
     if len(array.shape) != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(array.shape)}")
