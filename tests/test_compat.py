@@ -558,3 +558,32 @@ def test_errors_about_a_dense_batch_name_what_is_missing(wrong: dict[str, None])
     q, kv = np.ones((2, 1, 4, 64), np.float32), np.ones((2, 9, 2, 64), np.float32)
     with pytest.raises(TypeError, match=rf"^[{''.join(wrong)}] must be an array"):
         fa3.flash_attn_func(**{"q": q, "k": kv, "v": kv} | wrong)
+
+
+KINDS: dict[str, Any] = {"pack_gqa": "x", "deterministic": object(), "max_seqlen_k": "x"}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(fa3.flash_attn_varlen_func, name) for name in KINDS]
+    + [(fa3.flash_attn_func, name) for name in ("pack_gqa", "deterministic")]
+    + [(sgl.flash_attn_varlen_func, name) for name in ("pack_gqa", "max_seqlen_k")],
+)
+def test_arguments_that_decide_nothing_are_checked(function: Any, name: str) -> None:
+    """The longest keys of sglang's function may be None."""
+    q, kv, starts = np.ones((4, 4, 64), np.float32), np.ones((4, 2, 64), np.float32), np.array([0, 4], np.int32)
+    given = {"q": q, "k": kv, "v": kv, "cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 4}
+    if function is fa3.flash_attn_func:
+        given = {"q": q[None], "k": kv[None], "v": kv[None]}
+    elif function is fa3.flash_attn_varlen_func:
+        given["max_seqlen_k"] = 4
+    assert function(**given).shape == given["q"].shape
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        function(**given | {name: KINDS[name]})
+
+
+@pytest.mark.parametrize("module", [fa3, sgl])
+def test_whether_the_lse_is_returned_is_checked(module: Any) -> None:
+    q, kv = np.ones((2, 1, 4, 64), np.float32), np.ones((2, 9, 2, 64), np.float32)
+    with pytest.raises(TypeError, match="^return_softmax_lse must be True or False"):
+        module.flash_attn_with_kvcache(q, kv, kv, return_softmax_lse=np.array([1, 2]))

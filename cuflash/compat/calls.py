@@ -62,6 +62,7 @@ def attend(**options: Any) -> Any:
     if options.get("pack_gqa") is not None:
         boolean("pack_gqa", options["pack_gqa"])
     given = {**attention.DEFAULTS, **options, "pack_gqa": None}  # heads are always packed
+    returns_lse = boolean("return_softmax_lse", given["return_softmax_lse"])
     q = given["q"]
     with torch_tensors.stream_of(q):
         if torch_tensors.is_tensor(q):
@@ -74,7 +75,7 @@ def attend(**options: Any) -> Any:
             # The library would plan in memory of CuPy's, which is gone when the call returns.
             _take_lengths(given)
             given["scheduler_metadata"] = _plan_of(given)
-        if not given["return_softmax_lse"]:
+        if not returns_lse:
             return attention.flash_attn_with_kvcache(**given)
         scratch = _nothing(q)
         out, lse = attention.flash_attn_with_kvcache(**given)
