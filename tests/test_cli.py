@@ -610,6 +610,12 @@ def test_lines_fit_the_terminal(columns, arguments, capsys, monkeypatch):
         assert len(line) <= columns or len(line.split()[-1]) > columns - 30, line  # a path is not broken
 
 
+@pytest.mark.parametrize("arguments", [DEMO, ["schedule", "--seqlens", "40,7"]], ids=str)
+def test_terminals_narrower_than_a_name(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2")
+    assert "efficiency" in call(capsys, *arguments)
+
+
 def run(command: str, **options) -> subprocess.CompletedProcess[str]:
     """Run a shell's command in which ``cuflash`` is this one."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cuflash.__file__).parents[1])}
@@ -651,6 +657,7 @@ def test_console_script(capsys, monkeypatch):
 def test_bars():
     assert bars([0, 1, 4, 8], 10) == " ▁▄█"
     assert bars([8, 8, 0, 0], 2) == "█ "
+    assert bars([8, 8, 0, 0], 0) == bars([8, 8, 0, 0], -5) == "▄"
     assert bars([], 10) == bars([0, 0], 10) == ""
 
 

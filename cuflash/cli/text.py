@@ -81,7 +81,7 @@ def bars(values: ArrayLike, columns: int) -> str:
 
     Args:
         values: The numbers. Where they are more than ``columns``, a bar shows the mean of its neighbours.
-        columns: The most characters to use.
+        columns: The most characters to use; one at least.
 
     Returns:
         The row.
@@ -89,7 +89,7 @@ def bars(values: ArrayLike, columns: int) -> str:
     numbers = np.asarray(values, np.float64)
     if not numbers.size or not numbers.max():
         return ""
-    groups = np.array_split(numbers, min(columns, numbers.size))
+    groups = np.array_split(numbers, min(max(columns, 1), numbers.size))
     heights = np.array([group.mean() for group in groups])
     levels = _BLOCKS if _can_print(_BLOCKS) else _ASCII
     steps = np.where(heights > 0, np.ceil(heights / numbers.max() * (len(levels) - 1) - 1e-9), 0)
