@@ -151,7 +151,8 @@ def flash_attn_varlen_func(
         out, or (out, softmax_lse) with ``return_attn_probs``.
     """
     boolean("deterministic", deterministic)
-    integer("max_seqlen_k", max_seqlen_k, 0)
+    if max_seqlen_k is not None:
+        integer("max_seqlen_k", max_seqlen_k, 0)
     result = calls.attend_varlen(
         q, k, v, cu_seqlens_k, seqused_q, seqused_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         softmax_scale=softmax_scale, causal=causal, qv=qv, q_descale=q_descale, k_descale=k_descale,
