@@ -112,6 +112,8 @@ class DecodeStep:
             "kv_dtype": kv_dtype, "softcap": softcap, "softmax_scale": softmax_scale, "rotary_cos": rotary_cos,
             "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved,
         }  # fmt: skip
+        keys, values = (cache.num_heads_kv, cache.headdim), (cache.num_heads_kv, cache.headdim_v)
+        self._rows = {"q": (num_heads_q, keys[1]), "k": keys, "v": values, "out": (num_heads_q, values[1])}
         self._all_arrays: dict[StepShape, StepArrays] = {}
         self._arrays: StepArrays | None = None
         self._open: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
@@ -262,10 +264,14 @@ class DecodeStep:
             "return_softmax_lse": return_softmax_lse,
         }  # fmt: skip
         rest = self._rest(layer)
-        result = rest.afresh(given, shape.view) if is_written_down() else rest(given, shape.view)
+        result = rest.afresh(given, self._view) if is_written_down() else rest(given, self._view)
         attended, lse = result if return_softmax_lse else (result, None)
         attended, lse = shape.results(given, attended, lse)
         return (attended, lse) if return_softmax_lse else attended
+
+    def _view(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of a call as ``flash_attn_with_kvcache`` takes them."""
+        return self._begun.shape.view(given, self._rows)
 
     def _rest(self, layer: int) -> Rest:
         """Return the arguments that all calls of a layer have in common, for steps of this shape."""

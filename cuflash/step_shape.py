@@ -27,23 +27,28 @@ class StepShape(NamedTuple):
     ragged: bool
     padded: bool
 
-    def view(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return arguments of a step's call as ``flash_attn_with_kvcache`` takes them."""
+    def view(self, given: dict[str, Any], rows: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        """Return arguments of a step's call as ``flash_attn_with_kvcache`` takes them.
+
+        Args:
+            given: The arguments.
+            rows: (heads, dim) of each array that has tokens.
+        """
         if self.ragged:
             return given
         if not hasattr(given["q"], "reshape"):
             _check_results(given)
         names = ("q", "out") if self.padded else ("q", "out", "k", "v")
-        return given | {name: self.split(name, given[name]) for name in names if given[name] is not None}
+        return given | {name: self._split(name, given[name], *rows[name]) for name in names if given[name] is not None}
 
-    def split(self, name: str, x: Any) -> Any:
+    def _split(self, name: str, x: Any, heads: int, dim: int) -> Any:
         """View (tokens, heads, dim) as (batch_size, max_seqlen_q, heads, dim)."""
         batch, seqlen = self.batch_size, self.max_seqlen_q
         if not hasattr(x, "reshape"):  # DLPack asks for no views
             x = import_array(name, x)
-        if len(x.shape) != 3 or x.shape[0] != batch * seqlen:
-            raise ValueError(f"{name} must have shape ({batch} * {seqlen}, heads, dim), got {tuple(x.shape)}")
-        return x.reshape(batch, seqlen, *x.shape[1:])
+        if tuple(x.shape) != (batch * seqlen, heads, dim):
+            raise ValueError(f"{name} must have shape ({batch} * {seqlen}, {heads}, {dim}), got {tuple(x.shape)}")
+        return x.reshape(batch, seqlen, heads, dim)
 
     def results(self, given: dict[str, Any], attended: Any, lse: Any) -> tuple[Any, Any]:
         """Return what a call on a :meth:`view` of these arguments gave, as the step's caller gets it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 import pickle
+import re
 import types
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -434,7 +435,7 @@ def test_what_a_step_refuses():
         cuflash.DecodeStep(cache, 7)
     assert cache.num_free_pages == 8
     step.begin([a, b])
-    with pytest.raises(ValueError, match=r"q must have shape \(2 \* 1, heads, dim\)"):
+    with pytest.raises(ValueError, match=r"q must have shape \(2 \* 1, 4, 8\), got \(1, 4, 8\)$"):
         step(0, q[:1], k, k)
     for layer, error in ((1, ValueError), (-1, ValueError), ("0", TypeError), (True, TypeError), (None, TypeError)):
         with pytest.raises(error, match="^layer must be"):
@@ -469,6 +470,18 @@ def test_options_are_refused_before_a_step_begins(options):
     cache = cuflash.PagedKVCache(1, 8, 16, 2, 64, "float32")
     with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))}"):
         cuflash.DecodeStep(cache, 4, **options)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+@pytest.mark.parametrize("shape", [(2, 4, 63), (2, 3, 64), (3, 4, 64), (1, 2, 4, 64)], ids=str)
+def test_a_step_says_shapes_as_they_were_given(name, shape):
+    cache = cuflash.PagedKVCache(1, 8, 16, 2, 64, "float32")
+    step, rows = cuflash.DecodeStep(cache, 4).begin(cache.add(), 2), {"q": (2, 4, 64), "out": (2, 4, 64)}
+    given = {key: np.ones(rows.get(key, (2, 2, 64)), np.float32) for key in ("q", "k", "v", "out")}
+    message = f"{name} must have shape (1 * 2, {given[name].shape[1]}, 64), got {shape}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        step(0, **given | {name: np.ones(shape, np.float32)})
+    assert (given["out"] == 1).all() and not cache.k.any()
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["first", "another"])
