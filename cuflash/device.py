@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from .problem import integer
+
 # Shared memory in bytes per multiprocessor and the most that one block may take, by compute capability
 # (CUDA C++ Programming Guide, "Compute Capabilities").
 _SHARED_MEMORY = {
@@ -20,6 +22,7 @@ _SHARED_MEMORY = {
 }
 
 
+MIN_ARCH = 80
 MAX_NUM_SM = 2**16  # far beyond any GPU: a plan has room for the blocks of all
 
 
@@ -49,8 +52,10 @@ class Device:
         try:
             return _SHARED_MEMORY[self.arch]
         except KeyError:
-            if self.arch < 80:
-                raise ValueError(f"compute capability must be at least 8.0, got {self.arch / 10:.1f}") from None
+            if self.arch < MIN_ARCH:
+                raise ValueError(
+                    f"compute capability must be at least {MIN_ARCH / 10}, got {self.arch / 10:.1f}"
+                ) from None
             # An architecture newer than this table: the smallest of the known ones is safe.
             return min(_SHARED_MEMORY.values())
 
@@ -61,17 +66,13 @@ def host_device() -> Device:
     ``CUFLASH_NUM_SM`` sets its multiprocessors (default 132) and ``CUFLASH_ARCH`` its architecture (default 90), so
     that a schedule can be studied, and a kernel simulated, for any GPU.
     """
-    return Device(_env_int("CUFLASH_NUM_SM", 132, MAX_NUM_SM), _env_int("CUFLASH_ARCH", 90))
+    return Device(_env_int("CUFLASH_NUM_SM", 132, 1, MAX_NUM_SM), _env_int("CUFLASH_ARCH", 90, MIN_ARCH))
 
 
-def _env_int(name: str, default: int, most: int = 2**31 - 1) -> int:
+def _env_int(name: str, default: int, *bounds: int) -> int:
     text = os.environ.get(name, "")
     try:
         number = int(text) if text else default
     except ValueError:
-        raise ValueError(f"{name} must be a positive integer, got {text!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {number}")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}")
-    return number
+        raise ValueError(f"{name} must be an integer, got {text!r}") from None
+    return integer(name, number, *bounds)

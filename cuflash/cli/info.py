@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__, cache
-from ..device import MAX_NUM_SM, host_device
+from ..device import MAX_NUM_SM, MIN_ARCH, host_device
 from . import driver, packages
 from .cache import cupy_folder, files_below, summary
 from .parser import program
@@ -236,7 +236,9 @@ def _gpu_rows() -> dict[str, Callable[[], Row]]:
 
 def _gpu_row(gpu: driver.Gpu) -> Row:
     text = f"{gpu.name}, compute capability {gpu.arch / 10:.1f}, {gpu.num_sm} SMs, {size(gpu.memory)}"
-    return Row("ok", text) if gpu.arch >= 80 else Row("!!", text, "cuflash needs compute capability 8.0 or higher")
+    return (
+        Row("ok", text) if gpu.arch >= MIN_ARCH else Row("!!", text, "cuflash needs compute capability 8.0 or higher")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- cached
@@ -318,7 +320,7 @@ def _wrong(name: str, value: str) -> str:
         return "" if can_be else "a folder that can be written to"
     least, most, must = 1, MAX_NUM_SM, f"a positive integer of at most {MAX_NUM_SM}"
     if name == "CUFLASH_ARCH":
-        least, most, must = 80, 2**31 - 1, "an integer from 80 on, 90 for sm_90"
+        least, most, must = MIN_ARCH, 2**31 - 1, f"an integer from {MIN_ARCH} on, 90 for sm_90"
     try:
         number = int(value)
     except ValueError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import SchedulerMetadata, get_scheduler_metadata
-from ..device import MAX_NUM_SM
+from ..device import MAX_NUM_SM, MIN_ARCH
 from . import packages
 from .text import aligned, bars, environment, heads, integer, integers, positive, table, width
 
@@ -41,7 +41,8 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser.add_argument("--split-size", type=int, help="cut at multiples of this many keys (a multiple of 64)")
     sms = integer(1, MAX_NUM_SM)
     parser.add_argument("--sms", type=sms, help="multiprocessors of the GPU (default CUFLASH_NUM_SM or 132)")
-    parser.add_argument("--arch", type=positive, help="its compute capability, 90 for 9.0 (default CUFLASH_ARCH or 90)")
+    arch = integer(MIN_ARCH)
+    parser.add_argument("--arch", type=arch, help="its compute capability, 90 for 9.0 (default CUFLASH_ARCH or 90)")
     parser.add_argument("--all", action="store_true", help="print every row of the tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the plan too (.png, .svg, .pdf)")
     return parser
