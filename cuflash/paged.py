@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .dtypes import FLOAT_DTYPES, QUANTISED_DTYPES, dtype_name, numpy_dtype
 from .pages import Pages, PageTable
-from .problem import boolean, integer, make_problem
+from .problem import MAX_HEADS, boolean, integer, make_problem
 
 
 def _array_module(xp: Any) -> Any:
@@ -101,7 +101,8 @@ class PagedKVCache:
         seed: int | None = None,
     ) -> None:
         self.num_layers, self.num_pages = integer("num_layers", num_layers, 1), integer("num_pages", num_pages, 1)
-        self.page_size, self.num_heads_kv = integer("page_size", page_size, 1), integer("num_heads_kv", num_heads_kv, 1)
+        self.page_size = integer("page_size", page_size, 1)
+        self.num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, MAX_HEADS)
         self.headdim = integer("headdim", headdim, 1)
         self.headdim_v = self.headdim if headdim_v is None else integer("headdim_v", headdim_v, 1)
         self.latent = boolean("latent", latent)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .problem import integer
+
 Rows = NDArray[np.int64]
 Pages = NDArray[np.int32]
 
@@ -65,10 +67,9 @@ class PageTable:
         self.counts = np.zeros(max_sequences, np.int64)
         self.references = np.zeros(num_pages, np.int32)
         self.changed = np.ones(max_sequences, bool)
-        try:
-            order = np.arange(num_pages) if seed is None else np.random.default_rng(seed).permutation(num_pages)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"seed must be None or an integer of at least 0, got {seed!r}") from None
+        order = np.arange(num_pages)
+        if seed is not None:
+            order = np.random.default_rng(integer("seed", seed, 0, 2**64 - 1)).permutation(num_pages)
         self._free = order[::-1].astype(np.int32)  # a stack: the first num_free entries are free pages
         self.num_free = num_pages
         # A handle is its row plus a multiple of max_sequences that grows whenever the row is given away.

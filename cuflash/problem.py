@@ -17,6 +17,7 @@ from .mask import Mask, Shard
 
 MAX_HEADDIM = 512
 MAX_JOINT_HEADDIM = 576  # of keys whose first columns are the values
+MAX_HEADS = 2**16
 MAX_BATCH = 2**31 // 64
 _INT32_MAX = 2**31 - 1
 _MAX_RANKS = 2**16
@@ -165,8 +166,8 @@ def make_problem(
     """
     batch_size = integer("batch_size", batch_size, 0, MAX_BATCH)
     max_seqlen_q = integer("max_seqlen_q", max_seqlen_q, 0)
-    num_heads_q = integer("num_heads_q", num_heads_q, 1, 65536)
-    num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, 65536)
+    num_heads_q = integer("num_heads_q", num_heads_q, 1, MAX_HEADS)
+    num_heads_kv = integer("num_heads_kv", num_heads_kv, 1, MAX_HEADS)
     check_heads("num_heads_q", num_heads_q, "num_heads_kv", num_heads_kv)
     headdim, headdim_v = check_headdims("headdim", headdim, "headdim_v", headdim_v)
     q_name = dtype_name("qkv_dtype", qkv_dtype, QUERY_DTYPES)

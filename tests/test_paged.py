@@ -588,9 +588,14 @@ def test_what_a_cache_refuses():
                 call(sequence)
     with pytest.raises(TypeError, match="^sequences must be integers on the host, got list: "):
         cache.seqlens([[a], [a, a]])
-    for seed, error in ((-1, ValueError), ("seed", TypeError)):
-        with pytest.raises(error, match=f"^seed must be None or an integer of at least 0, got {seed!r}$"):
+    for number in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"^seed must be in \[0, 18446744073709551615\], got {number}$"):
+            make(1, 2, 4, 1, 8, seed=number)
+    for seed in ("seed", [1, 2], (), True, 1.0, np.arange(2), np.random.default_rng(0)):
+        with pytest.raises(TypeError, match="^seed must be an integer, got "):
             make(1, 2, 4, 1, 8, seed=seed)
+    with pytest.raises(ValueError, match=r"^num_heads_kv must be in \[1, 65536\], got 70000$"):
+        make(1, 2, 4, 70000, 8)
 
 
 def test_dtypes_and_layouts():
