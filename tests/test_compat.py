@@ -315,6 +315,15 @@ def test_merge_state_names_what_is_wrong(kind: str, name: str, torch: Any) -> No
     assert (written == 7).all()
 
 
+@pytest.mark.parametrize("name", ["v_a", "s_a", "v_b", "s_b", "v_merged", "s_merged"])
+@pytest.mark.parametrize("wrong", [np.float16, np.ndarray, 1.0, np.float32(1)], ids=str)
+def test_merge_state_takes_no_classes_and_numbers(wrong: Any, name: str) -> None:
+    """A class has a shape, which is no tuple."""
+    given = {n: np.ones((5, 4, 64) if n.startswith("v") else (5, 4), np.float32) for n in ("v_a", "s_a", "v_b", "s_b")}
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+        sgl_kernel.merge_state(**given | {name: wrong})
+
+
 WRONG_LSES: dict[str, Any] = {
     "integers": np.zeros((5, 4), np.int32),
     "another width": np.zeros((5, 4), np.float64),

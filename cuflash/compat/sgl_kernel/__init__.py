@@ -60,16 +60,22 @@ def merge_state_v2(
 
 def _check(v_a: Any, **others: Any) -> None:
     """Check kinds and shapes before anything is written."""
-    if len(getattr(v_a, "shape", ())) != 3:
+    if len(_shape(v_a) or ()) != 3:
         raise TypeError(f"v_a must be an array (tokens, heads, headdim), got {type(v_a).__name__}")
     for name, x in others.items():
         if x is None and name.endswith("merged"):
             continue
-        if not hasattr(x, "shape") or torch_tensors.is_tensor(x) != torch_tensors.is_tensor(v_a):
+        if _shape(x) is None or torch_tensors.is_tensor(x) != torch_tensors.is_tensor(v_a):
             raise TypeError(f"{name} must be an array of the kind of v_a, got {type(x).__name__}")
         shape = tuple(v_a.shape) if name.startswith("v") else tuple(v_a.shape[:2])
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+        if _shape(x) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {_shape(x)}")
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    """Return an array's shape, None of what is no array: NumPy's classes have a ``shape``, too, which is no tuple."""
+    shape = getattr(x, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) else None
 
 
 def _target(s_merged: Any, v_a: Any, v_merged: Any) -> NativeArray:
