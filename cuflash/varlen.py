@@ -44,9 +44,10 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attend to packed keys and values; forward only.
 
-    Names, order and meaning of the arguments are those of FlashAttention-3's function of this name; masks, scales and
-    results those of :func:`cuflash.flash_attn_with_kvcache`, whose kernels run: packed keys are one more form of a
-    cache. Each call plans for itself.
+    Names, order and meaning of the arguments up to ``sm_margin`` are those of FlashAttention-3's function of this name,
+    in which ``num_splits`` is 1 by default and ``return_attn_probs`` follows in place of ``return_softmax_lse``. Masks,
+    scales and results are those of :func:`cuflash.flash_attn_with_kvcache`, whose kernels run: packed keys are one more
+    form of a cache. Each call plans for itself.
 
     Args:
         q: (total_q, heads_q, headdim); float16, bfloat16 or float32, or float8_e4m3fn.

@@ -372,6 +372,8 @@ def test_names_and_order_are_theirs() -> None:
     assert theirs == [*ours[: ours.index("return_softmax_lse") + 1], "sinks"]
     last = ["sinks", "score_mod", "aux_tensors", "ver", "only_qv", "out"]
     assert list(inspect.signature(sgl.flash_attn_with_kvcache).parameters) == [*theirs[:-1], *last]
+    packed, theirs = (list(inspect.signature(module.flash_attn_varlen_func).parameters) for module in (cuflash, fa3))
+    assert theirs == [*packed[: packed.index("sm_margin") + 1], "return_attn_probs"]
     plan = list(inspect.signature(fa3.get_scheduler_metadata).parameters)
     assert list(inspect.signature(sgl.get_scheduler_metadata).parameters) == [
         {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}.get(name, name) for name in plan
