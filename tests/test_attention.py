@@ -314,6 +314,25 @@ def test_extreme_sinks(sink: float, backend: Backend) -> None:
     check(case, inputs, backend)
 
 
+@pytest.mark.parametrize("sink", [np.inf, np.nan])
+@pytest.mark.parametrize("lengths", [(9, 3), (2, 0)], ids=str)
+def test_a_sink_that_is_no_number_leaves_nothing_of_the_keys(sink: float, lengths: Any, backend: Backend) -> None:
+    """Or, where a row sees keys, nothing but NaN of one that is NaN; the other sink is as it was."""
+    q, kv = np.ones((2, 3, 4, 64), np.float32), np.ones((2, 9, 2, 64), np.float32)
+    given = {"q": q, "k_cache": kv, "v_cache": kv, "sinks": np.array([sink, 1, sink, 1], np.float32)}
+    given["cache_seqlens"] = np.array(lengths, np.int32)
+    out, lse = map(backend.to_numpy, cuflash.flash_attn_with_kvcache(
+        **{name: backend.to_native(x) for name, x in given.items()}, causal=True, return_softmax_lse=True
+    ))  # fmt: skip
+    seen = np.array(lengths)[:, None] - 3 + np.arange(3) >= 0
+    assert not out[~seen].any() and (out[seen][:, 1::2] > 0).all()
+    np.testing.assert_allclose(lse[:, 1::2].swapaxes(1, 2)[~seen], 1)
+    wanted = 0 if sink == np.inf else np.nan
+    np.testing.assert_array_equal(out[seen][:, ::2], np.full_like(out[seen][:, ::2], wanted))
+    if sink == np.inf or backend.name == "numpy":  # kernels say -inf of NaN without keys
+        np.testing.assert_array_equal(lse[:, ::2], np.full_like(lse[:, ::2], sink))
+
+
 @pytest.mark.parametrize("size", [1e-20, 30.0])
 @pytest.mark.parametrize("sign", [-1, 0, 1])
 def test_size_of_the_scores(size: float, sign: int, backend: Backend) -> None:

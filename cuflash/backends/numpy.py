@@ -285,8 +285,8 @@ def _attend_rows(
     if hidden is not None:
         np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, initial=-_LARGEST)  # never -inf: where a row sees nothing, exp(-inf - top) is 0 and not NaN
-    if sinks is not None:
-        np.maximum(top, sinks, out=top)
+    if sinks is not None:  # finite in any case: what an infinite sink or NaN makes of a row is in the total
+        np.fmax(top, np.minimum(sinks, _LARGEST), out=top)
     scores -= top[..., None]
     np.exp(scores, out=scores)
     weight = scores.sum(-1)
@@ -298,10 +298,11 @@ def _attend_rows(
         if unseen is not None:  # by nobody, so that it may hold anything
             block = np.where(unseen[begin : begin + len(block), None, None], np.float32(0), block)
         out += _weighted_sum(scores[..., begin : begin + len(block)], block)
-    out /= np.maximum(total, _TINY)[..., None]
+    # A row that sees no key gives 0, whatever its sink and the scale of its sequence are.
+    sees = weight[..., None] != 0
+    np.divide(out, total[..., None], out=out, where=sees)
     v_scale = operands.cache.v_scales.of_heads(keys.b, keys.heads)[:, None, None]
-    # A row that sees no key gives 0, whatever the scale of its sequence is.
-    np.multiply(out, v_scale, out=out, where=weight[..., None] != 0)
+    np.multiply(out, v_scale, out=out, where=sees)
     return out, lse
 
 
