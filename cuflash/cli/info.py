@@ -236,9 +236,9 @@ def _gpu_rows() -> dict[str, Callable[[], Row]]:
 
 def _gpu_row(gpu: driver.Gpu) -> Row:
     text = f"{gpu.name}, compute capability {gpu.arch / 10:.1f}, {gpu.num_sm} SMs, {size(gpu.memory)}"
-    return (
-        Row("ok", text) if gpu.arch >= MIN_ARCH else Row("!!", text, "cuflash needs compute capability 8.0 or higher")
-    )
+    if gpu.arch < MIN_ARCH:
+        return Row("!!", text, f"cuflash needs compute capability {MIN_ARCH / 10} or higher")
+    return Row("ok", text)
 
 
 # ------------------------------------------------------------------------------------------------------------- cached

@@ -82,7 +82,9 @@ def attend(**options: Any) -> Any:
     return out, lse, scratch, scratch
 
 
-def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, **options: Any) -> Any:
+def attend_varlen(
+    q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, max_seqlen_k: Any = None, **options: Any
+) -> Any:
     """Attend to keys that lie one sequence behind the other, or in a dense batch, or in pages.
 
     They are one row of a cache in which every sequence begins at its own first valid key: nothing is copied.
@@ -94,10 +96,13 @@ def attend_varlen(q: Any, k: Any, v: Any, cu_seqlens_k: Any, seqused_q: Any, seq
         cu_seqlens_k: (batch + 1,) int32 first key of each sequence, or None.
         seqused_q: Not implemented.
         seqused_k: (batch,) int32 keys that count of each sequence.
+        max_seqlen_k: Longest keys, or None; decides nothing.
         options: Others of :func:`attend`.
     """
     if seqused_q is not None:
         raise NotImplementedError("flash_attn_varlen_func: seqused_q is not implemented")
+    if max_seqlen_k is not None:
+        integer("max_seqlen_k", max_seqlen_k, 0)
     q, k, v = (torch_tensors.without_gradient(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     is_paged = options.get("page_table") is not None
     is_packed = cu_seqlens_k is not None and not is_paged

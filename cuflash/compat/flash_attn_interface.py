@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..problem import boolean, integer
+from ..problem import boolean
 from . import calls
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata"]
@@ -151,13 +151,11 @@ def flash_attn_varlen_func(
         out, or (out, softmax_lse) with ``return_attn_probs``.
     """
     boolean("deterministic", deterministic)
-    if max_seqlen_k is not None:
-        integer("max_seqlen_k", max_seqlen_k, 0)
     result = calls.attend_varlen(
         q, k, v, cu_seqlens_k, seqused_q, seqused_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-        softmax_scale=softmax_scale, causal=causal, qv=qv, q_descale=q_descale, k_descale=k_descale,
-        v_descale=v_descale, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
-        num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, qv=qv, q_descale=q_descale,
+        k_descale=k_descale, v_descale=v_descale, window_size=window_size, attention_chunk=attention_chunk,
+        softcap=softcap, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
         return_softmax_lse=boolean("return_attn_probs", return_attn_probs),
     )  # fmt: skip
     return result[:2] if return_attn_probs else result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...problem import boolean, integer
+from ...problem import boolean
 from .. import calls
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata", "is_fa3_supported"]
@@ -169,16 +169,14 @@ def flash_attn_varlen_func(
     """
     _refuse(score_mod=score_mod, aux_tensors=aux_tensors)
     _check_version(ver)
-    if max_seqlen_k is not None:
-        integer("max_seqlen_k", max_seqlen_k, 0)
     if boolean("only_qv", only_qv):
         q, qv, softmax_scale = _queries_of_values(q, qv, softmax_scale)
         k, k_descale = v, v_descale
     return calls.attend_varlen(
         q, k, v, cu_seqlens_k, seqused_q, seqused_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-        page_table=page_table, softmax_scale=softmax_scale, causal=causal, qv=qv, q_descale=q_descale,
-        k_descale=k_descale, v_descale=v_descale, window_size=window_size, attention_chunk=attention_chunk,
-        softcap=softcap, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+        max_seqlen_k=max_seqlen_k, page_table=page_table, softmax_scale=softmax_scale, causal=causal, qv=qv,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, window_size=window_size,
+        attention_chunk=attention_chunk, softcap=softcap, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
         return_softmax_lse=return_softmax_lse, sinks=sinks, out=out,
     )  # fmt: skip
 
