@@ -8,10 +8,13 @@
 // wide for a warp's registers: kColumnWarps warps share their rows. Each scores a part of a tile's keys and tells its weights
 // (latent_weights.cuh), and each multiplies all weights with its own value columns.
 //
+// Of a quantised cache the tiles are codes: those become numbers on their way to an MMA (latent_mma_codes.cuh), or with float32
+// queries in a place of their own, one tile at a time (latent_codes.cuh).
+//
 // The ring has kStages slots of a tile each. While a tile is read, the one kStages - 1 further on is copied to the slot of the
 // tile before, which all warps have read: a block barrier says so. With one slot nothing is copied while it is read.
 #define USES_WGMMA 0
-#define SCALES_TILES 1
+#define KEEPS_CODES 1
 #include "params.cuh"
 #include "ptx/copies.cuh"
 #include "latent_codes.cuh"
@@ -25,6 +28,10 @@
 #include "rows_softmax.cuh"
 #include "segment.cuh"
 #include "stream.cuh"
+#if KV_ELEMENT_BYTES == 1
+#include "latent_mma_codes.cuh"
+#include "latent_queries.cuh"
+#endif
 
 // What the threads of a block have in common beside the tiles. Registers are for the main loop.
 struct BlockState {
@@ -32,26 +39,33 @@ struct BlockState {
     Segment segment;
     MergeState merge;
     int rows_begin, rows_end;    // of ragged queries: the rows that belong to sequences
-    float2 scales[kIsQuantised ? kTileKeys : 1];  // of a tile's keys and values
+    float2 scales[kScalesTiles ? kTileKeys : 1];  // of a tile's keys and values
 };
 constexpr int kMeetingBytes = (sizeof(Meeting) + 15) / 16 * 16;
-static_assert(sizeof(BlockState) + kMeetingBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
+constexpr int kFactorBytes = kReadsCodes ? 2 * kRows * 4 : 0;  // of the rows' factors, behind the block's state
+static_assert(sizeof(BlockState) + kMeetingBytes + kFactorBytes <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
 static_assert(kColumnWarps > 1, "warps share their rows");
-static_assert(kStages >= 1, "a tile has a place");
+static_assert(kStages > (kReadsCodes ? 1 : 0), "a tile has a place");
 
-template <typename T, int kBytes>
+template <typename T, int kBytes, int kCodeBytes>
 struct MathOf {
     using Type = LatentMma<T>;
 };
-template <typename T>
-struct MathOf<T, 4> {
+template <typename T, int kCodeBytes>
+struct MathOf<T, 4, kCodeBytes> {
     using Type = LatentFma;
 };
-using Math = MathOf<Element, kWeightBytes>::Type;
+#if KV_ELEMENT_BYTES == 1
+template <typename T>
+struct MathOf<T, 2, 1> {
+    using Type = LatentCodesMma<CacheElement>;
+};
+#endif
+using Math = MathOf<Element, kWeightBytes, CacheElement::kBytes>::Type;
 
-// Rows of queries and tiles as the arithmetic reads them. Tiles of codes become numbers in a place of their own.
-constexpr int kRowBytes = kPaddedHeadDim * kWeightBytes;
-constexpr int kNumbersBytes = kIsQuantised ? kTileKeys * kRowBytes : 0;
+// Rows of queries as the arithmetic reads them, and of tiles that become float32 in a place of their own.
+constexpr int kRowBytes = kNumberColumns * kWeightBytes;
+constexpr int kNumbersBytes = kScalesTiles ? kTileKeys * kRowBytes : 0;
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -59,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     unsigned char* const state = queries + kRows * kRowBytes + kNumbersBytes;
     Meeting& meeting = *reinterpret_cast<Meeting*>(state);
     BlockState& block = *reinterpret_cast<BlockState*>(state + kMeetingBytes);
+    float* const factors = reinterpret_cast<float*>(state + BLOCK_STATE_BYTES - kFactorBytes);  // see prepare_latent_queries
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
     wait_for_turn(p);
@@ -76,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
     Softmax softmax(p);
     Partners partners(meeting, warp, lane);
     const TileWeights weights(meeting, row_warp, column_warp);
+    Scaling scaling(factors + row_warp * kWarpRows, lane, p.score_slack);
     const auto load = [&](u32 to) {
         loader.load_rows(to);
         cp_async_commit();
@@ -88,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             load(slot);
         }
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-        if constexpr (kIsQuantised) {
+        if constexpr (kScalesTiles) {
             __syncthreads();  // all have read the numbers and the scales of the tile before
             if (threadIdx.x < kTileKeys) {
                 block.scales[threadIdx.x] = scales_of_key(p, block.segment, key + threadIdx.x);
@@ -109,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
             block.segment = segment;
             start_part(p, block.share, segment);
         }
-        if constexpr (kIsQuantised) {
+        if constexpr (kScalesTiles) {
             load_query_numbers(p, segment, shared_address(queries));
         } else {
             load_latent_queries(p, segment, shared_address(queries));
@@ -127,7 +143,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         } else {
             cp_async_wait<0>();
         }
-        if constexpr (!kIsQuantised) flip_query_rows(p, queries);
+#if KV_ELEMENT_BYTES == 1
+        if constexpr (kReadsCodes) {
+            __syncthreads();
+            prepare_latent_queries<Element, false, false>(p, segment, shared_address(queries), factors);
+        }
+#else
+        flip_query_rows(p, queries);
+#endif
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         __syncthreads();
 
@@ -137,16 +160,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) mla(const 
         for (u32 key = segment.keys.begin; key < segment.keys.end; key += kTileKeys) {
             const int begin = key;
             begin_tile(begin);
-            const u32 tile = kIsQuantised ? numbers : slot;
+            const u32 tile = kScalesTiles ? numbers : slot;
             if (begin < reach.end && key + kTileKeys > static_cast<u32>(reach.begin)) {
                 Scores scores;
-                math.scores(tile, p.qv != nullptr, scores);
+                scaling.begin_tile(slot + kTileBytes, column_warp * kWarpKeys, lane);
+                math.scores(tile, p.qv != nullptr, scaling, scores);
                 if constexpr (kHasSoftcap) cap_scores(p, scores);
-                if (reach.needs_mask(begin)) {
+                const bool needs_mask = reach.needs_mask(begin);
+                if (needs_mask) {
                     const int first_row = block.segment.first_row + row_warp * kWarpRows;
                     mask_scores(p, block.segment, first_row, key + column_warp * kWarpKeys, lane, scores);
                 }
-                softmax.update(scores, math, partners, Scaling(nullptr, lane));
+                softmax.update(scores, math, partners, scaling);
+                scaling.scale_weights(scores, needs_mask);
                 weights.tell(scores, lane);
                 partners.meet();
                 math.accumulate(tile, weights);

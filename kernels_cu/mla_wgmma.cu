@@ -11,10 +11,10 @@
 #include "ptx/barriers.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/copies.cuh"
+#include "latent_ring.cuh"
 #include "latent_turns.cuh"
 #include "latent_wgmma.cuh"
 #include "rows_combine.cuh"
-#include "rows_loader.cuh"
 #include "rows_queries.cuh"
 #include "rows_reach.cuh"
 #include "rows_scatter.cuh"
@@ -22,22 +22,22 @@
 #include "rows_together.cuh"
 #include "segment.cuh"
 #include "stream.cuh"
-using Math = LatentWgmma<Element>;
+#if KV_ELEMENT_BYTES == 1
+#include "latent_queries.cuh"
+#endif
+using Math = LatentWgmma<TileElement>;
 
 constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
-constexpr int kGroupColumns = kPaddedHeadDimV / 2;
-constexpr u32 kToldBytes = kRows * kTileKeys * Element::kBytes;  // of the weights that are told, a line for each row
+constexpr u32 kToldBytes = kRows * kTileKeys * kWeightBytes;  // of the weights that are told, a line for each row
 constexpr bool kScoresAhead = kSharesTiles;
 static_assert(ReduceScatter::kSharedBytes <= kRingBytes, "pieces lie where tiles were");
 static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
+static_assert(!kConvertsTiles || kHasKeyScales == kHasValueScales, "keys and values of a joint row have one scale");
 static_assert(kPaddedHeadDim == kPaddedHeadDimV + 64 && kTileKeys == 64 && kRows == 64, "weights are a line");
-
-// Parts of a tile: the value columns of each warpgroup, and the rest of the keys, which has been read when these are.
-constexpr int kGroups = 2, kRestPart = kGroups, kParts = kGroups + 1;
 
 // What the threads of a block have in common beside the tiles.
 struct BlockState {
-    u64 full[kStages][kParts], empty[kStages][kGroups];  // mbarriers
+    RingState ring;
     Share share;
     Segment segment;
     TurnState turns;
@@ -45,58 +45,9 @@ struct BlockState {
     Cut item_end;  // of the segment's item
     int rows_begin, rows_end;  // of ragged queries: the rows that belong to sequences
 };
-static_assert(sizeof(BlockState) <= BLOCK_STATE_BYTES, "the host sets this much shared memory aside");
-
-// A slot of the ring, one after another, and the parity of its barriers' phases.
-struct Place {
-    int slot = 0;
-    u32 parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++slot == kStages) slot = 0, parity ^= 1;
-    }
-};
-
-// Whether the warps that copy wait for what they copy row by row, and fence it for wgmma: with boxes that is little. Else those
-// that score fence what they have waited for.
-__device__ __forceinline__ bool loader_fences(const TiledParams& p) { return Boxes::kExist && p.box_rows; }
-
-// Fills the ring with all tiles of the share.
-__device__ __forceinline__ void load_share(const LoaderParams& p, BlockState& block, u32 ring) {
-    const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32;
-    Loader loader(p, block.share, warp, lane);
-    loader.start();
-    Place place;
-    for (; loader.has_tile(); place.advance()) {
-        const u32 slot = ring + place.slot * kSlotBytes;
-        loader.begin_tile_of_rows();
-        const auto load = [&](int part, auto copy) {
-            u64& full = block.full[place.slot][part];
-            // Of a slot never filled it is over.
-            if (part != kRestPart) sleep_until_phase(block.empty[place.slot][part], place.parity ^ 1);
-            copy(&full);
-            if (loader_fences(p)) {
-                cp_async_commit();
-                cp_async_wait<0>();
-                fence_for_wgmma();
-                arrive(full);
-            } else {
-                arrive_with_copies(full);
-            }
-        };
-        load(0, [&](u64* full) { loader.load_columns<0, kGroupColumns>(slot, full); });
-        load(1, [&](u64* full) { loader.load_columns<kGroupColumns, kGroupColumns>(slot, full); });
-        load(kRestPart, [&](u64* full) { loader.load_rest(slot, full); });
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    // A block of a cluster stays until the other one has arrived at its barriers for the last time.
-    if constexpr (kSharesTiles) {
-        for (int i = 0; i < kStages; ++i, place.advance()) {
-            for (u64& empty : block.empty[place.slot]) sleep_until_phase(empty, place.parity ^ 1);
-        }
-    }
-}
+constexpr int kFactorBytes = kConvertsTiles ? kRows * 4 : 0;  // of the rows' factors, behind the block's state and the scales
+static_assert(sizeof(BlockState) + kScalesBytes + kFactorBytes <= BLOCK_STATE_BYTES,
+              "the host sets this much shared memory aside");
 
 // A block stays until the other one of its cluster copies nothing to it any more.
 __device__ __forceinline__ void leave_cluster() {
@@ -121,16 +72,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     BlockState& block = *reinterpret_cast<BlockState*>(weights_told + kToldBytes);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 ring = shared_address(shared), told = shared_address(weights_told);
+    float* const factors = reinterpret_cast<float*>(weights_told + kToldBytes + BLOCK_STATE_BYTES - kFactorBytes);
+    const u32 scales = shared_address(factors) - kScalesBytes;  // a ScaleTile for each slot
     if (warp < kWarps) {  // weights of rows that do not exist are never told
         for (u32 i = threadIdx.x * 16; i < kToldBytes; i += kThreads * 16) store_shared(told + i, make_uint4(0, 0, 0, 0));
     }
-    if (threadIdx.x < kStages * kParts) {
-        init_barrier((&block.full[0][0])[threadIdx.x], kLoaderWarps * 32);
-        // One warpgroup frees a part, of each block that it is copied for.
-        constexpr int kFreeing = kSharesTiles ? 2 * kRowWarps : kRowWarps;
-        if (threadIdx.x < kStages * kGroups) init_barrier((&block.empty[0][0])[threadIdx.x], kFreeing);
-        fence_barrier_init();
-    }
+    block.ring.init();
     if constexpr (kSharesTiles) cluster_arrive();
     if (threadIdx.x == kThreads) prefetch_maps(params);
     wait_for_turn(p);
@@ -143,7 +90,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     if constexpr (kSharesTiles) cluster_wait();  // all have set up their barriers
     if (warp >= kWarps) {
         keep_registers<LOADER_REGISTERS>();
-        load_share(params, block, ring + zero_of_each_lane());
+        load_share(params, block.ring, block.share, ring + zero_of_each_lane(), scales);
         leave_cluster();
         return;
     }
@@ -154,10 +101,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
     const int group = turns.group(), row_warp = turns.row_warp();
     Math math(group, shared_address(queries));
     Softmax softmax(p);
+    Scaling scaling(factors + row_warp * kWarpRows, lane);
     Place place;
     const auto leave = [&](const Place& at) {
         if (lane != 0) return;
-        u64& empty = block.empty[at.slot][group];
+        u64& empty = block.ring.empty[at.slot][group];
         arrive(empty);
         if constexpr (kSharesTiles) arrive_at_block(shared_of_block(shared_address(&empty), row_part() ^ 1));
     };
@@ -173,19 +121,25 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
         load_latent_queries(p, segment, shared_address(queries));
         cp_async_commit();
         cp_async_wait<0>();
+#if KV_ELEMENT_BYTES == 1
+        worker_barrier();
+        prepare_latent_queries<Element, true, true>(p, segment, shared_address(queries), factors);
+#else
         flip_query_rows(p, queries);
+#endif
         fence_for_wgmma();
         worker_barrier();
 
         math.begin_item();
         softmax.reset();
+        scaling.begin_item();
         const Reach reach(p, segment, row_warp * kWarpRows, kWarpRows);
         const bool has_rows = kSharesTiles || row_warp * kWarpRows < segment.valid_rows;  // those that share tiles have all rows
         const int first_row = segment.first_row + row_warp * kWarpRows;
         // Scores a tile.
         const auto score = [&](const Place& at, Scores& scores) {
             const auto wait_for = [&](int part) {
-                sleep_until_phase(block.full[at.slot][part], at.parity);
+                sleep_until_phase(block.ring.full[at.slot][part], at.parity);
                 if (!loader_fences(params)) fence_for_wgmma();
             };
             wait_for(0);
@@ -202,12 +156,17 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             leave(at);
         };
         // Finds the weights of half of a tile's keys ..
-        const auto weigh = [&](u32 key, Scores& scores, Weights& weights, auto& rescaled, const auto& partners) {
+        bool needs_mask = false;  // that tile
+        const auto weigh = [&](const Place& at, u32 key, Scores& scores, Weights& weights, auto& rescaled, const auto& partners) {
             if (!has_rows) return;  // what weights of rows that do not exist are, nobody asks
+            scaling.begin_tile(scales + at.slot * ScaleTile::kBytes, 0, lane);
+            scaling.scale_scores(scores);
             if constexpr (kHasSoftcap) cap_scores(p, scores);
-            if (reach.needs_mask(key)) mask_scores(p, block.segment, first_row, key, lane, scores);
-            softmax.move_maxima(scores, rescaled, partners, Scaling(nullptr, lane));
+            needs_mask = reach.needs_mask(key);
+            if (needs_mask) mask_scores(p, block.segment, first_row, key, lane, scores);
+            softmax.move_maxima(scores, rescaled, partners, scaling);
             softmax.weigh<0, 4>(scores);
+            scaling.scale_weights<0, 4>(scores, needs_mask);
             pack_weights<0, 4>(scores, weights);
         };
         // .. and tells them, so that their products run while the other weights are found.
@@ -217,6 +176,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             math.start_values<0, 2>(slot_of(at), weights);
             if (has_rows) {
                 softmax.weigh<4, 4>(scores);
+                scaling.scale_weights<4, 4>(scores, needs_mask);
                 pack_weights<4, 4>(scores, weights);
                 turns.tell<4, 4>(weights, told);
             }
@@ -245,11 +205,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
                 Weights weights = {};
                 if (has_own) score(own, scores);
                 if (group == 0) {
-                    weigh(key, scores, weights, math, turns);
+                    weigh(own, key, scores, weights, math, turns);
                 } else {
                     follow(first);
                     const Running<Math> running{turns, math};
-                    if (has_own) weigh(key, scores, weights, running, running);
+                    if (has_own) weigh(own, key, scores, weights, running, running);
                     end_values(first);
                 }
                 if (has_own) multiply(own, scores, weights);
@@ -264,7 +224,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
                     Scores scores;
                     Weights weights = {};
                     score(place, scores);
-                    weigh(segment.keys.begin + tile * kTileKeys, scores, weights, math, turns);
+                    weigh(place, segment.keys.begin + tile * kTileKeys, scores, weights, math, turns);
                     multiply(place, scores, weights);
                 } else {
                     follow(place);

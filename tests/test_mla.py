@@ -34,13 +34,16 @@ def arch() -> str:
 
 
 @pytest.fixture
-def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def sim(arch: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """A small simulated GPU, on which all problems run in a family of latent attention."""
     monkeypatch.setattr(kernels, "FAMILIES", (mla_wgmma if arch == "90a" else mla,))
+    monkeypatch.setattr(mla_wgmma, "_outdoes_few_rows", lambda problem, resident: True)
+    mla_wgmma.tiling.cache_clear()
     monkeypatch.setenv("CUFLASH_ARCH", arch.rstrip("a"))
     monkeypatch.setenv("CUFLASH_BACKEND", "sim")
     monkeypatch.setenv("CUFLASH_NUM_SM", "4")
-    return Backend("sim", lambda array: array, np.asarray)
+    yield Backend("sim", lambda array: array, np.asarray)
+    mla_wgmma.tiling.cache_clear()
 
 
 @contextlib.contextmanager
@@ -82,20 +85,34 @@ FEATURES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+# Caches of 8 bits: what becomes float16 on its way to an MMA, or beside queries of float32 before it.
+FEATURES_OF_CODES = FEATURES | {
+    "latent": [("joint", (576, 512)), ("qv", (64, 512)), ("qv row", (64, 512)), (None, (64, 512)), ("qv", (48, 256)),
+               ("joint", (528, 272)), ("joint", (576, 64)), ("qv row", (48, 464)), ("joint", (480, 464))],
+    "dtype": ["float16", "bfloat16", "float8_e4m3fn", "float32"],
+    "kv_dtype": ["float8_e4m3fn", "float8_e5m2", "int8"],
+    "scales": [("float", "one"), ("heads", "keys"), ("keys", "float"), ("keys", "keys")],
+}  # fmt: skip
+
+
 def _is_valid(choice: dict[str, Any]) -> bool:
     kind, (d, dv) = choice["latent"]
     room = d - dv if kind == "joint" else d
     if choice["arch"] == "90a" and (room > 64 or dv <= 384 or choice["dtype"] == "float32"):
         return False
+    if "kv_dtype" in choice and kind != "joint" and (choice["arch"] == "90a" or choice["dtype"] == "float8_e4m3fn"):
+        return False
     return not choice["rotary"] or (choice["append"] != "none" and room >= choice["rotary"]["rotary_dim"])
 
 
-def _cases() -> list[tuple[Case, str]]:
+def _cases(features: dict[str, list[Any]]) -> list[tuple[Case, str]]:
     named = {"mask": MASKS, "append": APPENDS, "splits": SPLITS, "cache": CACHES | {"pages of 64": {"page_size": 64}}}
     cases = []
-    for seed, choice in enumerate(all_pairs(FEATURES, _is_valid)):
+    for seed, choice in enumerate(all_pairs(features, _is_valid)):
         arch, (kind, headdim) = choice.pop("arch"), choice.pop("latent")
         options: dict[str, Any] = {"seed": seed, "mla": kind, "headdim": headdim, **choice.pop("rotary")}
+        if "scales" in choice:  # a joint row has one
+            choice["scales"] = ("none", choice["scales"][0], "none" if kind == "joint" else choice["scales"][1])
         for name, value in choice.items():
             options |= named[name][value] if name in named else {name: value}
         cases.append((Case(**options), arch))
@@ -105,7 +122,8 @@ def _cases() -> list[tuple[Case, str]]:
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
     pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 12 else pytest.mark.slow)
-    for number, (case, arch) in enumerate(_cases())
+    for features in (FEATURES, FEATURES_OF_CODES)
+    for number, (case, arch) in enumerate(_cases(features))
 ]
 
 
@@ -351,11 +369,15 @@ QUANTISED: list[dict[str, Any]] = [
     {"mla": "joint", "headdim": (320, 256), "kv_dtype": "float8_e5m2", "scales": ("heads", "one", "none"),
      "dtype": "float8_e4m3fn", "split_size": 64},
     {"mla": "joint", "headdim": (320, 256), "dtype": "float32", "heads": (3, 1)},
+    {"mla": "joint", "headdim": (576, 16), "kv_dtype": "int8", "scales": ("none", "keys", "none"), "dtype": "float32"},
+    {"mla": "joint", "headdim": (576, 432), "kv_dtype": "float8_e4m3fn", "scales": ("none", "keys", "none"),
+     "dtype": "float32"},
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("arch", [pytest.param("86", marks=pytest.mark.slow), "120"])  # of 99 KB
 @pytest.mark.parametrize("options", QUANTISED, ids=str)
-def test_what_becomes_float32(options: dict[str, Any], sim: Backend) -> None:
+def test_codes_and_float32(options: dict[str, Any], sim: Backend) -> None:
     """Quantised caches, and joint rows of float32 that no other kernel has."""
     case = Case(**{"heads": (12, 1), "seqlens": (37, 1, 90), "seqlens_q": 2, **options})
     with launched():
@@ -363,7 +385,7 @@ def test_what_becomes_float32(options: dict[str, Any], sim: Backend) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- counts
-@pytest.mark.parametrize("kind", ["joint", pytest.param("qv row", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["joint", pytest.param("qv row", marks=pytest.mark.slow), "codes"])
 @pytest.mark.parametrize(
     ("heads", "arch"),
     [(16, "90"), (64, "90"), (64, "90a")] + [pytest.param(heads, arch, marks=pytest.mark.slow)
@@ -374,14 +396,14 @@ def test_counts(kind: str, heads: int, sim: Backend) -> None:
     """A latent row is asked for once, in whole sectors, and no two lanes meet in a bank."""
     lengths = (1800, 1003, 777, 1311)
     headdim = (576, 512) if kind == "joint" else (64, 512)
-    case = Case(
-        dtype="bfloat16", heads=(heads, 1), headdim=headdim, mla=kind, seqlens=lengths, page_size=64, poison=False
-    )
+    codes: dict[str, Any] = {"mla": "joint", "headdim": (576, 512), "kv_dtype": "float8_e4m3fn"}
+    options = codes if kind == "codes" else {"mla": kind, "headdim": headdim}
+    case = Case(dtype="bfloat16", heads=(heads, 1), seqlens=lengths, page_size=64, poison=False, **options)
     with simulator.record(simulator.Checks.cheap()) as launches:
         run(case, make_inputs(case), sim)
     counters = attention(launches).counters
     caches = [counters.arrays[name] for name in ("k_cache", "v_cache") if name in counters.arrays]
-    assert sum(cache.read_bytes for cache in caches) <= 1.02 * sum(lengths) * 576 * 2
+    assert sum(cache.read_bytes for cache in caches) <= 1.02 * sum(lengths) * 576 * (1 if kind == "codes" else 2)
     assert sum(cache.read_sectors for cache in caches) == sum(cache.read_ideal for cache in caches)
     ideal, real = counters.wavefronts("cp.async", "ldmatrix", "ld.shared", "st.shared")
     assert real <= 1.02 * ideal

@@ -27,13 +27,25 @@ NAME = "mla"
 _MOST_STAGES = 6
 _SHARE_BYTES = 160  # struct BlockState in mla.cu
 
-# float32, and caches of 8 bits, which become float32 in shared memory.
+# float32, and caches of 8 bits beside queries of float32, which become float32 in shared memory.
 _FLOAT32_SHAPES = ((16, 1, 2, 16, 1, 1),)
 # (rows, warps that divide them, warps that divide the columns, keys of a tile, blocks per multiprocessor, fewest
 # stages). Of those for as many rows the first that fits is taken. Warps of 32 rows have 128 columns of the output each,
 # warps of 16 rows 128 or 256: 128 registers of a lane at most. All of a row block's queries are read from shared memory
 # once per tile and warp that scores, so many rows want long tiles.
 _SHAPES = (
+    (16, 1, 4, 32, 2, 2),
+    (16, 1, 4, 32, 1, 2),
+    (16, 1, 2, 16, 1, 2),
+    (32, 2, 4, 64, 1, 2),
+    (32, 2, 4, 32, 1, 2),
+    (32, 2, 2, 16, 1, 2),
+    (64, 2, 4, 64, 1, 2),
+    (64, 2, 4, 32, 1, 2),
+)
+# Of codes, which become float16 on their way to an MMA.
+_CODE_SHAPES = (
+    (16, 1, 4, 64, 2, 2),
     (16, 1, 4, 32, 2, 2),
     (16, 1, 4, 32, 1, 2),
     (16, 1, 2, 16, 1, 2),
@@ -57,28 +69,39 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     if not is_latent(problem):
         return None
     code_bytes = numpy_dtype(problem.kv_dtype).itemsize
-    itemsize = 4 if problem.is_quantised else code_bytes  # of tiles and queries as they are multiplied
+    is_float32 = problem.qkv_dtype == "float32"
+    itemsize = 4 if is_float32 else 2  # of queries and weights as they are multiplied
+    scales_tiles, reads_codes = problem.is_quantised and is_float32, problem.is_quantised and not is_float32
+    shapes = _FLOAT32_SHAPES if is_float32 else _CODE_SHAPES if reads_codes else _SHAPES
     # With split_size a sequence's bits may not depend on the longest query of its batch: rows for one query position.
     wanted = problem.rows if problem.split_size is None else problem.group
     best = None
-    for rows, row_warps, column_warps, tile_keys, blocks_per_sm, least in _FLOAT32_SHAPES if itemsize == 4 else _SHAPES:
+    for rows, row_warps, column_warps, tile_keys, blocks_per_sm, least in shapes:
         if best is not None and (best.rows >= wanted or best.rows == rows):
             continue
         line = 128 // code_bytes  # elements
-        dv = _round_up(problem.headdim_v, 64 * column_warps)
+        columns = _round_up(problem.headdim_v, 64 * column_warps) // column_warps  # of a warp
+        if reads_codes and columns > 64:
+            columns = _round_up(columns, line)
+        dv = columns * column_warps
         d = _round_up(headdim_beside(problem), line)
         row_bytes = (d + dv) * itemsize
+        if scales_tiles:  # numbers are padded less than codes
+            row_bytes = itemsize * _round_up(
+                _round_up(problem.headdim_v, 16 * column_warps) + headdim_beside(problem), 32
+            )
         warps = row_warps * column_warps
         state = (
             _SHARE_BYTES
-            + 8 * tile_keys * problem.is_quantised
+            + 8 * tile_keys * scales_tiles
+            + 8 * rows * reads_codes
             + itemsize * rows * tile_keys
             + 8 * rows * column_warps
             + 4 * warps
             + 16
         )
-        fixed = (rows + tile_keys * problem.is_quantised) * row_bytes + state
-        slot = tile_keys * (d + dv) * code_bytes
+        fixed = (rows + tile_keys * scales_tiles) * row_bytes + state
+        slot = tile_keys * ((d + dv) * code_bytes + 8 * reads_codes)
         room = shared_room(device, blocks_per_sm)
         stages = min(_MOST_STAGES, (room - fixed) // slot)
         if stages >= least:
@@ -92,10 +115,10 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
 
 def is_latent(problem: Problem) -> bool:
     """Whether the values are scored as well, or may be."""
-    return problem.takes_qv or _is_joint(problem)
+    return problem.takes_qv or is_joint(problem)
 
 
-def _is_joint(problem: Problem) -> bool:
+def is_joint(problem: Problem) -> bool:
     """Whether the kernel takes values for the first columns of keys: of keys that no other kernel has."""
     has_other = problem.headdim <= 256 or (
         problem.headdim <= MAX_HEADDIM and numpy_dtype(problem.kv_dtype).itemsize == 2
@@ -105,7 +128,7 @@ def _is_joint(problem: Problem) -> bool:
 
 def headdim_beside(problem: Problem) -> int:
     """Return the elements of a key that are no value's."""
-    return problem.headdim - problem.headdim_v if _is_joint(problem) else problem.headdim
+    return problem.headdim - problem.headdim_v if is_joint(problem) else problem.headdim
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -154,7 +177,7 @@ def latent_launch(
     Raises:
         ValueError: For values of their own beside keys that only joint rows may be as long as.
     """
-    joint = _is_joint(problem)
+    joint = is_joint(problem)
     if joint and not operands.cache.may_be_joint:
         dims, kinds = (problem.headdim, problem.headdim_v), (problem.qkv_dtype, problem.kv_dtype)
         raise ValueError(

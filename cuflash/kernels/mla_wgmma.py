@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..device import Device
-from ..dtypes import numpy_dtype
 from ..metadata import SchedulerMetadata
 from ..operands import Operands
 from ..partition import Partition
@@ -17,7 +16,7 @@ from ..problem import Problem
 from . import mla
 from .attention import PLAIN, Form
 from .boxes import LEAST_ROWS
-from .extend import Tiles
+from .extend import Tiles, has_16_bits, scale_bytes
 from .launch import Launch, Scratch
 from .source import Variant
 from .tiles import resident_blocks
@@ -28,6 +27,7 @@ _WIDTHS = 64, 512  # padded: of what of a key is no value, and of values
 _ROW_WARPS, _COLUMN_WARPS, _LOADER_WARPS, _STAGES = 4, 2, 4, 2
 _STATE_BYTES = 1024  # struct BlockState in mla_wgmma.cu
 _REGISTERS = (("LOADER_REGISTERS", 72), ("MATH_REGISTERS", 216))
+_REGISTERS_OF_CODES = (("LOADER_REGISTERS", 88), ("MATH_REGISTERS", 208))  # codes land in those of who copies
 
 
 def partition(problem: Problem, device: Device, max_seqlen_k: int | None) -> Partition | None:
@@ -44,9 +44,14 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     """Choose the tile sizes of a problem on a device; None if the family does not fit it."""
     d, dv = mla.headdim_beside(problem), problem.headdim_v
     fits = mla.is_latent(problem) and d <= _WIDTHS[0] and _WIDTHS[1] - 128 < dv <= _WIDTHS[1]
-    if device.arch != 90 or not fits or numpy_dtype(problem.kv_dtype).itemsize != 2:
+    if device.arch != 90 or not fits or not has_16_bits(problem):
+        return None
+    # Scores of values and of the rest of a key are added up at once: there is one scale for both.
+    if problem.is_quantised and not mla.is_joint(problem):
         return None
     row_blocks, resident = max(1, -(-problem.rows // _ROWS)), resident_blocks(problem, device, 1)
+    if problem.is_quantised and not _outdoes_few_rows(problem, resident):
+        return None
     # Where blocks read several items each, two side by side read those of the same sequence: what one has read from
     # memory the other one finds in the L2 cache. With split_size the batch may not matter.
     items = problem.batch_size * problem.num_heads_kv * row_blocks
@@ -55,7 +60,7 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     # items lie in many blocks: b16 L1024 with 128 heads 26.8 us without, 27.1 with (H200).
     # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows.
     has_boxes = problem.page_size is None or problem.page_size % LEAST_ROWS == 0
-    is_common = problem.group % (2 * _ROWS) == 0 and has_boxes
+    is_common = problem.group % (2 * _ROWS) == 0 and has_boxes and not problem.is_quantised
     is_shared = is_common and 3 * items >= resident and problem.split_size is None
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
@@ -77,8 +82,11 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     # 254 and 244; yet 16 heads 145 and 156, and b32 L4096 with 64 heads, whose blocks share items, 49.7 and 51.8.
     evicts_first = problem.rows <= 32 or 8 * problem.batch_size < 7 * resident
     weights = _ROWS * _TILE_KEYS * 2
-    shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + weights + _STATE_BYTES
-    sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, _STATE_BYTES
+    state = _STATE_BYTES
+    if problem.is_quantised:  # scales of a tile's keys and values, factors of the rows
+        state += _STAGES * scale_bytes(_TILE_KEYS) + 4 * _ROWS
+    shared = (_ROWS + _STAGES * _TILE_KEYS) * sum(_WIDTHS) * 2 + weights + state
+    sizes = *_WIDTHS, _ROWS, row_blocks, _ROW_WARPS, _COLUMN_WARPS, _TILE_KEYS, _STAGES, 1, shared, state
     return Tiles(
         *sizes,
         loader_warps=_LOADER_WARPS,
@@ -89,6 +97,18 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
         merge_loads=merge_loads,
         merge_vectors=merge_vectors,
     )
+
+
+def _outdoes_few_rows(problem: Problem, resident: int) -> bool:
+    """Whether a quantised cache is read faster than by ``mla.cu``, which converts as it multiplies, all rows at once.
+
+    Here a tile is converted once for 64 rows, and few rows wait for that: b128 L4096 with 16 heads takes 156 us, there
+    101, with 32 heads 157 and 171. Yet many blocks that merge an item do it sooner here: b1 L32768 with 16 heads 20.6
+    and 52.4 us, b16 L1024 15.5 and 18.4, b32 L4096 48.8 and 36.3 (H200). With split_size the batch may not matter.
+    """
+    if problem.split_size is not None:
+        return True
+    return problem.rows > 16 or 6 * problem.batch_size * problem.num_heads_kv < resident
 
 
 def variant(problem: Problem, partition: Partition, form: Form = PLAIN) -> Variant:
@@ -105,7 +125,7 @@ def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
         ("EVICTS_FIRST", int(tiles.evicts_first)),
         ("MERGE_LOADS", tiles.merge_loads),
         ("MERGE_VECTORS", tiles.merge_vectors),
-        *_REGISTERS,
+        *(_REGISTERS_OF_CODES if problem.is_quantised else _REGISTERS),
     )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 

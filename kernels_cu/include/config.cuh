@@ -10,11 +10,12 @@ using Element = ELEMENT;                         // of queries: Float16, BFloat1
 using CacheElement = KV_ELEMENT;                 // of keys and values in the cache: the same, or one of codes.cuh
 using OutElement = OUT_ELEMENT;                  // of the output: that of queries, BFloat16 for those of 8 bits
 constexpr bool kIsQuantised = CacheElement::kBytes == 1;
-#ifdef SCALES_TILES  // elements are multiplied by their scales in shared memory, instead of scores and weights
-constexpr bool kScalesTiles = true;
+#ifdef KEEPS_CODES  // codes of a quantised cache lie in shared memory as they do in the cache, for the arithmetic to read
+constexpr bool kKeepsCodes = kIsQuantised;
 #else
-constexpr bool kScalesTiles = false;
+constexpr bool kKeepsCodes = false;
 #endif
+constexpr bool kScalesTiles = kKeepsCodes && Element::kBytes == 4;  // elements are multiplied by their scales there ..
 constexpr bool kHasKeyScales = KEY_SCALES & 1;   // a scale per key and head of the keys ..
 constexpr bool kHasValueScales = KEY_SCALES & 2;  // .. and of the values
 constexpr int kHeadDim = HEAD_DIM;               // of queries and keys, a multiple of 8

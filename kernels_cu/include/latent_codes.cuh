@@ -5,7 +5,10 @@
 #include "rows_tiles.cuh"
 #include "segment.cuh"
 
-using NumberRows = Swizzle<kPaddedHeadDim * 4>;
+// Rows of numbers are shorter than those of codes: the columns that warps multiply, then the rest of a key, up to a whole line.
+constexpr int kNumberColumnsV = kScalesTiles ? kColumnPairs * kColumnWarps * 16 : kPaddedHeadDimV;
+constexpr int kNumberColumns = kScalesTiles ? (kNumberColumnsV + kHeadDim + 31) / 32 * 32 : kPaddedHeadDim;
+using NumberRows = Swizzle<kNumberColumns * kWeightBytes>;
 
 // Loads an item's queries as float32, times their scale; with the sign of softmax_scale. What does not exist is zero.
 __device__ __forceinline__ void load_query_numbers(const DecodeParams& p, const Segment& s, u32 query) {
@@ -13,10 +16,10 @@ __device__ __forceinline__ void load_query_numbers(const DecodeParams& p, const 
     float unit = descale_of(p.q_descale, p.q_descale_strides, s.sequence, s.kv_head);
     if (p.query_flip) unit = p.query_keep ? -unit : 0.0f;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kPaddedHeadDim / 4; i += kThreads) {
-        const int row = i / (kPaddedHeadDim / 4), chunk = i % (kPaddedHeadDim / 4);
-        const bool meets_values = chunk * 4 < kPaddedHeadDimV;
-        const int column = meets_values ? chunk * 4 : chunk * 4 - kPaddedHeadDimV;
+    for (int i = threadIdx.x; i < kRows * kNumberColumns / 4; i += kThreads) {
+        const int row = i / (kNumberColumns / 4), chunk = i % (kNumberColumns / 4);
+        const bool meets_values = chunk * 4 < kNumberColumnsV;
+        const int column = meets_values ? chunk * 4 : chunk * 4 - kNumberColumnsV;
         const int packed = s.first_row + row, position = query_of(p, packed);
         const int head = s.kv_head * p.group + packed - position * p.group;
         float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -61,13 +64,15 @@ __device__ __forceinline__ float2 scales_of_key(const DecodeParams& p, const Seg
 template <typename Code>
 __device__ __forceinline__ void convert_tile(u32 codes, u32 numbers, const float2* scales) {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < kTileKeys * kPaddedHeadDim / 4; i += kThreads) {
-        const int row = i / (kPaddedHeadDim / 4), chunk = i % (kPaddedHeadDim / 4);
-        const u32 four = load_shared_u32(codes + KeyRows::offset(row, chunk / 4) + chunk % 4 * 4);
+    for (int i = threadIdx.x; i < kTileKeys * kNumberColumns / 4; i += kThreads) {
+        const int row = i / (kNumberColumns / 4), chunk = i % (kNumberColumns / 4);
+        const bool is_value = chunk * 4 < kNumberColumnsV;
+        const int code = is_value ? chunk * 4 : chunk * 4 - kNumberColumnsV + kPaddedHeadDimV;
+        const u32 four = load_shared_u32(codes + KeyRows::offset(row, code / 16) + code % 16);
         float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
         if (scales[row].x != -infinity()) {
             if constexpr (Code::kBytes == 1) x = codes_to_floats<Code>(four);
-            scale(x, chunk * 4 < kPaddedHeadDimV ? scales[row].y : scales[row].x);
+            scale(x, is_value ? scales[row].y : scales[row].x);
         }
         store_shared(numbers + NumberRows::offset(row, chunk), x);
     }

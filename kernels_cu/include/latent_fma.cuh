@@ -1,11 +1,11 @@
 // The arithmetic of one warp of latent attention in float32, by fused multiply-adds, with the fragments of latent_mma.cuh: lane l
 // has rows l / 4 and l / 4 + 8 of a row tile, and of 8 keys or columns 2 (l % 4) and the next one.
 #pragma once
+#include "latent_codes.cuh"
 #include "latent_weights.cuh"
+#include "rows_scales.cuh"
 
 class LatentFma {
-    using Rows = Swizzle<kPaddedHeadDim * 4>;  // of queries and tiles
-
 public:
     __device__ __forceinline__ LatentFma(int column_warp, int lane) : lane_(lane), column_warp_(column_warp) {}
 
@@ -14,10 +14,10 @@ public:
         fill(output_, 0.0f);
     }
 
-    __device__ __forceinline__ void scores(u32 slot, bool meets_values, Scores& s) const {
+    __device__ __forceinline__ void scores(u32 slot, bool meets_values, const Scaling&, Scores& s) const {
         fill(s, 0.0f);
         if (meets_values) add_columns<0, kHeadDimV / 4>(slot, s);
-        add_columns<kPaddedHeadDimV, kHeadDim / 4>(slot, s);
+        add_columns<kNumberColumnsV, kHeadDim / 4>(slot, s);
     }
 
     __device__ __forceinline__ void accumulate(u32 slot, const TileWeights& weights) {
@@ -32,7 +32,7 @@ public:
             });
             for_each<kColumnTiles>([&](int n) {
                 const int column = (column_warp_ * kColumnTiles + n) * 8 + lane_ % 4 * 2;
-                const float2 v = load_shared_pair(slot + Rows::offset(key, column / 4) + column % 4 * 4);
+                const float2 v = load_shared_pair(slot + NumberRows::offset(key, column / 4) + column % 4 * 4);
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     float(&o)[4] = output_[t][n];
                     o[half * 2] = fmaf(weight[t][half], v.x, o[half * 2]);
@@ -57,10 +57,10 @@ private:
         for (int c = kFirstColumn / 4; c < kFirstColumn / 4 + kCount; ++c) {
             float4 q[kRowTiles][2];
             for_each<kRowTiles, 2>([&](int t, int half) {
-                q[t][half] = load_shared(query_ + Rows::offset(t * 16 + half * 8 + lane_ / 4, c));
+                q[t][half] = load_shared(query_ + NumberRows::offset(t * 16 + half * 8 + lane_ / 4, c));
             });
             for_each<kKeyTiles, 2>([&](int n, int column) {
-                const float4 k = load_shared(slot + Rows::offset(first_key + n * 8 + column, c));
+                const float4 k = load_shared(slot + NumberRows::offset(first_key + n * 8 + column, c));
                 for_each<kRowTiles, 2>([&](int t, int half) {
                     float& dot = s[t][n][half * 2 + column];
                     dot = fmaf(q[t][half].x, k.x, dot);

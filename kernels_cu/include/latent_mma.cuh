@@ -8,6 +8,7 @@
 #pragma once
 #include "latent_weights.cuh"
 #include "ptx/matrices.cuh"
+#include "rows_scales.cuh"
 
 template <typename T>
 class LatentMma {
@@ -33,7 +34,7 @@ public:
     }
 
     // The scores of this warp's keys of the tile in the slot; of the rest of the keys alone if nothing meets the values.
-    __device__ __forceinline__ void scores(u32 slot, bool meets_values, Scores& s) const {
+    __device__ __forceinline__ void scores(u32 slot, bool meets_values, const Scaling&, Scores& s) const {
         float parts[kChains][kRowTiles][kKeyTiles][4];
         fill(parts, 0.0f);
         if (meets_values) add_columns<0, (kHeadDimV + 31) / 32>(slot, parts);
@@ -49,10 +50,7 @@ public:
     __device__ __forceinline__ void accumulate(u32 slot, const TileWeights& weights) {
         for_each<kTileKeys / 16>([&](int k) {
             u32 a[kRowTiles][4];
-            for_each<kRowTiles, 2>([&](int t, int i) {
-                const TileWeights::Piece piece = weights.hear(t, 2 * k + i, lane_);
-                a[t][2 * i] = piece.w[0], a[t][2 * i + 1] = piece.w[1];
-            });
+            for_each<kRowTiles>([&](int t) { weights.hear_step(t, k, lane_, a[t]); });
             for_each<kColumnPairs>([&](int pair) {
                 u32 b[4];
                 ldmatrix_x4_trans(b, step_address(slot + value_lane_, pair) + k * 16 * kKeyBytes);

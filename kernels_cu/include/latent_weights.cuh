@@ -14,7 +14,7 @@ public:
         : pieces_(reinterpret_cast<Piece*>(meeting.weights[row_warp])), first_(column_warp * kKeyTiles) {}
 
     // Tells this warp's weights; its partners must meet before they are heard.
-    template <typename T = Element>
+    template <typename T = WeightElement>
     __device__ __forceinline__ void tell(const Scores& s, int lane) const {
         for_each<kRowTiles, kKeyTiles>([&](int t, int n) {
             Piece piece;
@@ -30,6 +30,14 @@ public:
     // What a lane holds of the keys 8 n .. 8 n + 7.
     __device__ __forceinline__ Piece hear(int t, int n, int lane) const {
         return pieces_[(t * (kTileKeys / 8) + n) * 32 + lane];
+    }
+
+    // The A fragment of 16 keys from 16 k on, of 16-bit weights.
+    __device__ __forceinline__ void hear_step(int t, int k, int lane, u32 (&a)[4]) const {
+        for_each<2>([&](int i) {
+            const Piece piece = hear(t, 2 * k + i, lane);
+            a[2 * i] = piece.w[0], a[2 * i + 1] = piece.w[1];
+        });
     }
 
 private:

@@ -42,6 +42,60 @@ __device__ __forceinline__ void store_query(u32 query, int row, int quad, float4
     });
 }
 
+// A power of two that takes a size into [2^14, 2^15), as far as float32 has the power and its inverse.
+class QueryPower {
+public:
+    __device__ __forceinline__ explicit QueryPower(float largest) : power_(min(14 + 127 - (__float_as_int(largest) >> 23), 126)) {}
+
+    __device__ __forceinline__ float factor() const { return __int_as_float((127 + power_) << 23); }
+
+    // What 1 in a product with codes stands for.
+    __device__ __forceinline__ float unit() const { return __int_as_float((127 - power_) << 23) * CacheElement::kUnit; }
+
+private:
+    int power_;
+};
+
+// kCount elements of a row from kFirst on, which the lanes of a warp have in registers on their way.
+template <typename T, typename Rows, int kFirst, int kCount>
+class QueryPart {
+    static constexpr int kQuads = (kCount / 4 + 31) / 32;
+
+public:
+    __device__ __forceinline__ QueryPart(u32 query, int row, int lane) : query_(query), row_(row), lane_(lane) {
+        for_each<kQuads>([&](int i) {
+            x_[i] = has(i) ? load_query<T, Rows>(query, row, kFirst / 4 + lane + i * 32) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        });
+    }
+
+    // The largest size, which all lanes learn.
+    __device__ __forceinline__ float largest() const {
+        float largest = 0.0f;
+        for_each<kQuads>([&](int i) {
+            const float4 x = x_[i];
+            largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(x.z), fabsf(x.w)));
+        });
+        return lanes_maximum<32>(largest);
+    }
+
+    // Stores them, times a power, when all lanes have read what lies there.
+    template <bool kInOrder>
+    __device__ __forceinline__ void store(QueryPower power) {
+        for_each<kQuads>([&](int i) {
+            if (!has(i)) return;
+            scale(x_[i], power.factor());
+            store_query<Rows, kInOrder>(query_, row_, kFirst / 4 + lane_ + i * 32, x_[i]);
+        });
+    }
+
+private:
+    __device__ __forceinline__ bool has(int i) const { return lane_ + i * 32 < kCount / 4; }
+
+    u32 query_;
+    int row_, lane_;
+    float4 x_[kQuads];
+};
+
 // Prepares the queries that lie at `query`, and writes the factor of each row: a row per warp. Between block barriers.
 template <typename T, typename Rows, bool kInOrder>
 __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Segment& s, u32 query, float* factors) {
@@ -54,25 +108,11 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Seg
     } else {
 #pragma unroll 1
         for (int row = warp; row < kRows; row += kWarps) {
-            constexpr int kQuads = (kHeadDim / 4 + 31) / 32;
-            float4 x[kQuads];
-            float largest = 0.0f;
-            for_each<kQuads>([&](int i) {
-                const int quad = lane + i * 32;
-                x[i] = quad < kHeadDim / 4 ? load_query<T, Rows>(query, row, quad) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
-            });
-            largest = lanes_maximum<32>(largest);
-            // 2^(14 - exponent), as far as float32 has the power and its inverse.
-            const int power = min(14 + 127 - (__float_as_int(largest) >> 23), 126);
+            QueryPart<T, Rows, 0, kHeadDim> part(query, row, lane);
+            const QueryPower power(part.largest());
             __syncwarp();  // all have read
-            for_each<kQuads>([&](int i) {
-                const int quad = lane + i * 32;
-                if (quad >= kHeadDim / 4) return;
-                scale(x[i], __int_as_float((127 + power) << 23));
-                store_query<Rows, kInOrder>(query, row, quad, x[i]);
-            });
-            if (lane == 0) factors[row] = unit * __int_as_float((127 - power) << 23) * CacheElement::kUnit;
+            part.template store<kInOrder>(power);
+            if (lane == 0) factors[row] = unit * power.unit();
         }
     }
 }

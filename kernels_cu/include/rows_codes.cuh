@@ -52,9 +52,24 @@ struct ScaleTile {
     static constexpr int kBonuses = kTileKeys * 8;  // see Scaling in rows_scales.cuh
     static constexpr int kBytes = kTileKeys * 12;
 };
+// What is added to a score where the largest weight times scale is looked for: log2 of the value's scale, in units of scores.
+// Bounded, so that sums of weights stay finite: a scale of zero allows weights that float16 does not hold.
+__device__ __forceinline__ float bonus_of(float value_scale, float slack) {
+    return fminf(fmaxf(log2_approx(fabsf(value_scale)), -100.0f), 100.0f) * (slack / kSlack);
+}
+
+// Stores the scales of a key and its value where the softmax finds them: `to` is the key's place in a ScaleTile.
+__device__ __forceinline__ void store_scales(u32 to, float2 scales, float slack) {
+    if constexpr (kHasKeyScales) store_shared(to, scales.x);
+    if constexpr (kHasValueScales) {
+        store_shared(to + ScaleTile::kValues, scales.y);
+        store_shared(to + ScaleTile::kBonuses, bonus_of(scales.y, slack));
+    }
+}
+
 constexpr int kScalesBytes = kConvertsTiles ? kStages * ScaleTile::kBytes : 0;
 
-constexpr int kCodesBytes = kTileKeys * kCodeRowBytes;  // of a half-stage, without its scales
+constexpr int kCodesBytes = kReadsCodes ? kTileBytes : kTileKeys * kCodeRowBytes;  // of a half-stage or tile, without its scales
 constexpr int kCodeSlotBytes = kCodesBytes + 8 * kTileKeys;
 constexpr int kCodeRingBytes = kCodeStages * kCodeSlotBytes;
 

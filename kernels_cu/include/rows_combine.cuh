@@ -37,7 +37,7 @@ public:
                                           int warp, int lane, u32 staged = 0)
         : p_(p), segment_(segment), output_(output), states_(states),
           first_row_(warp / kColumnWarps * kWarpRows + lane / 4),
-          column_(warp % kColumnWarps * (kColumnTiles * 8) + lane % 4 * 2),
+          column_(warp % kColumnWarps * (kColumnTiles * 8) + lane % 4 * kLaneColumns),
           has_state_(warp % kColumnWarps == 0 && lane % 4 == 0), staged_(staged) {}
 
     __device__ __forceinline__ RowStates& states() const { return states_; }
@@ -64,8 +64,8 @@ public:
             states_[t][half] = state;
             const float* const from = outputs_of(slot, row);
             for_columns([&](int n) {
-                const float2 o = load_cg(reinterpret_cast<const float2*>(from + n * 8)), part = get(t, half, n);
-                output_[t][n][half * 2] = fold(o.x, part.x), output_[t][n][half * 2 + 1] = fold(o.y, part.y);
+                const float2 o = load_cg(reinterpret_cast<const float2*>(from + tile_column(n)));
+                for_each<2>([&](int i) { element(t, half, n, i) = fold(i == 0 ? o.x : o.y, element(t, half, n, i)); });
             });
         });
         if constexpr (kExchanges) __syncwarp();  // a lane may store where its neighbour has read
@@ -80,7 +80,7 @@ public:
             if constexpr (!kStagesAnswers) {
                 for_columns([&](int n) {
                     const float2 o = get(t, half, n);
-                    store2<OutElement>(p_.out, at.out + column_ + n * 8, o.x * factor, o.y * factor);
+                    store2<OutElement>(p_.out, at.out + column_ + tile_column(n), o.x * factor, o.y * factor);
                 });
             }
             if (has_state_ && p_.softmax_lse) p_.softmax_lse[at.lse] = lse;
@@ -102,7 +102,7 @@ private:
                 if (exists && has_column(pair * 2 + odd)) store_global(reinterpret_cast<float4*>(to + pair * 16), v);
             });
         } else {
-            for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + n * 8), get(t, half, n)); });
+            for_columns([&](int n) { store_global(reinterpret_cast<float2*>(to + tile_column(n)), get(t, half, n)); });
         }
     }
 
@@ -169,7 +169,7 @@ private:
     }
 
     __device__ __forceinline__ bool has_column(int n) const {
-        return kColumnTiles * kColumnWarps * 8 == kHeadDimV || column_ + n * 8 < kHeadDimV;
+        return kColumnTiles * kColumnWarps * 8 == kHeadDimV || column_ + tile_column(n) < kHeadDimV;
     }
 
     // This lane's columns of a row in a slot.
@@ -177,8 +177,13 @@ private:
         return reinterpret_cast<float*>(partial_output(p_, slot)) + row * kHeadDimV + column_;
     }
 
+    // The two columns of a row that count as column tile n: how far behind this lane's first one they are, and what is there.
+    static __device__ __forceinline__ int tile_column(int n) { return kLaneColumns == 4 ? n / 2 * 16 + n % 2 * 2 : n * 8; }
+    __device__ __forceinline__ float& element(int t, int half, int n, int i) const {
+        return kLaneColumns == 4 ? output_[t][n / 2 * 2 + i][half * 2 + n % 2] : output_[t][n][half * 2 + i];
+    }
     __device__ __forceinline__ float2 get(int t, int half, int n) const {
-        return make_float2(output_[t][n][half * 2], output_[t][n][half * 2 + 1]);
+        return make_float2(element(t, half, n, 0), element(t, half, n, 1));
     }
 
     const DecodeParams& p_;

@@ -4,6 +4,7 @@
 // Warp w copies rows w * kPartKeys and the next ones of every tile: each lane looks one of them up and hands its place to the
 // lanes that copy it.
 #pragma once
+#include "latent_landing.cuh"
 #include "paging.cuh"
 #include "ptx/copies.cuh"
 #include "rows_boxes.cuh"
@@ -149,13 +150,39 @@ public:
         if (Boxes::kExist && comes_in_boxes_) {
             boxes_.copy<true, kPartKeys, kCount / 64, KeyRows>(place_, kv_head_, p_.key_column, part_to() + rest, *full, policy_);
         } else {
-            copy_part<kHeadDim, kCount / kChunkElements, KeyRows>(keys_from_ + p_.key_column * CacheElement::kBytes,
-                                                                  place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head,
-                                                                  keys_to_ + rest);
+            // Codes as far as an ldmatrix reads them.
+            constexpr int kFilled = kReadsCodes ? (kHeadDim + 63) / 64 * 4 : kCount / kChunkElements;
+            copy_part<kHeadDim, kFilled, KeyRows>(keys_from_ + p_.key_column * CacheElement::kBytes,
+                                                  place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head, keys_to_ + rest);
         }
+        if (!is_tile_) return;
+        copy_scales(slot);
+        key_ += kTileKeys;
+        find_tile();
+    }
+
+    // The same of codes of joint rows that come to registers: asks for the scale of the row that this lane looks up, and looks up
+    // the tile after it. Not later: whoever waits for a page number waits for all loads before it, ..
+    __device__ __forceinline__ void begin_fetch(float& scale) {
+        begin_tile_of_rows();
+        units_ = place_.units(p_.cache.k) + kv_head_ * p_.cache.k.head;
+        scale = 0.0f;
+        if (kHasKeyScales && lane_ < kPartKeys && copied_ >> lane_ & 1) scale = *scale_of(p_.k_descale, p_.k_descale_strides);
         if (!is_tile_) return;
         key_ += kTileKeys;
         find_tile();
+    }
+
+    // .. then for kCount value columns from kFirst on, ..
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ void fetch_columns(Landing<kCount>& landing) const {
+        fetch<kHeadDimV - kFirst>(static_cast<const char*>(p_.k_cache) + kFirst, landing);
+    }
+
+    // .. and for the rest of the keys.
+    template <int kCount>
+    __device__ __forceinline__ void fetch_rest(Landing<kCount>& landing) const {
+        fetch<kHeadDim>(static_cast<const char*>(p_.k_cache) + p_.key_column, landing);
     }
 
     // Starts the copy of the values that belong to the keys loaded last.
@@ -176,14 +203,10 @@ public:
         convert_rows<CacheElement, kHeadDim, kKeyChunks, KeyRows>(codes, slot, part_, lane_);
         if (lane_ >= kPartKeys) return;
         const u32 from = codes + kCodesBytes + (part_ + lane_) * 4, to = scales + (part_ + lane_) * 4;
-        if constexpr (kHasKeyScales) store_shared(to, load_shared_float(from));
-        if constexpr (kHasValueScales) {
-            const float value = load_shared_float(from + ScaleTile::kValues);
-            store_shared(to + ScaleTile::kValues, value);
-            // Bounded, so that sums of weights stay finite: a scale of zero allows weights that float16 does not hold.
-            const float exponent = fminf(fmaxf(log2_approx(fabsf(value)), -100.0f), 100.0f);
-            store_shared(to + ScaleTile::kBonuses, exponent * (p_.score_slack / kSlack));
-        }
+        float2 two = {0.0f, 0.0f};
+        if constexpr (kHasKeyScales) two.x = load_shared_float(from);
+        if constexpr (kHasValueScales) two.y = load_shared_float(from + ScaleTile::kValues);
+        store_scales(to, two, p_.score_slack);
     }
     __device__ __forceinline__ void convert_values(u32 codes, u32 slot) const {
         convert_rows<CacheElement, kHeadDimV, kValueChunks, ValueRows>(codes, slot, part_, lane_);
@@ -215,19 +238,20 @@ private:
         return kColumn / (KeyRows::kLanes * kChunkElements) * KeyRows::kLaneStride;
     }
 
+    // Where the scale of the row lies that this lane has looked up.
+    __device__ __forceinline__ const float* scale_of(const float* scales, DescaleStrides strides) const {
+        return scales + place_.scale(strides) + kv_head_ * strides.head;
+    }
+
     // Starts the copies of the scales of a tile's keys and values, those of the row that this lane has looked up.
     __device__ __forceinline__ void copy_scales(u32 slot) {
-        if constexpr (kConvertsTiles && (kHasKeyScales || kHasValueScales)) {
+        if constexpr (kScalesScores && (kHasKeyScales || kHasValueScales)) {
             if (lane_ >= kPartKeys) return;
             const bool exists = copied_ >> lane_ & 1;
             const u32 to = slot + kCodesBytes + (part_ + lane_) * 4;
-            if constexpr (kHasKeyScales) {
-                cp_async_4_or_zero(exists, to,
-                                   p_.k_descale + place_.scale(p_.k_descale_strides) + kv_head_ * p_.k_descale_strides.head);
-            }
+            if constexpr (kHasKeyScales) cp_async_4_or_zero(exists, to, scale_of(p_.k_descale, p_.k_descale_strides));
             if constexpr (kHasValueScales) {
-                cp_async_4_or_zero(exists, to + ScaleTile::kValues,
-                                   p_.v_descale + place_.scale(p_.v_descale_strides) + kv_head_ * p_.v_descale_strides.head);
+                cp_async_4_or_zero(exists, to + ScaleTile::kValues, scale_of(p_.v_descale, p_.v_descale_strides));
             }
         }
     }
@@ -261,6 +285,33 @@ private:
             enter(segment);
         }
         place_.seek(p_.cache, min(key_ + part_ + lane_ % kPartKeys, end_ - 1));
+    }
+
+    // Asks for the codes of each row that is copied, of which there are kThere from `first` on; others are zeros.
+    template <int kThere, int kCount>
+    __device__ __forceinline__ void fetch(const char* first, Landing<kCount>& landing) const {
+        using L = Landing<kCount>;
+        const char* const lane_from = first + L::piece(lane_) * 16;
+        // load(where a piece comes from, which it is of the row, the row of the warp's)
+        const auto for_pieces = [&](auto load) {
+            const char* from[L::kPasses];
+            for_each<L::kPasses>([&](int i) {
+                from[i] = offset_by<16>(lane_from, __shfl_sync(kFullWarp, units_, L::row(lane_) + i * L::kRowsAtOnce));
+            });
+            for_each<L::kPasses, L::kRuns>([&](int i, int run) {
+                landing.codes[i][run] = load(from[i] + run * L::kLanes * 16, run * L::kLanes, i * L::kRowsAtOnce);
+            });
+        };
+        if (copied_ == kAllRows && kThere >= kCount) {
+            for_pieces([](const char* from, int, int) { return load_once(from); });
+        } else {
+            int lane_row = L::row(lane_);
+            pin(lane_row);  // else what follows from it takes registers in all tiles
+            for_pieces([&](const char* from, int piece, int row) {
+                const bool is_there = copied_ >> (lane_row + row) & 1 && (piece + L::piece(lane_)) * 16 < kThere;
+                return load_once_or_zero(is_there, from);
+            });
+        }
     }
 
     // Copies kDim elements of each row that is copied; others are zeros, as are further chunks up to kFilled, which steps of
@@ -327,6 +378,7 @@ private:
     int part_;       // first row of a tile that this warp copies
     u32 key_, end_;  // slots of the cache: next tile, end of its segment; unsigned, for the first may pass 2^31
     int kv_head_;
+    u32 units_;                // where the row begins that this lane has looked up, of the tile that is fetched
     PageCursor value_place_;   // of the keys loaded last, to which values belong
     int value_head_;
     bool is_tile_ = false;     // whether there is one, of the tile that was begun last

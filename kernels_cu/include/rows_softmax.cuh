@@ -206,7 +206,7 @@ public:
 private:
     // A lane's weights of a row and tile sum up to this at most, or the maximum moves: then the largest is 2^7 above its weight.
     // Any of them fits float16.
-    static constexpr float kMostSum = kConvertsTiles ? 0x1p15f : 0x1p12f;
+    static constexpr float kMostSum = kScalesScores ? 0x1p15f : 0x1p12f;
 
     template <int kFirst, int kCount>
     __device__ __forceinline__ void weigh(Scores& s, float (&sums)[kRowTiles][2]) const {
@@ -273,7 +273,7 @@ private:
                 top[t][half] = n == 0 ? fmaxf(low, high) : fmaxf(top[t][half], fmaxf(low, high));
             });
         });
-        if constexpr (kConvertsTiles) {
+        if constexpr (kScalesScores) {
             for_each<kRowTiles, 2>([&](int t, int half) { top[t][half] = fmaf(slack_, -7.0f / kSlack, top[t][half]); });
         }
     }

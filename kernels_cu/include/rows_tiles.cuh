@@ -4,6 +4,10 @@
 #include "ptx/barriers.cuh"
 #include "queries.cuh"
 
+constexpr bool kScalesScores = kIsQuantised && !kScalesTiles;   // scores and weights are multiplied by scales, ..
+constexpr bool kConvertsTiles = kScalesScores && !kKeepsCodes;  // .. of keys and values that become float16 in the ring, ..
+constexpr bool kReadsCodes = kScalesScores && kKeepsCodes;      // .. or on the way from there to an MMA
+
 constexpr int kTileKeys = TILE_KEYS;                // 16, 32, 64 or 128
 constexpr int kStages = STAGES;                     // half-stages of the block's ring
 constexpr int kColumnWarps = COLUMN_WARPS;          // warps that share their rows and divide the value columns
@@ -22,8 +26,14 @@ constexpr int kKeyTiles = kWarpKeys / 8;            // MMA column tiles of its s
 // wgmma has whole lines.
 constexpr bool kHasWholeLines = kColumnWarps > 1 || USES_WGMMA;
 constexpr int kColumnPairs =
-    kHasWholeLines ? (kHeadDimV + 64 * kColumnWarps - 1) / (64 * kColumnWarps) * 4 : (kHeadDimV + 15) / 16;
+    kReadsCodes      ? kPaddedHeadDimV / (16 * kColumnWarps)
+    : kScalesTiles   ? (kHeadDimV + 16 * kColumnWarps - 1) / (16 * kColumnWarps)
+    : kHasWholeLines ? (kHeadDimV + 64 * kColumnWarps - 1) / (64 * kColumnWarps) * 4
+                     : (kHeadDimV + 15) / 16;
 constexpr int kColumnTiles = kHasWholeLines ? 2 * kColumnPairs : kHeadDimV / 8;
+
+// Columns side by side that a lane has of a row: two of each tile, or four of a pair, every other one in either tile.
+constexpr int kLaneColumns = kReadsCodes ? 4 : 2;
 
 // Fragments of a warp; what a lane holds stands in ptx/matrices.cuh.
 using Scores = float[kRowTiles][kKeyTiles][4];      // C, 16 rows x 8 keys
@@ -31,21 +41,26 @@ using Weights = u32[kRowTiles][(kWarpKeys + 15) / 16][4];  // A, 16 rows x 16 ke
 using Outputs = float[kRowTiles][kColumnTiles][4];  // C, 16 rows x 8 columns
 
 // Elements of a tile in the ring. Those of a quantised cache become float16 on the way there (rows_codes.cuh), but for mla.cu,
-// which makes numbers of its codes in another place.
-constexpr bool kConvertsTiles = kIsQuantised && !kScalesTiles;
-#if KV_ELEMENT_BYTES == 1 && !defined(SCALES_TILES)
+// which reads the codes (latent_mma_codes.cuh), or makes float32 of them in another place (latent_codes.cuh).
+#if KV_ELEMENT_BYTES == 1 && !defined(KEEPS_CODES)
 using TileElement = Float16;
 #else
 using TileElement = CacheElement;
 #endif
 
-// Bytes of a weight that warps tell each other.
-constexpr int kWeightBytes = kConvertsTiles ? 2 : kIsQuantised ? 4 : Element::kBytes;
+// Weights as they are multiplied, and the bytes of those that warps tell each other.
+#if KV_ELEMENT_BYTES == 1
+using WeightElement = Float16;
+#else
+using WeightElement = Element;
+#endif
+constexpr int kWeightBytes = kScalesTiles ? 4 : WeightElement::kBytes;
 
 // Rows in shared memory.
 constexpr int kKeyBytes = kPaddedHeadDim * TileElement::kBytes;
 constexpr int kValueBytes = kPaddedHeadDimV * TileElement::kBytes;
-constexpr int kSlotBytes = kTileKeys * (kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes);
+constexpr int kTileBytes = kTileKeys * (kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes);
+constexpr int kSlotBytes = kTileBytes + (kReadsCodes ? 8 * kTileKeys : 0);  // scales of the keys and values behind a tile of codes
 constexpr int kRingBytes = kStages * kSlotBytes;
 
 #if USES_WGMMA

@@ -73,6 +73,15 @@ _LATENT: tuple[_Entry, ...] = (
     ("b16 L1024", 16, 1, 9, _MLA),
     ("b16 L1024", 128, 1, 15, _MLA),
 )
+_LATENT_OF_8_BITS = tuple(
+    (what, heads_q, 1, None, {**_MLA, **_E4M3, **options})
+    for what, heads_q, options in (
+        *(("b128 L4096", heads, {}) for heads in (16, 32, 64, 128)),
+        *(("b32 L4096", heads, {}) for heads in (16, 64, 128)),
+        *((what, heads, {}) for what in ("b1 L32768", "b16 L1024") for heads in (16, 128)),
+        ("b128 L4096", 16, {"key_scales": True}),
+    )
+)
 _OF_8_BITS: tuple[tuple[str, int, int, float, dict[str, Any]], ...] = (
     ("b32 L4096", 32, 8, 64, _E4M3),
     ("b1 L32768", 32, 8, 20, _E4M3),
@@ -92,6 +101,7 @@ _TABLES: dict[str, tuple[_Entry, ...]] = {
     "decode": _DECODE,
     "rows": _MANY_ROWS,
     "latent": _LATENT,
+    "latent8": _LATENT_OF_8_BITS,
     "quantised": _OF_8_BITS + _SCALED,
 }
 _WORDS = {

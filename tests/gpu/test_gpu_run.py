@@ -50,10 +50,10 @@ def test_shapes() -> None:
     shapes = gpu.shapes()
     assert len(shapes) > 20
     assert all(shape.name == name for name, shape in shapes.items())
-    tables = {table: list(gpu.shapes(table)) for table in ("decode", "rows", "latent", "quantised")}
+    tables = {table: list(gpu.shapes(table)) for table in ("decode", "rows", "latent", "latent8", "quantised")}
     assert sum(tables.values(), []) == list(shapes)
     assert {table: len(names) for table, names in tables.items()} == {
-        "decode": 21, "rows": 9, "latent": 12, "quantised": 16
+        "decode": 21, "rows": 9, "latent": 12, "latent8": 12, "quantised": 16
     }  # fmt: skip
     for name, megabytes in (("b32 L4096 32/8", 537), ("b1 L1024 32/4", 2.1), ("b64 random 1..8192 8/1", 127)):
         assert shapes[name].kv_bytes == pytest.approx(1e6 * megabytes, rel=0.01)

@@ -43,6 +43,24 @@ __device__ __forceinline__ u32 load_page(const int* from) {
     return page;
 }
 
+// 16 bytes that are read once, hence without a place in L1; or zeros. Not by ld.global.nc: the kernel ahead, which may append to
+// what is read, has not ended when this one begins. Nor with a cache policy: with one ptxas emits illegal copies where it adds
+// addresses in uniform registers (extend.cu).
+__device__ __forceinline__ uint4 load_once(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+__device__ __forceinline__ uint4 load_once_or_zero(bool exists, const void* from) {
+    uint4 v = {0, 0, 0, 0};
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"(from), "r"(static_cast<u32>(exists)));
+    return v;
+}
+
 // Loads that stand before this begin before those behind it: ptxas moves no load across it, and else those last that are wanted
 // first. All lanes of a warp come here.
 __device__ __forceinline__ void hold_loads() { __syncwarp(); }
