@@ -384,6 +384,21 @@ def test_codes_and_float32(options: dict[str, Any], sim: Backend) -> None:
         check(case, make_inputs(case), sim)
 
 
+@pytest.mark.parametrize("arch", ["90a"])
+@pytest.mark.parametrize("heads", [12, 128])
+def test_codes_that_land_in_registers(heads: int, sim: Backend) -> None:
+    """A scale for every key: of scores, and of the weights of both halves of a tile, which float16 has to hold."""
+    case = Case(
+        dtype="bfloat16", heads=(heads, 1), headdim=(576, 512), mla="joint", seqlens=(37, 1, 290), seqlens_q=2,
+        kv_dtype="float8_e4m3fn", scales=("none", "keys", "none"), page_size=16, causal=True,
+        scale=2.0**-20,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    inputs["k_descale"] = inputs["k_descale"] * np.float32(2.0**16)
+    with launched():
+        check(case, inputs, sim)
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize("kind", ["joint", pytest.param("qv row", marks=pytest.mark.slow), "codes"])
 @pytest.mark.parametrize(
