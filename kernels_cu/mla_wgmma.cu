@@ -156,7 +156,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(kBlockThreads, BLOCKS_
             leave(at);
         };
         // Finds the weights of half of a tile's keys ..
-        bool needs_mask = false;  // that tile
+        bool needs_mask = false;  // the tile of these
         const auto weigh = [&](const Place& at, u32 key, Scores& scores, Weights& weights, auto& rescaled, const auto& partners) {
             if (!has_rows) return;  // what weights of rows that do not exist are, nobody asks
             scaling.begin_tile(scales + at.slot * ScaleTile::kBytes, 0, lane);

@@ -410,9 +410,9 @@ def test_codes_that_land_in_registers(heads: int, sim: Backend) -> None:
 def test_counts(kind: str, heads: int, sim: Backend) -> None:
     """A latent row is asked for once, in whole sectors, and no two lanes meet in a bank."""
     lengths = (1800, 1003, 777, 1311)
-    headdim = (576, 512) if kind == "joint" else (64, 512)
-    codes: dict[str, Any] = {"mla": "joint", "headdim": (576, 512), "kv_dtype": "float8_e4m3fn"}
-    options = codes if kind == "codes" else {"mla": kind, "headdim": headdim}
+    joint: dict[str, Any] = {"mla": "joint", "headdim": (576, 512)}
+    options = {"joint": joint, "qv row": {"mla": "qv row", "headdim": (64, 512)},
+               "codes": joint | {"kv_dtype": "float8_e4m3fn"}}[kind]  # fmt: skip
     case = Case(dtype="bfloat16", heads=(heads, 1), seqlens=lengths, page_size=64, poison=False, **options)
     with simulator.record(simulator.Checks.cheap()) as launches:
         run(case, make_inputs(case), sim)

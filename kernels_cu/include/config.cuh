@@ -15,7 +15,7 @@ constexpr bool kKeepsCodes = kIsQuantised;
 #else
 constexpr bool kKeepsCodes = false;
 #endif
-constexpr bool kScalesTiles = kKeepsCodes && Element::kBytes == 4;  // elements are multiplied by their scales there ..
+constexpr bool kScalesTiles = kKeepsCodes && Element::kBytes == 4;  // elements are multiplied by their scales there
 constexpr bool kHasKeyScales = KEY_SCALES & 1;   // a scale per key and head of the keys ..
 constexpr bool kHasValueScales = KEY_SCALES & 2;  // .. and of the values
 constexpr int kHeadDim = HEAD_DIM;               // of queries and keys, a multiple of 8

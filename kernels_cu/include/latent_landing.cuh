@@ -1,9 +1,8 @@
 // Codes of a latent cache on their way to shared memory, in the registers of those that copy: a tile of numbers is so large that
-// there is no room for codes beside two of them. They are asked for when the same part of the tile before has been converted, so
-// that a tile is always on its way.
+// there is no room for codes beside two of them. When they are asked for stands in latent_ring.cuh.
 //
-// A lane has pieces of 16 codes, two chunks of numbers. Lanes l and l + 1 have neighbours of a row, four lanes 64 bytes of it, and
-// the next four lanes those of the next row: then eight lanes that store one chunk each meet every bank once.
+// A lane has pieces of 16 codes, two chunks of numbers. Four lanes have neighbours of a row, 64 bytes of it, and the next four lanes
+// those of the next row: then eight lanes that store one chunk each meet every bank once.
 #pragma once
 #include "ptx/memory.cuh"
 #include "rows_tiles.cuh"
