@@ -35,13 +35,12 @@ def cache_scales(problem: Problem, cache: KVCache, appends: bool, given: Given) 
         if appends and array is not None and scales[-1].per_key and not is_writeable(array, given[name]):
             raise ValueError(f"{name} must be writeable: an append finds the scales of its keys, got a read-only array")
     k, v = scales
-    if cache.joint:  # one row has one scale
-        if given["v_descale"] is not None and not _are_equal(k, v):
-            raise ValueError(
-                "v_descale must be None or k_descale where values are the first columns of k_cache's rows, got others"
-            )
-        v = k
-    return k, v
+    if (cache.joint or problem.is_joint) and given["v_descale"] is not None and not _are_equal(k, v):
+        raise ValueError(
+            "v_descale must be None or k_descale where values are the first columns of k_cache's rows, got others"
+        )
+    # One row has one scale. A kernel that takes values for a part of the keys relies on it, also where there are none.
+    return (k, k) if cache.may_be_joint else (k, v)
 
 
 def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache | None, layout: str = "NHD") -> Scales:
