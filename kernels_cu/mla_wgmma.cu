@@ -29,7 +29,7 @@ using Math = LatentWgmma<TileElement>;
 
 constexpr int kBlockThreads = kThreads + kLoaderWarps * 32;
 constexpr u32 kToldBytes = kRows * kTileKeys * kWeightBytes;  // of the weights that are told, a line for each row
-constexpr bool kScoresAhead = kSharesTiles;
+constexpr bool kScoresAhead = kSharesTiles && !kSharesNumbers;  // codes are waited for: 264 us without, 307 with (H200)
 static_assert(ReduceScatter::kSharedBytes <= kRingBytes, "pieces lie where tiles were");
 static_assert(!kHasSplitSize || kRowParts == 1, "slots of splits are counted by blocks");
 static_assert(!kConvertsTiles || kHasKeyScales == kHasValueScales, "keys and values of a joint row have one scale");

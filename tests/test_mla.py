@@ -403,7 +403,7 @@ def test_codes_that_land_in_registers(heads: int, sim: Backend) -> None:
 @pytest.mark.parametrize("kind", ["joint", pytest.param("qv row", marks=pytest.mark.slow), "codes"])
 @pytest.mark.parametrize(
     ("heads", "arch"),
-    [(16, "90"), (64, "90"), (64, "90a")] + [pytest.param(heads, arch, marks=pytest.mark.slow)
+    [(16, "90"), (64, "90"), (64, "90a"), (128, "90a")] + [pytest.param(heads, arch, marks=pytest.mark.slow)
      for heads in (16, 32, 64) for arch in ("80", "90", "120", "90a")
      if heads == 32 or arch == "80" or (heads, arch) in ((16, "120"), (16, "90a"))],
 )  # fmt: skip

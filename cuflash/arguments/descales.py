@@ -40,7 +40,8 @@ def cache_scales(problem: Problem, cache: KVCache, appends: bool, given: Given) 
             "v_descale must be None or k_descale where values are the first columns of k_cache's rows, got others"
         )
     # One row has one scale. A kernel that takes values for a part of the keys relies on it, also where there are none.
-    return (k, k) if cache.may_be_joint else (k, v)
+    is_joint = cache.joint or (cache.may_be_joint and problem.headdim > problem.headdim_v)
+    return (k, k) if is_joint else (k, v)
 
 
 def _scales(name: str, value: Any, problem: Problem, dtype: str, cache: KVCache | None, layout: str = "NHD") -> Scales:

@@ -58,10 +58,11 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     is_long = items > resident
     # Where both have heads of one query, they read the same tiles, and one can copy for the other. That pays unless
     # items lie in many blocks: b16 L1024 with 128 heads 26.8 us without, 27.1 with (H200).
-    # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows.
+    # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows. Of codes, which
+    # come in no other way, each makes numbers of half, for both: b128 L4096 313 and 260 us, b1 L32768 36.1 and 34.5.
     has_boxes = problem.page_size is None or problem.page_size % LEAST_ROWS == 0
-    is_common = problem.group % (2 * _ROWS) == 0 and has_boxes and not problem.is_quantised
-    is_shared = is_common and 3 * items >= resident and problem.split_size is None
+    is_common = problem.group % (2 * _ROWS) == 0 and problem.split_size is None
+    is_shared = is_common and (problem.is_quantised or (has_boxes and 3 * items >= resident))
     row_parts = 2 if (is_long or is_shared) and row_blocks % 2 == 0 and problem.split_size is None else 1
     row_blocks //= row_parts
     # Where the blocks divide into so many an item, each merges a piece of what it has: b32 L4096 with 128 heads 75.5 us
@@ -125,7 +126,7 @@ def _variant(problem: Problem, tiles: Tiles, form: Form) -> Variant:
         ("EVICTS_FIRST", int(tiles.evicts_first)),
         ("MERGE_LOADS", tiles.merge_loads),
         ("MERGE_VECTORS", tiles.merge_vectors),
-        *(_REGISTERS_OF_CODES if problem.is_quantised else _REGISTERS),
+        *(_REGISTERS_OF_CODES if problem.is_quantised and not tiles.shares_tiles else _REGISTERS),
     )
     return Variant(NAME, (*mla.defines(problem, tiles, form), *own), arch_suffix="a")
 

@@ -9,7 +9,6 @@
 
 template <int kCount>
 struct Landing {
-    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
     static constexpr int kPieces = kCount / 16;                   // of a row
     static constexpr int kLanes = kPieces < 8 ? 4 : 8;            // that have a row at once
     static constexpr int kRowsAtOnce = 32 / kLanes;

@@ -8,11 +8,6 @@
 #include "ptx/boxes.cuh"
 #include "segment.cuh"
 
-#ifndef SHARES_TILES
-#define SHARES_TILES 0
-#endif
-constexpr bool kSharesTiles = SHARES_TILES;  // blocks side by side are a cluster, and read the same tiles
-
 // What kernels of sm_90a are told.
 struct __align__(64) TiledParams {
     TensorMap key_boxes;    // of k_cache as (pages, heads_kv, page_size, headdim): boxes of box_rows rows x 64 columns

@@ -15,7 +15,7 @@ constexpr int kCodeStages = 0;
 #endif
 
 // Rows of codes, kDim bytes each: how many lanes copy one together, and the room that it takes for that.
-constexpr int landed_lanes(int dim) { return dim > 64 || kTileKeys / kLoaderWarps < 8 ? 8 : 4; }
+constexpr int landed_lanes(int dim) { return dim > 64 || kPartKeys < 8 ? 8 : 4; }
 constexpr int landed_bytes(int dim) {
     const int at_once = landed_lanes(dim) * 16;
     return (dim + at_once - 1) / at_once * at_once;
@@ -28,7 +28,6 @@ constexpr int kCodeRowBytes =
 template <int kDim>
 struct LandedRows {
     static constexpr int kChunks = kDim / 16;  // pieces of 16 bytes of a row
-    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
     static constexpr int kLanes = landed_lanes(kDim);
     static constexpr int kRuns = (kChunks + kLanes - 1) / kLanes;
     static constexpr int kRowsAtOnce = 32 / kLanes;
@@ -80,7 +79,7 @@ __device__ __forceinline__ void convert_rows(u32 codes, u32 numbers, int part, i
     if constexpr (kConvertsTiles && Code::kBytes == 1) {
         using Landed = LandedRows<kDim>;
         constexpr int kLanes = Landed::kLanes, kRuns = Landed::kRuns;
-        constexpr int kPieces = kTileKeys / kLoaderWarps / Landed::kRowsAtOnce * kRuns;  // of a lane
+        constexpr int kPieces = kPartKeys / Landed::kRowsAtOnce * kRuns;  // of a lane
         constexpr int kAtOnce = kPieces < 2 ? kPieces : 2;
         static_assert(Rows::kLanes == 8, "rows of numbers are whole lines of 128 bytes");
         const int half = Landed::first_half(lane), row = part + lane / kLanes, chunk = lane % kLanes;

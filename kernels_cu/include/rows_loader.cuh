@@ -18,7 +18,6 @@
 constexpr bool kEvictsFirst = EVICTS_FIRST;  // rows that were read leave the L2 cache before all others
 
 class Loader {
-    static constexpr int kPartKeys = kTileKeys / kLoaderWarps;
     static constexpr int kKeyChunks = (kHeadDim + 15) / 16 * 2;  // as far as an MMA reads a key, in 16 bytes ..
     static constexpr int kValueChunks = kColumnPairs * kColumnWarps * 2;  // .. and a value
     static constexpr int kChunkElements = 16 / CacheElement::kBytes;

@@ -94,6 +94,14 @@ using QueryRows = Swizzle<kQueryBytes>;
 constexpr int kLoaderWarps = kWarps;
 #endif
 
+#ifndef SHARES_TILES
+#define SHARES_TILES 0
+#endif
+constexpr bool kSharesTiles = SHARES_TILES;  // blocks side by side are a cluster, and read the same tiles: ..
+constexpr bool kSharesNumbers = kSharesTiles && kConvertsTiles;  // .. each makes numbers of half of the codes, for both
+
+constexpr int kPartKeys = kTileKeys / kLoaderWarps / (kSharesNumbers ? 2 : 1);  // keys of a tile that a warp copies
+
 // A barrier of the threads that multiply: kThreads, the first ones of the block.
 __device__ __forceinline__ void worker_barrier() {
 #if USES_WGMMA

@@ -23,6 +23,14 @@ __device__ __forceinline__ void store_async(u32 address, u32 barrier, float2 v) 
                  : "memory");
 }
 
+// Copies bytes of this block's shared memory, multiples of 16, to another block of the cluster, and counts them at `barrier` there.
+// What was stored has been fenced as for wgmma.
+__device__ __forceinline__ void copy_to_block(u32 to, u32 from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Arrives at a barrier of another block of the cluster, whose address this is: what wgmma has read, and been waited for, may be
 // written. Not as a release to the cluster, which waits for memory (MEMBAR).
 __device__ __forceinline__ void arrive_at_block(u32 barrier) {
