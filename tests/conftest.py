@@ -135,6 +135,11 @@ def _left_out(config: pytest.Config) -> dict[str, str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = set(_left_out(config))
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        is_on_sim = callspec is None or callspec.params.get("backend", "sim") == "sim"
+        if is_on_sim and item.get_closest_marker("slow_on_sim"):
+            item.add_marker("slow")
 
     def is_away(item: pytest.Item) -> bool:
         # Not by keywords: those hold the names of folders, too, and a checkout may lie in one called "slow".

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import reference
 from cases import DTYPES, Case
 from inputs import as_uint8, make_inputs
 
 import cuflash
 
-__all__ = ["DTYPES", "Backend", "Case", "all_pairs", "check", "expected", "make_inputs", "run"]
+__all__ = ["DTYPES", "Backend", "Case", "all_pairs", "check", "expected", "first_pairs", "make_inputs", "run"]
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 # Below these, numbers have fewer bits (GPUs may also flush float32 ones to zero).
 TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-125, "float32": 2.0**-125}
@@ -280,3 +281,23 @@ def all_pairs(
             if kernel_of is not None:
                 kernels.add(kernel_of(choice))
             yield choice
+
+
+def first_pairs(cases: Sequence[Case], on_sim: float, elsewhere: int | None = None) -> list[Any]:
+    """Return cases of :func:`all_pairs` as parameters; those that run with --slow alone come last and hold few pairs.
+
+    Every case meets as many new pairs as it can: the first half holds nine of ten.
+
+    Args:
+        cases: The cases.
+        on_sim: How many of them run on the simulator, which compiles kernels for them: a share.
+        elsewhere: How many run on other backends; None: all.
+    """
+    few = len(cases) if elsewhere is None else elsewhere
+
+    def marks(number: int) -> Any:
+        if number >= few:
+            return pytest.mark.slow
+        return pytest.mark.slow_on_sim if number >= on_sim * few else ()
+
+    return [pytest.param(case, id=str(case), marks=marks(number)) for number, case in enumerate(cases)]

@@ -99,8 +99,10 @@ CHANGES: dict[str, tuple[Case, dict[str, Any], bool]] = {
 
 # What others cover as well runs with --slow alone.
 _SLOW = (
-    "pages of 4", "pages of 24", "pages of 128", "leftpad", "other head dims", "latent, two blocks, a window",
-    "latent, two blocks, merged", "latent, two blocks, leftpad", "latent, tree", "latent, narrower",
+    "pages of 4", "pages of 8", "pages of 24", "pages of 128", "leftpad", "strided", "window", "wide head dims",
+    "other head dims", "128 rows", "append", "splits", "codes", "latent, contiguous", "latent, pages of 1",
+    "latent, two blocks, a window", "latent, two blocks, merged", "latent, two blocks, leftpad", "latent, tree",
+    "latent, narrower",
 )  # fmt: skip
 assert CHANGES.keys() >= set(_SLOW)
 

@@ -6,7 +6,7 @@ What a variant is compiled with is what CuPy's RawModule is given: sources witho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,18 @@ from cuflash.problem import make_problem
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 SOME_ARCHS = [pytest.param(arch, marks=pytest.mark.slow if arch in (86, 89) else ()) for arch in ARCHS]
+
+
+def in_turn(kinds: Sequence[str]) -> list[Any]:
+    """Return parameters (kind, architecture): each of those kept has half of the kinds, and others with --slow."""
+    kept = (80, 90, 100, 120)
+    return [
+        pytest.param(kind, arch, marks=() if arch in kept and (kept.index(arch) + i) % 2 == 0 else pytest.mark.slow)
+        for i, kind in enumerate(kinds)
+        for arch in ARCHS
+    ]
+
+
 DTYPES = ("float16", "bfloat16", "float32")
 HEADDIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (72, 40), (192, 128))
 ROWS = (8, 16, 32)
@@ -57,8 +69,7 @@ def check(variant: Variant, arch: int) -> cubins.Cubin:
     return code
 
 
-@pytest.mark.parametrize("arch", SOME_ARCHS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "arch"), in_turn(DTYPES))
 def test_attention_compiles(dtype: str, arch: int) -> None:
     """Every dtype on every architecture, head dims, rows and features in turn; --slow has them all."""
     turn = itertools.cycle(itertools.product(ROWS, FEATURES, STEPS))
@@ -75,8 +86,7 @@ def quantised_variants(kv_dtype: str) -> Iterator[tuple[Any, ...]]:
     return itertools.islice(turns, KV_DTYPES.index(kv_dtype), None)
 
 
-@pytest.mark.parametrize("arch", SOME_ARCHS)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("kv_dtype", "arch"), in_turn(KV_DTYPES))
 def test_attention_on_quantised_caches_compiles(kv_dtype: str, arch: int) -> None:
     for dtype, dims, rows, features, (batch, longest), key_scales in itertools.islice(quantised_variants(kv_dtype), 2):
         problem = make_problem(
@@ -164,12 +174,28 @@ def test_an_error_names_variant_and_architecture() -> None:
         cubins.cubin(broken, 90)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float16", None), ("bfloat16", None), ("bfloat16", "float8_e4m3fn")])
-@pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_products_of_latent_attention_run_side_by_side(features: dict, dtype: str, kv_dtype: str | None) -> None:
+LATENT_DTYPES = (("float16", None), ("bfloat16", None), ("bfloat16", "float8_e4m3fn"))
+
+
+@pytest.mark.parametrize(
+    ("features", "dtypes", "heads"),
+    [
+        *(
+            pytest.param(features, dtypes, 64, marks=() if i == 0 or i % 3 == j else pytest.mark.slow)
+            for i, features in enumerate(FEATURES)
+            for j, dtypes in enumerate(LATENT_DTYPES)
+        ),
+        ({"has_softcap": True}, LATENT_DTYPES[2], 128),  # two blocks share a tile
+    ],
+    ids=str,
+)
+def test_products_of_latent_attention_run_side_by_side(
+    features: dict, dtypes: tuple[str, str | None], heads: int
+) -> None:
     """Serialised products wait one by one: then every one has a DEPBAR of its own."""
+    dtype, kv_dtype = dtypes
     options: dict = {"headdim_v": 512, "qkv_dtype": dtype, "kv_dtype": kv_dtype, **features}
-    device, problem = Device(132, 90), make_problem(4, 1, 64, 1, 576, **options)
+    device, problem = Device(132, 90), make_problem(4, 1, heads, 1, 576, **options)
     partition = mla_wgmma.partition(problem, device, None)
     assert partition is not None
     code = check(mla_wgmma.variant(problem, partition, Form(key_scales=3 if kv_dtype else 0)), 90)
@@ -179,11 +205,25 @@ def test_products_of_latent_attention_run_side_by_side(features: dict, dtype: st
     assert code.local_bytes <= 160  # in what follows the main loop
 
 
-@pytest.mark.parametrize("queries", [5, 40])
 @pytest.mark.parametrize(
-    ("features", "kv_dtype"), [({}, None), ({"has_softcap": True}, None), ({"split_size": 64}, None), ({}, "int8")]
+    ("queries", "features", "kv_dtype"),
+    [
+        (5, {}, None),
+        (40, {"has_softcap": True}, None),
+        (5, {"split_size": 64}, None),
+        (40, {}, "int8"),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (
+                (40, {}, None),
+                (5, {"has_softcap": True}, None),
+                (40, {"split_size": 64}, None),
+                (5, {}, "int8"),
+            )
+        ),
+    ],
 )
-def test_products_of_many_rows_run_side_by_side(features: dict, queries: int, kv_dtype: str | None) -> None:
+def test_products_of_many_rows_run_side_by_side(queries: int, features: dict, kv_dtype: str | None) -> None:
     """Serialised products have two instructions of a warpgroup each."""
     device, problem = (
         Device(132, 90),

@@ -144,11 +144,11 @@ def _cases(features: dict[str, list[Any]], is_valid: Callable[[dict[str, Any]], 
 
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 10 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(FEATURES, _is_valid))
 ]
 PAIRS_OF_CODES = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 14 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 10 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(OF_CODES, _is_valid_of_codes))
 ]
 
@@ -198,8 +198,9 @@ def test_every_number_of_rows(step: int, headdim: tuple[int, int], sim: Backend)
 ], ids=str)  # fmt: skip
 def test_warpgroups_in_turns(options: dict[str, Any], sim: Backend) -> None:
     """Two warpgroups have the same rows and every other tile: of segments of no tile, of one, and of many rings."""
-    for number, dtype in enumerate(("float16", "bfloat16")):
-        case = Case(**{"heads": (4, 1), "headdim": (128, 128), "seqlens_q": 16, "dtype": dtype, **options})
+    dtype = ("float16", "bfloat16")[len(options["seqlens"]) % 2]
+    case = Case(**{"heads": (4, 1), "headdim": (128, 128), "seqlens_q": 16, "dtype": dtype, **options})
+    for number in range(2):
         with launched(case, number + len(case.seqlens)) as launches:
             check(case, make_inputs(case), sim)
         assert attention(launches).block[0] == 384  # two warpgroups that multiply, and one that copies

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cases import FEATURES, KV_DTYPES, Case, features_of, kernel_of
-from problems import Backend, all_pairs, check, make_inputs
+from problems import Backend, all_pairs, check, first_pairs, make_inputs
 from test_attention import APPENDS, MASKS, QUERIES, SPLITS
 
 Choice = dict[str, Any]
@@ -121,24 +121,19 @@ def cases(axes: dict[str, list[Any]]) -> list[Case]:
     return [case for case in made if features_of(case) <= FEATURES]
 
 
-def most(count: int, axes: dict[str, list[Any]]) -> list[Any]:
-    """Return the cases; those behind the first, which hold most pairs, run with --slow alone."""
-    return [pytest.param(case, marks=() if i < count else pytest.mark.slow) for i, case in enumerate(cases(axes))]
-
-
-@pytest.mark.parametrize("case", most(45, QUANTISED), ids=str)
+@pytest.mark.parametrize("case", first_pairs(cases(QUANTISED), 0.5, 45))
 def test_quantised(case: Case, backend: Backend) -> None:
     """Every element, form of scales, head dim class, mask, cache and append."""
     check(case, make_inputs(case), backend)
 
 
-@pytest.mark.parametrize("case", most(8, MLA), ids=str)
+@pytest.mark.parametrize("case", first_pairs(cases(MLA), 0.5, 8))
 def test_mla(case: Case, backend: Backend) -> None:
     """Every spelling, number of heads, queries, pages, masks, quantised or not."""
     check(case, make_inputs(case), backend)
 
 
-@pytest.mark.parametrize("case", most(45, SERVING), ids=str)
+@pytest.mark.parametrize("case", first_pairs(cases(SERVING), 0.5, 45))
 def test_serving(case: Case, backend: Backend) -> None:
     """Trees, lists of pages, merging, ranks, rows of nobody."""
     check(case, make_inputs(case), backend)

@@ -274,11 +274,13 @@ def test_maxima_far_below_zero(
         check(case, inputs, sim)
 
 
-@pytest.mark.parametrize("who", ["all", "some", "none"])
 @pytest.mark.parametrize(
-    ("parts", "heads", "headdim_v"),
-    [(2, 40, 456), (3, 20, 512), (5, 33, 512), (2, 128, 512),
-     *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 16, 512), (4, 64, 456), (8, 64, 512)))],
+    ("parts", "heads", "headdim_v", "who"),
+    [pytest.param(*sizes, who, id=f"{sizes}, {who}",
+                  marks=() if (sizes, who) in (((2, 40, 456), "all"), ((3, 20, 512), "some"), ((5, 33, 512), "all"),
+                                               ((5, 33, 512), "none"), ((2, 128, 512), "some")) else pytest.mark.slow)
+     for sizes in ((2, 40, 456), (3, 20, 512), (5, 33, 512), (2, 128, 512), (4, 16, 512), (4, 64, 456), (8, 64, 512))
+     for who in ("all", "some", "none")],
 )  # fmt: skip
 @pytest.mark.parametrize("arch", ["90a"])
 def test_pieces_of_few_parts(

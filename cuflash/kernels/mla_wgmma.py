@@ -58,8 +58,8 @@ def tiling(problem: Problem, device: Device) -> Tiles | None:
     is_long = items > resident
     # Where both have heads of one query, they read the same tiles, and one can copy for the other. That pays unless
     # items lie in many blocks: b16 L1024 with 128 heads 26.8 us without, 27.1 with (H200).
-    # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows. Of codes, which
-    # come in no other way, each makes numbers of half, for both: b128 L4096 313 and 260 us, b1 L32768 36.1 and 34.5.
+    # Nor where tiles come row by row: 2048 chosen keys, pages of one, 52.0 and 43.0 us with what follows. Of codes,
+    # which come in no other way, each makes numbers of half, for both: b128 L4096 313 and 260 us, b1 L32768 36.1, 34.5.
     has_boxes = problem.page_size is None or problem.page_size % LEAST_ROWS == 0
     is_common = problem.group % (2 * _ROWS) == 0 and problem.split_size is None
     is_shared = is_common and (problem.is_quantised or (has_boxes and 3 * items >= resident))

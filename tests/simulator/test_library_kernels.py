@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import Backend, Case, check, make_inputs
+from problems import Backend, Case, check, first_pairs, make_inputs
 from test_attention import FEATURES, PAIRS, _case, _is_valid
 
 from cuflash.simulator import record
@@ -32,18 +32,18 @@ def run(case: Case, seed: int, cp_async: str) -> None:
     assert launches
 
 
-@pytest.mark.parametrize("number", range(len(PAIRS)), ids=[str(case) for case in PAIRS])
-def test_pairs_under_all_checks(number: int) -> None:
-    run(PAIRS[number], number, COPIES[number % 3])
+@pytest.mark.parametrize("case", first_pairs(PAIRS, 0.5))
+def test_pairs_under_all_checks(case: Case) -> None:
+    run(case, case.seed, COPIES[case.seed % 3])
 
 
 def variants() -> Iterator[Any]:
-    """Yield every dtype x head dim x rows x (softcap, chunk); those in which three of them meet again are slow."""
+    """Yield every dtype x head dim x rows x (softcap, chunk): with one of the last each, others are slow."""
     axes = FEATURES["dtype"], HEADDIMS, ROWS
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
         dtype, headdim, rows = (axis[place] for axis, place in zip(axes, places))
-        for softcap, chunk in itertools.product((0.0, 3.0), (0, 32)):
-            marks = () if bool(chunk) == sum(places) % 2 else pytest.mark.slow
+        for turn, (softcap, chunk) in enumerate(itertools.product((0.0, 3.0), (0, 32))):
+            marks = () if turn == sum(places) % 4 else pytest.mark.slow  # every two values meet
             name = f"{rows[0]}-{headdim}-{dtype}-{softcap}-{chunk}"
             yield pytest.param(dtype, headdim, rows, softcap, chunk, marks=marks, id=name)
 
