@@ -102,7 +102,7 @@ _SLOW = (
     "pages of 4", "pages of 8", "pages of 24", "pages of 128", "leftpad", "strided", "window", "wide head dims",
     "other head dims", "128 rows", "append", "splits", "codes", "latent, contiguous", "latent, pages of 1",
     "latent, two blocks, a window", "latent, two blocks, merged", "latent, two blocks, leftpad", "latent, tree",
-    "latent, narrower",
+    "latent, narrower", "head dims without whole lines", "negative pages", "latent, two blocks, pages of 1",
 )  # fmt: skip
 assert CHANGES.keys() >= set(_SLOW)
 

@@ -24,14 +24,13 @@ from cuflash.kernels.tiles import tiling
 from cuflash.problem import make_problem
 
 ARCHS = (80, 86, 89, 90, 100, 120)
-SOME_ARCHS = [pytest.param(arch, marks=pytest.mark.slow if arch in (86, 89) else ()) for arch in ARCHS]
 
 
-def in_turn(kinds: Sequence[str]) -> list[Any]:
-    """Return parameters (kind, architecture): each of those kept has half of the kinds, and others with --slow."""
+def in_turn(kinds: Sequence[Any]) -> list[Any]:
+    """Return parameters (kind, architecture): each of those kept has one of the kinds, and others with --slow."""
     kept = (80, 90, 100, 120)
     return [
-        pytest.param(kind, arch, marks=() if arch in kept and (kept.index(arch) + i) % 2 == 0 else pytest.mark.slow)
+        pytest.param(kind, arch, marks=() if arch in kept and kept.index(arch) % 3 == i else pytest.mark.slow)
         for i, kind in enumerate(kinds)
         for arch in ARCHS
     ]
@@ -108,7 +107,7 @@ def test_every_variant_compiles(dtype: str, dims: tuple[int, int], arch: int) ->
         check(decode_variant(dtype, dims, rows, features, step, arch), arch)
 
 
-@pytest.mark.parametrize("arch", SOME_ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param(n, marks=() if n in (80, 90, 120) else pytest.mark.slow) for n in ARCHS])
 def test_other_kernels_compile(arch: int) -> None:
     check(Variant("plan"), arch)
     for dtype in DTYPES:
@@ -116,8 +115,7 @@ def test_other_kernels_compile(arch: int) -> None:
         check(merge_variant(dtype), arch)
 
 
-@pytest.mark.parametrize("arch", (80, 90, 100, 120))
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "arch"), in_turn(ROWS))
 def test_no_local_memory(rows: int, arch: int) -> None:
     """Registers never spill at head dim 128."""
     code = check(decode_variant("bfloat16", (128, 128), rows, {}, (1000, None), arch), arch)
@@ -181,7 +179,7 @@ LATENT_DTYPES = (("float16", None), ("bfloat16", None), ("bfloat16", "float8_e4m
     ("features", "dtypes", "heads"),
     [
         *(
-            pytest.param(features, dtypes, 64, marks=() if i == 0 or i % 3 == j else pytest.mark.slow)
+            pytest.param(features, dtypes, 64, marks=() if i % 3 == j or (i, j) == (0, 2) else pytest.mark.slow)
             for i, features in enumerate(FEATURES)
             for j, dtypes in enumerate(LATENT_DTYPES)
         ),

@@ -144,11 +144,11 @@ def _cases(features: dict[str, list[Any]], is_valid: Callable[[dict[str, Any]], 
 
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 10 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 8 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(FEATURES, _is_valid))
 ]
 PAIRS_OF_CODES = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 10 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 8 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(OF_CODES, _is_valid_of_codes))
 ]
 
@@ -235,9 +235,21 @@ def test_trees_that_begin_anywhere(tree: str, sim: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "headdim"), [("90", (64, 64)), ("90a", (64, 64)), pytest.param("90", (512, 512), marks=pytest.mark.slow)]
+    ("arch", "headdim", "split_size"),
+    [
+        ("90", (64, 64), 128),
+        ("90a", (64, 64), None),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (
+                ("90", (64, 64), None),
+                ("90a", (64, 64), 128),
+                ("90", (512, 512), None),
+                ("90", (512, 512), 128),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("split_size", [None, 128])
 def test_items_in_many_blocks(split_size: int | None, headdim: tuple[int, int], sim: Backend, monkeypatch: Any) -> None:
     """A tree of three levels, or a fold of 24 splits: right, and the same bits in whichever order blocks arrive."""
     monkeypatch.setenv("CUFLASH_NUM_SM", "24")
@@ -432,8 +444,15 @@ def test_every_code_is_exact(name: str, sim: Backend) -> None:
     )
 
 
-@BOTH
-@pytest.mark.parametrize(("rows", "headdim"), [(40, (128, 128)), (100, (64, 128))])
+@pytest.mark.parametrize(
+    ("rows", "headdim", "arch"),
+    [
+        (40, (128, 128), "90"),
+        (100, (64, 128), "90a"),
+        pytest.param(40, (128, 128), "90a", marks=pytest.mark.slow),
+        pytest.param(100, (64, 128), "90", marks=pytest.mark.slow),
+    ],
+)
 def test_rings_of_codes_turn(
     rows: int, headdim: tuple[int, int], sim: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def _cases(features: dict[str, list[Any]]) -> list[tuple[Case, str]]:
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
     pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < most else pytest.mark.slow)
-    for features, most in ((FEATURES, 10), (FEATURES_OF_CODES, 9))
+    for features, most in ((FEATURES, 8), (FEATURES_OF_CODES, 7))
     for number, (case, arch) in enumerate(_cases(features))
 ]
 
@@ -171,9 +171,12 @@ def test_both_spellings_are_one(dtype: str, sim: Backend) -> None:
             assert out.tobytes() == results[0][0].tobytes() and lse.tobytes() == results[0][1].tobytes()
 
 
-@pytest.mark.parametrize("heads", [16, pytest.param(48, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("split_size", [None, 128])
-@BOTH
+@pytest.mark.parametrize(
+    ("heads", "split_size", "arch"),
+    [pytest.param(heads, split_size, arch,
+                  marks=() if heads == 16 and (split_size is None) == (arch == "90a") else pytest.mark.slow)
+     for heads in (16, 48) for split_size in (None, 128) for arch in ("90", "90a")],
+)  # fmt: skip
 def test_items_in_many_blocks(split_size: int | None, heads: int, sim: Backend, monkeypatch: Any) -> None:
     """A tree of several levels, or a fold of splits: right, and the same bits in whichever order blocks arrive."""
     monkeypatch.setenv("CUFLASH_NUM_SM", "12")
@@ -235,7 +238,7 @@ def _let_wait(who: str, parts: int, change_source: ChangeSource, **more: str) ->
 
 @pytest.mark.parametrize(
     ("who", "at_once", "vectors"),
-    [pytest.param("all", 4, 16, marks=pytest.mark.slow), ("some", 8, 16), ("none", 8, 32)],
+    [("some", 8, 16), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("all", 4, 16), ("none", 8, 32)))],
 )
 @pytest.mark.parametrize("arch", ["90a"])
 def test_who_waits(

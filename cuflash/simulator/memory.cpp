@@ -762,6 +762,11 @@ void mapa(Warp &w, const Ins &i,
         u64 a = i.a ? w.reg<u64>(i.o[1])[l] : w.reg<u32>(i.o[1])[l];
         if (rank[l] >= w.launch->cluster_size)
             report(w, K_BOUNDS_SHARED, l, a, "mapa names block %u of a cluster of %u", rank[l], w.launch->cluster_size);
+        // On a GPU a block's own addresses have its number in their upper bits, too: what mapa makes of 0 is no distance.
+        u32 offset = u32(a & ((1u << RANK_SHIFT) - 1));
+        if (offset < w.launch->system_shared || offset >= w.launch->shared_size)
+            report(w, K_BOUNDS_SHARED, l, a, "mapa of an address that is not in the block's %u bytes of shared memory",
+                   w.launch->shared_size - w.launch->system_shared);
         u64 r = (a & SPACE_MASK) | (a & ((1u << RANK_SHIFT) - 1)) | u64(rank[l] + 1) << RANK_SHIFT;
         if (i.a) w.reg<u64>(i.o[0])[l] = r;
         else w.reg<u32>(i.o[0])[l] = u32(r);

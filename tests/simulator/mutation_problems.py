@@ -1553,6 +1553,24 @@ def _latent() -> Iterator[tuple[str, Callable[[], Arrays]]]:
         yield from _everything_latent(family, few, many)
 
 
+def _latent_codes() -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Problems of mla_wgmma.cu on caches of 8 bits, of whose tiles a block makes numbers, or two make half each."""
+    case = Case(dtype="bfloat16", headdim=(576, 512), mla="joint", kv_dtype="float8_e4m3fn")
+    for k, options in enumerate(LATENT):
+        for n, (heads, scale) in enumerate(((40, "keys"), (128, "keys"), (20, "one"), (128, "heads"))):
+            turn = (k + n) % 3
+            sizes: dict[str, Any] = {
+                "heads": (heads, 1), "scales": ("none", scale, "none"), "seed": 4 * k + n, "seqlens_q": (1, 2, 1)[turn],
+                "seqlens": ((330, 33), (65, 0, 190), (129, 1))[turn], "page_size": (16, 1, None)[turn],
+            }  # fmt: skip
+            yield from _named(dataclasses.replace(case, **(sizes | options)), (1, 5, 8)[turn], mla_wgmma)
+    for heads in 40, 128:
+        ends = dataclasses.replace(case, heads=(heads, 1), seqlens=tuple(range(50, 82)), seqlens_q=2, causal=True)
+        yield from _named(ends, 2, mla_wgmma)
+        loud = dataclasses.replace(ends, seqlens=(300, 200), scales=("none", "keys", "none"), scale=0.5)
+        yield from _named(loud, 4, mla_wgmma)
+
+
 def _everything_latent(family: ModuleType, few: Case, many: Case) -> Iterator[tuple[str, Callable[[], Arrays]]]:
     """Problems of mla.cu or mla_wgmma.cu: sequences of which everything differs, masks that end everywhere."""
     paged: dict[str, Any] = {"batch_idx": True, "page_size": 16, "causal": True}
@@ -1635,7 +1653,7 @@ def problems() -> list[tuple[str, Callable[[], Arrays | None]]]:
         case = _case({"num_splits": 1000 * (num_sm == 40), "leftpad": leftpad}, rows, seqlens, 34)
         out.append((f"negative lengths {case}", _attention(case, num_sm, nonsense=True)))
     out += _huge()
-    out += [*_many_rows(), *_turns(), *_many_codes(), *_boxes(), *_pieces(), *_latent()]
+    out += [*_many_rows(), *_turns(), *_many_codes(), *_boxes(), *_pieces(), *_latent(), *_latent_codes()]
     out += _plans()
     shapes = (3, 2, 4), (1, 1, 1), (2, 3, 3), (1, 5, 2), (5, 1, 7)
     for n, dim in (1, 64), (2, 72), (3, 8), (4, 40), (5, 128), (6, 16), (7, 32), (8, 104), (17, 256):

@@ -81,6 +81,33 @@ def test_a_block_that_exits_while_others_read_its_shared_memory() -> None:
     assert finding.check == "bounds" and "exited" in finding.message
 
 
+FROM_ZERO = r"""
+extern "C" __global__ void __cluster_dims__(2) kernel(const float* x, float* out) {
+  __shared__ float theirs[32];
+  const u32 own = shared_address(theirs + threadIdx.x);
+#ifdef OF_ZERO
+  u32 distance;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(distance) : "r"(0), "r"(rank() ^ 1));
+#else
+  const u32 distance = mapped(theirs, rank() ^ 1) - shared_address(theirs);
+#endif
+  cluster_sync();
+  const u32 at = blockIdx.x * 32 + threadIdx.x;
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(own + distance), "f"(x[at]) : "memory");
+  cluster_sync();
+  out[at] = theirs[threadIdx.x];
+}
+"""
+
+
+def test_how_far_it_is_to_another_block() -> None:
+    """On a GPU what mapa makes of 0 is as far for the first block of a cluster alone."""
+    x, out = np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32), np.zeros((2, 32), np.float32)
+    run(kernel_of(FROM_ZERO), 2, 32, (x, out))
+    np.testing.assert_array_equal(out, x[::-1])
+    assert found(kernel_of(FROM_ZERO, "-DOF_ZERO"), 2, 32, (x, out)).check == "bounds"
+
+
 PUSH = r"""
 // every block sends its row to all others with st.async; an mbarrier counts the bytes
 extern "C" __global__ void kernel(const float* x, float* out) {

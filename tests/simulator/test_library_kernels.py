@@ -32,18 +32,18 @@ def run(case: Case, seed: int, cp_async: str) -> None:
     assert launches
 
 
-@pytest.mark.parametrize("case", first_pairs(PAIRS, 0.5))
+@pytest.mark.parametrize("case", first_pairs(PAIRS, 0.4))
 def test_pairs_under_all_checks(case: Case) -> None:
     run(case, case.seed, COPIES[case.seed % 3])
 
 
 def variants() -> Iterator[Any]:
-    """Yield every dtype x head dim x rows x (softcap, chunk): with one of the last each, others are slow."""
+    """Yield every dtype x head dim x rows x (softcap, chunk); but for those where two first meet they are slow."""
     axes = FEATURES["dtype"], HEADDIMS, ROWS
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
         dtype, headdim, rows = (axis[place] for axis, place in zip(axes, places))
         for turn, (softcap, chunk) in enumerate(itertools.product((0.0, 3.0), (0, 32))):
-            marks = () if turn == sum(places) % 4 else pytest.mark.slow  # every two values meet
+            marks = () if (places[0] + places[1]) % 3 == places[2] and turn == sum(places) % 4 else pytest.mark.slow
             name = f"{rows[0]}-{headdim}-{dtype}-{softcap}-{chunk}"
             yield pytest.param(dtype, headdim, rows, softcap, chunk, marks=marks, id=name)
 
