@@ -286,7 +286,7 @@ def all_pairs(
 def first_pairs(cases: Sequence[Case], on_sim: float, elsewhere: int | None = None) -> list[Any]:
     """Return cases of :func:`all_pairs` as parameters; those that run with --slow alone come last and hold few pairs.
 
-    Every case meets as many new pairs as it can: the first two fifths of them hold seven of eight, half nine of ten.
+    Every case meets as many new pairs as it can: the first quarter holds three of four, two fifths seven of eight.
 
     Args:
         cases: The cases.

@@ -141,7 +141,10 @@ MOST_OF_A_QUANTISED_CACHE = {"float8_e4m3fn": 1.4, "float8_e5m2": 1.4, "int8": 2
 
 
 @needs_nvdisasm
-@pytest.mark.parametrize("kv_dtype", MOST_OF_A_QUANTISED_CACHE)
+@pytest.mark.parametrize(
+    "kv_dtype",
+    [pytest.param(name, marks=() if name == "int8" else pytest.mark.slow) for name in MOST_OF_A_QUANTISED_CACHE],
+)
 def test_resources_of_quantised_caches(kv_dtype: str) -> None:
     (wide,) = resources.measure([90], headdims=[128], rows=[8], items=["many"])
     (record,) = resources.measure([90], headdims=[128], rows=[8], items=["many"], kv_dtypes=[kv_dtype])

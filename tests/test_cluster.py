@@ -53,7 +53,7 @@ def test_others_have_none() -> None:
     assert tiling(make_problem(1, 1, 16, 4, 128), Device(132, 90)).cluster == 1  # no bound of the lengths
 
 
-@pytest.mark.parametrize("case", first_pairs(FREE, 0.4))
+@pytest.mark.parametrize("case", first_pairs(FREE, 0.3))
 def test_features(case: Case, sim: Backend) -> None:
     """The cases of test_attention.py that do not ask for splits, with every check and in random order."""
     with simulator.record(seed=case.seed, cp_async="random"):

@@ -144,11 +144,11 @@ def _cases(features: dict[str, list[Any]], is_valid: Callable[[dict[str, Any]], 
 
 # The first ones hold most pairs: every one meets as many new pairs as it can.
 PAIRS = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 8 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 6 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(FEATURES, _is_valid))
 ]
 PAIRS_OF_CODES = [
-    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 8 else pytest.mark.slow)
+    pytest.param(case, arch, id=f"sm_{arch},{case}", marks=() if number < 6 else pytest.mark.slow)
     for number, (case, arch) in enumerate(_cases(OF_CODES, _is_valid_of_codes))
 ]
 
@@ -430,8 +430,11 @@ def test_maxima_that_rise_from_far_below_zero(rise: int, sim: Backend, monkeypat
 
 
 # --------------------------------------------------------------------------------------------------- quantised caches
-@pytest.mark.parametrize("arch", ["80", "89", "90a"])
-@pytest.mark.parametrize("name", KV_DTYPES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [pytest.param(name, arch, marks=() if i in (j, (j + 1) % 3) else pytest.mark.slow)
+     for i, name in enumerate(KV_DTYPES) for j, arch in enumerate(("80", "89", "90a"))],
+)  # fmt: skip
 def test_every_code_is_exact(name: str, sim: Backend) -> None:
     """As in test_quantised.py: one key, of which the output is the value and LSE an element."""
     codes = test_quantised._all_codes(name).reshape(16, 1, 1, 16)

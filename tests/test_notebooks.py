@@ -116,7 +116,13 @@ def test_there_are_seven() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter packages
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(  # of the third, whose model takes a minute, test_model.py has all parts
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem.startswith("03") else ())
+        for path in NOTEBOOKS
+    ],
+)
 def test_runs(path: Path) -> None:
     for module in ("ipykernel", "matplotlib", *MODULES.get(path.stem, ())):
         pytest.importorskip(module)

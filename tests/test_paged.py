@@ -233,8 +233,14 @@ def random_life(server: Server, count: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["same memory", "copied"])
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("page_size", "seed"),
+    [
+        pytest.param(size, seed, marks=() if (size + seed) % 2 else pytest.mark.slow)
+        for size in (1, 3, 16)
+        for seed in range(4)
+    ],
+)
 def test_random_lives(seed, page_size, far, monkeypatch):
     monkeypatch.setenv("CUFLASH_BACKEND", "numpy")
     num_pages = {1: 60, 3: 24, 16: 7}[page_size]

@@ -32,7 +32,7 @@ def run(case: Case, seed: int, cp_async: str) -> None:
     assert launches
 
 
-@pytest.mark.parametrize("case", first_pairs(PAIRS, 0.4))
+@pytest.mark.parametrize("case", first_pairs(PAIRS, 0.3))
 def test_pairs_under_all_checks(case: Case) -> None:
     run(case, case.seed, COPIES[case.seed % 3])
 
